@@ -1,0 +1,107 @@
+"""Static batching, the baseline: a batch is admitted whole and runs until its last request has finished.
+
+Every member gets pages for the longest it may become when the batch is admitted, so none is preempted.
+First the whole batch is prefilled, in as many steps as the token budget makes it, then it decodes in step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from gossamer.engine.sequence import Phase, Sequence
+from gossamer.engine.state import State
+from gossamer.engine.step import Span, StepPlan
+
+__all__ = ["Padded", "Ragged"]
+
+PAD = 0  # any valid id: no token that matters ever attends to it
+
+
+class Ragged:
+    """No padding; finished rows are dropped, their places stay empty until the batch is done."""
+
+    __slots__ = ()
+
+    def plan(self, state: State) -> StepPlan:
+        """The next step of the batch, or the first of the next batch."""
+        running, waiting, kv = state.running, state.waiting, state.kv
+        if not running:
+            while waiting and len(running) < state.max_num_seqs:
+                if kv.pages(waiting.first().limit) > kv.free:
+                    break
+                seq = waiting.pop()
+                state.start(seq, seq.limit)
+
+        spans: list[Span] = []
+        budget = state.limits.max_tokens
+        for seq in running:
+            if budget and not seq.output_ids:
+                spans.append(seq.prefill(budget))
+                budget -= len(spans[-1].tokens)
+        return StepPlan(tuple(spans or [seq.decode() for seq in running]))
+
+    def finished(self, state: State, seq: Sequence) -> None:
+        """Its pages go back at once, but nobody joins until all are done."""
+        state.release(seq)
+
+
+class Padded:
+    """Prompts are padded to the batch's longest, finished rows keep computing.
+
+    Pads stand after the prompt, so that no real token sees them, and decodes overwrite them; they are all
+    written before the first decode. A finished row's tokens are nobody's.
+    """
+
+    __slots__ = ("_longest", "_prefill")
+
+    def __init__(self) -> None:
+        self._longest = 0
+        self._prefill: deque[tuple[Sequence, int]] = deque()  # rows to prefill, and from which slot
+
+    def plan(self, state: State) -> StepPlan:
+        """The next step of the batch, or the first of the next batch."""
+        if not state.running:
+            self._admit(state)
+        spans: list[Span] = []
+        budget = state.limits.max_tokens
+        while self._prefill and budget:
+            seq, start = self._prefill.popleft()
+            if seq.phase is not Phase.RUNNING:  # aborted
+                continue
+            spans.append(self._chunk(seq, start, budget))
+            stop = start + len(spans[-1].tokens)
+            budget -= stop - start
+            if stop < self._longest:
+                self._prefill.appendleft((seq, stop))
+        return StepPlan(tuple(spans or [seq.decode() for seq in state.running]))
+
+    def finished(self, state: State, seq: Sequence) -> None:
+        """An aborted or failed row leaves at once; the others when the last has finished."""
+        if seq.phase is Phase.WAITING or seq.finish_reason in ("abort", "error"):
+            state.release(seq)
+        if all(row.finish_reason is not None for row in state.running):
+            for row in list(state.running):
+                state.release(row)
+
+    def _admit(self, state: State) -> None:
+        batch: list[Sequence] = []
+        self._longest = 0
+        while state.waiting and len(batch) < state.max_num_seqs:
+            seq = state.waiting.pop()
+            longest = max(self._longest, len(seq.prompt_ids))
+            if sum(state.kv.pages(max(longest, row.limit)) for row in (*batch, seq)) > state.kv.free:
+                state.waiting.push(seq)
+                break
+            batch.append(seq)
+            self._longest = longest
+        for seq in batch:
+            state.start(seq, max(self._longest, seq.limit))
+        self._prefill = deque((seq, 0) for seq in state.running)
+
+    def _chunk(self, seq: Sequence, start: int, budget: int) -> Span:
+        stop = min(start + budget, self._longest)
+        prompt = len(seq.prompt_ids)
+        pads = stop - max(start, prompt)
+        tokens = [*seq.prompt_ids[start:stop], *([PAD] * pads)]
+        rows = (prompt - 1 - start,) if start < prompt <= stop else ()
+        return Span(seq.id, tokens, start, rows, seq.tables, seq.sampling if rows else None)
