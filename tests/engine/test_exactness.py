@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
 from gossamer.config import ContinuousBatching, StaticBatching
@@ -76,6 +76,46 @@ batchings = st.one_of(
 def test_tokens_are_those_of_the_request_alone(
     bounds: ExecutorLimits, plan: list[Arrival], batching: Batching, max_num_seqs: int
 ) -> None:
+    compare(bounds, plan, batching, max_num_seqs)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[Arrival]:
+    """Requests that come together, with short prompts that get in and long outputs that do not fit."""
+    return [
+        Arrival(
+            step=draw(st.integers(0, 3)),
+            request=request(
+                f"r{i}",
+                draw(st.lists(st.integers(0, 49), min_size=1, max_size=20)),
+                priority=draw(st.integers(0, 1)),
+                temperature=1.0,
+                seed=i,
+                max_tokens=draw(st.integers(20, 60)),
+            ),
+            abort_after=draw(st.none() | st.integers(10, 60)),
+        )
+        for i in range(draw(st.integers(3, 6)))
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 40), st.integers(5, 7), crowds(), st.none() | st.integers(1, 9))
+def test_preemption_changes_no_token(
+    max_tokens: int, pages: int, plan: list[Arrival], chunk: int | None
+) -> None:
+    preemptions = compare(
+        limits(max_tokens=max_tokens, pages=(pages,)),
+        plan,
+        ContinuousBatching(prefill_chunk=chunk),
+        max_num_seqs=4,
+    )
+    target(float(preemptions))
+
+
+def compare(bounds: ExecutorLimits, plan: list[Arrival], batching: Batching, max_num_seqs: int) -> int:
+    """Runs the plan, checking integrity at every step, and every request by itself; how many were
+    preempted."""
     max_num_seqs = min(max_num_seqs, bounds.max_tokens)
     client = Client(Engine(NullExecutor(bounds), batching=batching, max_num_seqs=max_num_seqs))
     refused = set()
@@ -108,3 +148,4 @@ def test_tokens_are_those_of_the_request_alone(
         else:
             assert (got.tokens, got.reason, got.stop_reason) == (want.tokens, want.reason, want.stop_reason)
             assert got.logprobs == want.logprobs
+    return client.engine.stats().preemptions
