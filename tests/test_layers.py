@@ -17,7 +17,8 @@ BACKENDS = GRAPH | {"passes", "checkpoint", "backends", "_native"}
 RUNTIME = BACKENDS | {"runtime", "engine.step", "engine.request"}  # the two files are the engine's contract
 COMPRESS = BACKENDS | {"quality"}
 TECHNIQUES = RUNTIME | {"engine", "quality", "compress", "export", "techniques"}
-EVERYTHING = TECHNIQUES | {"planner", "bench", "llm", "server", "cli"}
+FRONT = {"llm", "text_engine", "progress"}  # modules beside the rooms, for the library, server and cli
+EVERYTHING = TECHNIQUES | FRONT | {"planner", "bench", "server", "cli"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": BASE,
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "bench": EVERYTHING,
     "server": EVERYTHING,
     "cli": EVERYTHING,
-    "llm": EVERYTHING - {"server", "cli"},
+    **{module: EVERYTHING - {"server", "cli"} for module in FRONT},
     "__init__": {"llm", "engine.request"},
     "__main__": {"cli"},
 }
