@@ -1,0 +1,26 @@
+"""Frozen, keyword-only configs: one small one per technique, composed by `EngineConfig`.
+
+Presence of a technique's config means on, `None` means off; ablation is `replace(config, x=None)`.
+"""
+
+from gossamer.config.continuous_batching import ContinuousBatching
+from gossamer.config.engine import EngineConfig
+from gossamer.config.hardware_kernels import HardwareKernels
+from gossamer.config.memory_reuse import MemoryReuse
+from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.paged_attention import PagedAttention
+from gossamer.config.parallel_computing import ParallelComputing
+from gossamer.config.quantization import Quantization
+from gossamer.config.static_batching import StaticBatching
+
+__all__ = [
+    "ContinuousBatching",
+    "EngineConfig",
+    "HardwareKernels",
+    "MemoryReuse",
+    "MixedPrecision",
+    "PagedAttention",
+    "ParallelComputing",
+    "Quantization",
+    "StaticBatching",
+]

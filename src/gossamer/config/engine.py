@@ -1,0 +1,83 @@
+"""Everything an engine is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from gossamer.config.continuous_batching import ContinuousBatching
+from gossamer.config.hardware_kernels import HardwareKernels
+from gossamer.config.memory_reuse import MemoryReuse
+from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.paged_attention import PagedAttention
+from gossamer.config.parallel_computing import ParallelComputing
+from gossamer.config.quantization import Quantization
+from gossamer.config.static_batching import StaticBatching
+from gossamer.errors import ConfigError
+
+BackendName = Literal["cpu", "reference"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+KVType = Literal["f32", "f16", "bf16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One model on one machine. Limits are in tokens, sequences and bytes."""
+
+    model: str
+    """A directory, a hub id, or gossamer/pocket."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    load_format: LoadFormat = "auto"
+    """"dummy" builds deterministic random weights from config.json alone."""
+    ignore_config_fields: tuple[str, ...] = ()
+    """Fields of config.json to accept although no family here understands them."""
+    backend: BackendName = "cpu"
+    """"cpu" (native kernels) or "reference" (eager torch, the oracle)."""
+
+    quantization: Quantization | None = None
+    mixed_precision: MixedPrecision | None = None
+    paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
+    memory_reuse: MemoryReuse | None = field(default_factory=MemoryReuse)
+    hardware_kernels: HardwareKernels | None = field(default_factory=HardwareKernels)
+    parallel_computing: ParallelComputing | None = field(default_factory=ParallelComputing)
+    continuous_batching: ContinuousBatching | None = field(default_factory=ContinuousBatching)
+    static_batching: StaticBatching | None = None
+
+    kv_dtype: KVType = "bf16"
+    """What keys and values are stored in."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and output together; None: the model's own, cut to what memory holds."""
+    max_num_seqs: int = 32
+    """Most sequences running at once."""
+    max_num_batched_tokens: int = 512
+    """Most tokens in one step."""
+    kv_bytes: int | None = None
+    """Size of the KV pool; None: max_num_seqs sequences of max_model_len, at most a quarter of memory."""
+    memory_budget: int | None = None
+    """Most bytes for weights, KV, arena and workspace; None: what the machine or its cgroup has free."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("backend", self.backend, get_args(BackendName)),
+            ("load format", self.load_format, get_args(LoadFormat)),
+            ("KV dtype", self.kv_dtype, get_args(KVType)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} {value!r} is unknown; choose {', '.join(allowed)}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_bytes", "memory_budget"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} {number} must be at least 1")
+        if self.quantization is not None and self.mixed_precision is not None:
+            raise ConfigError(
+                f"quantization {self.quantization} and mixed precision {self.mixed_precision.dtype} both say "
+                "how weights are stored; give one of --quantization and --dtype"
+            )
+        if (self.continuous_batching is None) == (self.static_batching is None):
+            raise ConfigError("exactly one of continuous batching and static batching must be on")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
+                f"{self.max_num_seqs}: a step could not advance every sequence; raise one or lower the other"
+            )

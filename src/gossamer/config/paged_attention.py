@@ -1,0 +1,19 @@
+"""PagedAttention: the KV cache in pages, grown on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gossamer.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedAttention:
+    """page_size: tokens per page, a multiple of 16. Off (None): one contiguous slot of
+    max_model_len tokens per sequence, reserved at admission."""
+
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.page_size < 16 or self.page_size % 16:
+            raise ConfigError(f"page size {self.page_size} is not a positive multiple of 16")

@@ -1,0 +1,16 @@
+"""Static batching: the honest baseline that continuous batching is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticBatching:
+    """A batch is admitted whole and runs until its last request has finished.
+
+    padded: prompts are padded to the batch's longest and finished rows keep computing (what a plain
+    `model.generate` does). False: ragged, no padding, finished rows are dropped.
+    """
+
+    padded: bool = False

@@ -1,0 +1,71 @@
+"""The errors a user can meet, as one family.
+
+Everything that is the user's to mend derives from `GossamerError`: the command line prints its message
+and exits with 2, the server answers 4xx. Anything else is our fault (exit 1, HTTP 500).
+A message names the value given, what is allowed and the next step.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "DependencyError",
+    "GossamerError",
+    "GraphError",
+    "MemoryBudgetError",
+    "NotBuiltError",
+    "QueueFullError",
+    "RequestError",
+    "TokenizerError",
+    "UnsupportedModelError",
+]
+
+
+class GossamerError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class ConfigError(GossamerError):
+    """An option or a combination of options that cannot be."""
+
+
+class CheckpointError(GossamerError):
+    """Files of a model that are missing, damaged, hostile or not what config.json says."""
+
+
+class TokenizerError(CheckpointError):
+    """Tokenizer or chat template that is missing or cannot be read."""
+
+
+class UnsupportedModelError(GossamerError):
+    """An architecture or a config.json field that no family here understands."""
+
+
+class RequestError(GossamerError):
+    """A request whose prompt or sampling parameters are invalid."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt that does not fit into the model's context."""
+
+
+class QueueFullError(GossamerError):
+    """More requests than the queue may hold; try again later."""
+
+
+class MemoryBudgetError(GossamerError):
+    """More memory than the machine or the given budget has; says what would fit."""
+
+
+class DependencyError(GossamerError):
+    """A package of an extra that is not installed; says which."""
+
+
+class NotBuiltError(GossamerError):
+    """Something that is planned but does not exist yet."""
+
+
+class GraphError(Exception):
+    """A graph that breaks its own rules: our mistake, never the user's."""

@@ -1,0 +1,135 @@
+"""Reading config.json so that nothing in it is ignored unnoticed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gossamer.errors import UnsupportedModelError
+
+__all__ = ["Fields"]
+
+# fmt: off
+# What transformers writes into every config and what says nothing about the numbers of inference.
+_INERT = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "auto_map",
+    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing",
+    "id2label", "initializer_factor", "initializer_range", "is_decoder", "label2id", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type", "return_dict",
+    "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype",
+    "torchscript", "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
+})
+# Generation settings that old configs carry; generation_config.json is where they count.
+_GENERATION = frozenset({
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p",
+    "typical_p",
+})
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
+}
+# fmt: on
+
+
+class Fields:
+    """One config.json being read by a family. Every field must be read, inert or off by `finish`.
+
+    A null field counts as absent, except for the `optional_` readers, where null means None. Reading
+    raises UnsupportedModelError that names the field, its value and what is right.
+    """
+
+    def __init__(self, config: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
+        """ignore: fields to treat as absent (`--ignore-config-field`)."""
+        self._config = {name: value for name, value in config.items() if name not in ignore}
+        self._read: set[str] = set()
+
+    def raw(self, name: str) -> Any:
+        """The value as it stands; None where absent."""
+        self._read.add(name)
+        return self._config.get(name)
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 0, most: int = 2**31) -> int:
+        """A whole number. default: where absent (None: the field is needed)."""
+        value = self._or_default(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self._wrong(name, value, f"a whole number from {least} to {most}")
+        return value
+
+    def size(self, name: str, default: int | None = None, *, most: int = 2**31) -> int:
+        """A whole number >= 1."""
+        return self.whole(name, default, least=1, most=most)
+
+    def optional_size(self, name: str, absent: int | None = None) -> int | None:
+        """A whole number >= 1, or None where it is null. absent: the value where it is not there."""
+        if self.raw(name) is None and (absent is None or name in self._config):
+            return None
+        return self.size(name, absent)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number > 0."""
+        value = self._or_default(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._wrong(name, value, "a number above 0")
+        return float(value)
+
+    def optional_number(self, name: str, absent: float | None = None) -> float | None:
+        """A finite number > 0, or None where it is null."""
+        if self.raw(name) is None and (absent is None or name in self._config):
+            return None
+        return self.number(name, absent)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self._or_default(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, value, "true or false")
+        return value
+
+    def activation(self, name: str, default: str) -> str:
+        """The activation in the op table's names, from transformers' names."""
+        value = self._or_default(name, default)
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise self._wrong(name, value, f"one of {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[value]
+
+    def only(self, name: str, allowed: Any) -> None:
+        """A field that is understood in this one value, which is its default too."""
+        value = self.raw(name)
+        if value is not None and value != allowed:
+            raise UnsupportedModelError(
+                f"config.json: {name} is {value!r}; this family understands {allowed!r} alone "
+                f"(--ignore-config-field {name} goes on as if it were that)"
+            )
+
+    def finish(self, *inert: str) -> None:
+        """Raises UnsupportedModelError naming the fields that were neither read nor inert.
+
+        inert: names of the family's own. A field that is off (null, false, 0, empty) passes.
+        """
+        unknown = [
+            name
+            for name, value in self._config.items()
+            if value and not (name in self._read or name in _INERT or name in _GENERATION or name in inert)
+        ]
+        if unknown:
+            shown = ", ".join(f"{name}={self._config[name]!r}" for name in unknown[:4])
+            raise UnsupportedModelError(
+                f"config.json: {shown} {'is' if len(unknown) == 1 else 'are'} not understood, so the model "
+                "could compute something else than it should; if it does not matter, pass "
+                + " ".join(f"--ignore-config-field {name}" for name in unknown)
+            )
+
+    def _or_default(self, name: str, default: Any) -> Any:
+        value = self.raw(name)
+        if value is None and default is None:
+            raise UnsupportedModelError(f"config.json has no {name}, which this architecture needs")
+        return default if value is None else value
+
+    def _wrong(self, name: str, value: Any, right: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"config.json: {name} is {value!r}; {right} is right")

@@ -1,0 +1,112 @@
+"""The verifier: run after every pass, so that a broken graph is caught where it was broken."""
+
+from __future__ import annotations
+
+from gossamer.errors import GraphError
+from gossamer.graph.ir import Graph, KVGroup, Node
+from gossamer.graph.ops import get_op
+
+__all__ = ["verify"]
+
+_QUANTIZABLE = {"linear", "embed", "experts"}
+
+
+def verify(graph: Graph) -> None:
+    """Checks names, order, arity, attributes, shapes, dtypes, weights, KV layers and groups, outputs.
+
+    Raises GraphError with the node at fault.
+    """
+    known = set(graph.inputs)
+    used_weights: set[str] = set()
+    layer_of: dict[str, int] = {}
+    for node in graph.nodes:
+        _check_names(graph, node, known)
+        _check_signature(graph, node)
+        _check_kv(graph, node, layer_of)
+        known.update(node.outputs)
+        used_weights.update(node.weights)
+    if "logits" not in graph.outputs:
+        raise GraphError("the graph has no output 'logits'")
+    for name, value in graph.outputs.items():
+        if value not in known:
+            raise GraphError(f"output {name!r} names value {value!r}, which no node gives")
+    if unused := set(graph.weights) - used_weights:
+        raise GraphError(f"weights that no node reads: {', '.join(sorted(unused)[:5])}")
+    if unknown := set(graph.values) - known:
+        raise GraphError(f"values that no node gives: {', '.join(sorted(unknown)[:5])}")
+    grouped = [layer for group in graph.kv_groups for layer in group.layers]
+    if sorted(grouped) != sorted(layer_of.values()):
+        raise GraphError(f"KV groups hold layers {grouped}, the nodes write {sorted(layer_of.values())}")
+
+
+def _check_names(graph: Graph, node: Node, known: set[str]) -> None:
+    place = _place(node)
+    for value in node.inputs:
+        if value not in known:
+            raise GraphError(f"{place} reads {value!r} before anything gives it")
+    for value in node.outputs:
+        if value in known:
+            raise GraphError(f"{place} gives {value!r} a second time")
+        if value not in graph.values:
+            raise GraphError(f"{place} gives {value!r}, which is not among the graph's values")
+    for name in node.weights:
+        if name not in graph.weights:
+            raise GraphError(f"{place} reads weight {name!r}, which is not among the graph's")
+        weight = graph.weights[name]
+        if weight.shape != weight.expr.shape:
+            raise GraphError(f"weight {name!r} is {weight.shape}, its expression gives {weight.expr.shape}")
+        if weight.format != "f32" and node.op not in _QUANTIZABLE:
+            raise GraphError(f"{place} cannot read {name!r} in {weight.format}")
+
+
+def _check_signature(graph: Graph, node: Node) -> None:
+    op, place = get_op(node.op), _place(node)
+    for what, count, (least, most) in (
+        ("inputs", len(node.inputs), op.inputs),
+        ("weights", len(node.weights), op.weights),
+    ):
+        if not least <= count <= most:
+            raise GraphError(f"{place} has {count} {what}; {least} to {most} are right")
+    if set(node.attrs) != op.attrs:
+        raise GraphError(f"{place} has attributes {sorted(node.attrs)}; {sorted(op.attrs)} are right")
+    shapes = [graph.values[v].shape for v in node.inputs]
+    signature = op.shapes(node, shapes, [graph.weights[w] for w in node.weights])
+    if len(signature) != len(node.outputs):
+        raise GraphError(f"{place} has {len(node.outputs)} outputs; the op gives {len(signature)}")
+    for name, (shape, dtype) in zip(node.outputs, signature, strict=True):
+        value = graph.values[name]
+        if (value.shape, value.dtype) != (shape, dtype):
+            raise GraphError(f"{place}: {name} is {value.dtype}{value.shape}; the op gives {dtype}{shape}")
+
+
+def _check_kv(graph: Graph, node: Node, layer_of: dict[str, int]) -> None:
+    """A layer writes its KV once, as its group says, and attention reads what its own layer wrote."""
+    place = _place(node)
+    for i, value in enumerate(node.inputs):
+        if (graph.values[value].dtype == "kv") != (node.op == "attention" and i == 1):
+            raise GraphError(f"{place} reads {value!r} ({graph.values[value].dtype}) as input {i}")
+    if node.op == "kv_write":
+        layer, width = node.attrs["layer"], graph.values[node.inputs[0]].shape[1]
+        if layer in layer_of.values():
+            raise GraphError(f"layer {layer} writes its KV twice (at {node.outputs[0]})")
+        group = _group(graph, layer)
+        if (node.attrs["head_dim"], width) != (group.head_dim, group.kv_heads * group.head_dim):
+            raise GraphError(f"{place} writes width {width} into {group.name}: {group.kv_heads} heads")
+        layer_of[node.outputs[0]] = layer
+    if node.op == "attention":
+        layer = node.attrs["layer"]
+        if layer_of[node.inputs[1]] != layer:
+            raise GraphError(f"{place} of layer {layer} reads the KV of layer {layer_of[node.inputs[1]]}")
+        if node.attrs["window"] != _group(graph, layer).window:
+            raise GraphError(f"{place} has window {node.attrs['window']}, its KV group another")
+
+
+def _group(graph: Graph, layer: int) -> KVGroup:
+    try:
+        return graph.group_of(layer)[1]
+    except KeyError:
+        raise GraphError(f"layer {layer} is in no KV group") from None
+
+
+def _place(node: Node) -> str:
+    return f"{node.op} {node.outputs[0] if node.outputs else '?'}"

@@ -1,0 +1,107 @@
+"""Weight expressions: how a graph's weight comes out of checkpoint tensors, as data.
+
+Each expression is invertible, so that a changed weight can be written back under the family's own
+names. Evaluation and inversion live in `gossamer.checkpoint.weights`; here is only the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["Concat", "Constant", "Shift", "Slice", "Stack", "Tensor", "Transpose", "WeightExpr", "leaves"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the checkpoint, with the shape that config.json implies for it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Values computed from config.json (rotary frequencies); not in the checkpoint."""
+
+    values: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.values),)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """source[start:stop] along axis (fused checkpoints)."""
+
+    source: WeightExpr
+    axis: int
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.source.shape)
+        shape[self.axis] = self.stop - self.start
+        return tuple(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """source with its two axes swapped."""
+
+    source: WeightExpr
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        return (columns, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """source + value (norms stored around zero)."""
+
+    source: WeightExpr
+    value: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Sources one after the other along the first axis."""
+
+    sources: tuple[WeightExpr, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(s.shape[0] for s in self.sources), *self.sources[0].shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Sources of equal shape along a new first axis (experts)."""
+
+    sources: tuple[WeightExpr, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.sources), *self.sources[0].shape)
+
+
+WeightExpr = Tensor | Constant | Slice | Transpose | Shift | Concat | Stack
+
+
+def leaves(expr: WeightExpr) -> Iterator[Tensor]:
+    """The checkpoint tensors an expression reads, in order."""
+    if isinstance(expr, Tensor):
+        yield expr
+    elif isinstance(expr, Concat | Stack):
+        for source in expr.sources:
+            yield from leaves(source)
+    elif not isinstance(expr, Constant):
+        yield from leaves(expr.source)
