@@ -1,0 +1,181 @@
+// Linear layers in plain C++, for machines without a kernel of their own. Weights are decoded to floats, 16
+// outputs at a time, in loops that any compiler vectorizes; integer sums are exact in floats for a run of
+// kRun inputs (128 * 128 * 127 < 2^24), which multiply faster than integers on a baseline machine.
+#pragma once
+#include <type_traits>
+
+#include "generic/blocks.h"
+#include "generic/numbers.h"
+#include "generic/prepare.h"
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+namespace {
+
+constexpr int64_t kRun = 128;
+
+inline uint32_t weight_word(const uint8_t* b, int64_t lane) {
+  uint32_t word;
+  std::memcpy(&word, b + 4 * lane, sizeof word);
+  return word;
+}
+
+// A codec decodes input i of a unit at b into 16 floats, and reads an activation.
+struct CodecF32 {
+  using Sum = float;
+  static constexpr int64_t kUnit = 1, kBytes = 64;
+  static void weights(const uint8_t* b, int64_t, float* w) { std::memcpy(w, b, 64); }
+  static float activation(const uint8_t* row, int64_t k) { return reinterpret_cast<const float*>(row)[k]; }
+};
+
+struct CodecF16 : CodecF32 {
+  static constexpr int64_t kBytes = 32;
+  static void weights(const uint8_t* b, int64_t, float* w) {
+    const uint16_t* h = reinterpret_cast<const uint16_t*>(b);
+    for (int64_t j = 0; j < kPanel; j++) w[j] = half_to_float(h[j]);
+  }
+};
+
+struct CodecBf16 {
+  using Sum = float;
+  static constexpr int64_t kUnit = 2, kBytes = 64;
+  static void weights(const uint8_t* b, int64_t i, float* w) {
+    for (int64_t j = 0; j < kPanel; j++) {
+      const uint32_t pair = weight_word(b, j);
+      w[j] = bits_float(i == 0 ? pair << 16 : pair & 0xffff0000);
+    }
+  }
+  static float activation(const uint8_t* row, int64_t k) {
+    return bf16_to_float(reinterpret_cast<const uint16_t*>(row)[k]);
+  }
+};
+
+struct CodecInt8 {
+  using Sum = int32_t;
+  static constexpr int64_t kUnit = 4, kBytes = 64;
+  static void weights(const uint8_t* b, int64_t i, float* w) {
+    for (int64_t j = 0; j < kPanel; j++) w[j] = float(int32_t(weight_word(b, j) >> (8 * i) & 255) - 128);
+  }
+  static float activation(const uint8_t* row, int64_t k) { return reinterpret_cast<const int8_t*>(row)[k]; }
+};
+
+struct CodecInt4 : CodecInt8 {
+  using Sum = float;
+  static constexpr int64_t kUnit = 8;
+  static void weights(const uint8_t* b, int64_t i, float* w) {
+    const int64_t shift = 8 * (i % 4) + i / 4 * 4;
+    for (int64_t j = 0; j < kPanel; j++) w[j] = float(int32_t(weight_word(b, j) >> shift & 15) - 8);
+  }
+};
+
+// Weights either packed, and decoded for every block of rows, or unpacked to floats before.
+template <class Codec, bool Unpacked>
+struct Plain {
+  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int64_t kUnit = Codec::kUnit, kBlock = kRun, kUnpackedBytes = 64;
+  using Narrow = Plain<Codec, false>;
+  using Sum = typename Codec::Sum;
+
+  static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
+    const uint8_t* from = panel_data(w, panel) + k0 / kUnit * Codec::kBytes;
+    for (int64_t k = 0; k < k1 - k0; k++) {
+      Codec::weights(from + k / kUnit * Codec::kBytes, k % kUnit, reinterpret_cast<float*>(to) + k * kPanel);
+    }
+  }
+
+  // sum += weights . activations over inputs [k, end), in ascending order.
+  template <int MR>
+  static void add(const Tile& t, int64_t k, int64_t end, float (&sum)[MR][kPanel]) {
+    const uint8_t* a = activation_row(*t.act, t.row);
+    for (; k < end; k++) {
+      const int64_t at = k - t.k0;
+      float w[kPanel];
+      if constexpr (Unpacked) {
+        std::memcpy(w, t.b + at * 64, sizeof w);
+      } else {
+        Codec::weights(t.b + at / kUnit * Codec::kBytes, at % kUnit, w);
+      }
+      for (int r = 0; r < MR; r++) {
+        const float x = Codec::activation(a + r * t.act->row_stride_bytes, k);
+        for (int64_t j = 0; j < kPanel; j++) sum[r][j] += w[j] * x;
+      }
+    }
+  }
+
+  static void store(const Tile& t, int r, const Sum* total) {
+    const int64_t column = t.panel * kPanel, count = smaller(kPanel, t.w->n - column);
+    float* to = t.out + (t.row + r) * t.ldo + column;
+    for (int64_t j = 0; j < count; j++) {
+      float value = float(total[j]);
+      if (t.w->format == Format::int8) {
+        value *= static_cast<const float*>(t.w->scales)[column + j] * t.act->scales[t.row + r];
+      }
+      to[j] = t.bias ? value + t.bias[column + j] : value;
+    }
+  }
+
+  template <int MR, int P>
+  static void tile(const Tile& t) {
+    Sum total[MR][kPanel];
+    for (int r = 0; r < MR; r++) {
+      if (t.first()) {
+        std::memset(total[r], 0, sizeof total[r]);
+      } else {
+        std::memcpy(total[r], t.acc + r * 128, sizeof total[r]);
+      }
+    }
+    if constexpr (std::is_base_of_v<CodecInt8, Codec>) {
+      const int64_t run = t.w->group > 0 ? t.w->group : kRun;
+      for (int64_t k = t.k0; k < t.k1; k += run) {
+        float sum[MR][kPanel] = {};
+        add(t, k, smaller(k + run, t.k1), sum);
+        for (int r = 0; r < MR; r++) fold(t, r, k, sum[r], total[r]);
+      }
+    } else {
+      add(t, t.k0, t.k1, total);
+    }
+    for (int r = 0; r < MR; r++) {
+      if (t.last()) {
+        store(t, r, total[r]);
+      } else {
+        std::memcpy(t.acc + r * 128, total[r], sizeof total[r]);
+      }
+    }
+  }
+
+  static void fold(const Tile&, int, int64_t, const float* sum, int32_t* total) {
+    for (int64_t j = 0; j < kPanel; j++) total[j] += int32_t(sum[j]);
+  }
+
+  static void fold(const Tile& t, int r, int64_t k, const float* sum, float* total) {
+    const int64_t groups = t.w->k_pad / t.w->group, g = k / t.w->group;
+    const uint16_t* scales = static_cast<const uint16_t*>(t.w->scales) + (t.panel * groups + g) * kPanel;
+    const float scale = t.act->scales[(t.row + r) * groups + g];
+    for (int64_t j = 0; j < kPanel; j++) total[j] += sum[j] * (half_to_float(scales[j]) * scale);
+  }
+};
+
+template <class Codec>
+using Wide = Plain<Codec, true>;
+
+void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
+            int64_t p0, int64_t p1, void* scratch) {
+  switch (w.format) {
+    case Format::f32:
+      return linear_blocked<Wide<CodecF32>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::f16:
+      return linear_blocked<Wide<CodecF16>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::bf16:
+      return linear_blocked<Wide<CodecBf16>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::int8:
+      return linear_blocked<Wide<CodecInt8>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::int4:
+      return linear_blocked<Wide<CodecInt4>>(w, act, bias, out, ldo, p0, p1, scratch);
+  }
+}
+
+int64_t linear_scratch(Format, int32_t, int64_t) { return kLinearScratch; }
+
+}  // namespace
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

@@ -1,0 +1,313 @@
+// Linear layers with AVX2, FMA and F16C. A panel of 16 outputs is two registers.
+#pragma once
+#include <immintrin.h>
+
+#include "generic/blocks.h"
+#include "generic/prepare.h"
+
+#define GOSSAMER_INLINE inline __attribute__((always_inline))
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+namespace {
+
+GOSSAMER_INLINE int32_t load_word(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+
+GOSSAMER_INLINE __m256i load_bytes(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+GOSSAMER_INLINE __m256 load_halves(const void* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+
+// Half h (8 outputs) of panel p.
+GOSSAMER_INLINE void store_outputs(const Tile& t, int r, int p, int h, __m256 value) {
+  const int64_t column = (t.panel + p) * kPanel + h * 8, left = t.w->n - column;
+  float* to = t.out + (t.row + r) * t.ldo + column;
+  if (left >= 8) {
+    if (t.bias) value = _mm256_add_ps(value, _mm256_loadu_ps(t.bias + column));
+    _mm256_storeu_ps(to, value);
+    return;
+  }
+  float lanes[8];
+  _mm256_storeu_ps(lanes, value);
+  for (int64_t j = 0; j < left; j++) to[j] = t.bias ? lanes[j] + t.bias[column + j] : lanes[j];
+}
+
+// One step of a dot product: weights of both halves of a panel, 4 bytes of activations, in kPhases parts.
+struct DotF32 {
+  using Acc = __m256;
+  using Weights = __m256;
+  static constexpr int64_t kUnit = 1, kBytes = 64, kActBytes = 4;
+  static constexpr int kPhases = 1;
+  static GOSSAMER_INLINE Weights weights(const uint8_t* b, int h, int) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(b) + 8 * h);
+  }
+  static GOSSAMER_INLINE __m256 activation(int32_t x, int) {
+    return _mm256_castsi256_ps(_mm256_set1_epi32(x));
+  }
+  static GOSSAMER_INLINE Acc step(Acc c, Weights w, __m256 x) { return _mm256_fmadd_ps(w, x, c); }
+  static GOSSAMER_INLINE __m256 finish(const Tile&, int, int, int, Acc c) { return c; }
+};
+
+struct DotF16 : DotF32 {
+  static constexpr int64_t kBytes = 32;
+  static GOSSAMER_INLINE Weights weights(const uint8_t* b, int h, int) { return load_halves(b + 16 * h); }
+};
+
+// Pairs {k, k+1} in 32 bits: phase 0 is k, phase 1 is k + 1.
+GOSSAMER_INLINE __m256 bf16_of_pairs(__m256i pairs, int phase) {
+  return _mm256_castsi256_ps(phase == 0 ? _mm256_slli_epi32(pairs, 16)
+                                        : _mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
+
+struct DotBf16 : DotF32 {
+  static constexpr int64_t kUnit = 2, kActBytes = 2;
+  static constexpr int kPhases = 2;
+  static GOSSAMER_INLINE Weights weights(const uint8_t* b, int h, int phase) {
+    return bf16_of_pairs(load_bytes(b + 32 * h), phase);
+  }
+  static GOSSAMER_INLINE __m256 activation(int32_t x, int phase) {
+    return bf16_of_pairs(_mm256_set1_epi32(x), phase);
+  }
+};
+
+struct DotBf16Unpacked : DotBf16 {
+  static constexpr int64_t kBytes = 128;
+  static GOSSAMER_INLINE Weights weights(const uint8_t* b, int h, int phase) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(b) + 16 * phase + 8 * h);
+  }
+};
+
+// maddubs takes unsigned by signed and saturates at 16 bits: |w| * (x with the sign of w) stays below,
+// 2 * 128 * 127 < 2^15.
+struct DotInt8 {
+  using Acc = __m256i;
+  struct Weights {
+    __m256i value, magnitude;
+  };
+  static constexpr int64_t kUnit = 4, kBytes = 64, kActBytes = 1;
+  static constexpr int kPhases = 1;
+  static GOSSAMER_INLINE Weights weights(const uint8_t* b, int h, int) {
+    const __m256i value = _mm256_xor_si256(load_bytes(b + 32 * h), _mm256_set1_epi8(-128));
+    return {value, _mm256_abs_epi8(value)};
+  }
+  static GOSSAMER_INLINE __m256i activation(int32_t x, int) { return _mm256_set1_epi32(x); }
+  static GOSSAMER_INLINE Acc step(Acc c, Weights w, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
+    return _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static GOSSAMER_INLINE __m256 finish(const Tile& t, int r, int p, int h, Acc c) {
+    const float* scales = static_cast<const float*>(t.w->scales) + (t.panel + p) * kPanel + 8 * h;
+    const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(t.act->scales[t.row + r]));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(c), scale);
+  }
+};
+
+// Formats whose partial sums are plain accumulators all along K.
+template <class Dot, int Rows, int Panels>
+struct Direct {
+  static constexpr int kRows = Rows, kPanels = Panels;
+  static constexpr int64_t kUnit = Dot::kUnit, kBlock = 128 * kUnit, kUnpackedBytes = 0;
+  using Narrow = Direct;
+
+  template <int MR, int P>
+  static void tile(const Tile& t) {
+    typename Dot::Acc c[MR][P][2];
+    for (int r = 0; r < MR; r++) {
+      if (t.first()) {
+        std::memset(c[r], 0, sizeof c[r]);
+      } else {
+        std::memcpy(c[r], t.acc + r * 128, sizeof c[r]);
+      }
+    }
+    const uint8_t* a = activation_row(*t.act, t.row) + t.k0 * Dot::kActBytes;
+    const uint8_t* b = t.b;
+    const uint8_t* ahead = t.ahead;
+    const int64_t lda = t.act->row_stride_bytes, b_panel = t.b_panel;
+    const int64_t ahead_step = t.ahead_step, ahead_panel = t.ahead_panel;
+    for (int64_t k = t.k0; k < t.k1; k += kUnit, a += 4, b += Dot::kBytes, ahead += ahead_step) {
+      for (int p = 0; p < P; p++) _mm_prefetch(ahead + p * ahead_panel, _MM_HINT_T0);
+      for (int phase = 0; phase < Dot::kPhases; phase++) {
+        typename Dot::Weights w[P][2];
+        for (int p = 0; p < P; p++) {
+          for (int h = 0; h < 2; h++) w[p][h] = Dot::weights(b + p * b_panel, h, phase);
+        }
+        for (int r = 0; r < MR; r++) {
+          const auto x = Dot::activation(load_word(a + r * lda), phase);
+          for (int p = 0; p < P; p++) {
+            for (int h = 0; h < 2; h++) c[r][p][h] = Dot::step(c[r][p][h], w[p][h], x);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < MR; r++) {
+      if (!t.last()) {
+        std::memcpy(t.acc + r * 128, c[r], sizeof c[r]);
+        continue;
+      }
+      for (int p = 0; p < P; p++) {
+        for (int h = 0; h < 2; h++) store_outputs(t, r, p, h, Dot::finish(t, r, p, h, c[r][p][h]));
+      }
+    }
+  }
+};
+
+struct WideF16 : Direct<DotF32, 6, 1> {
+  static constexpr int64_t kUnpackedBytes = 64;
+  using Narrow = Direct<DotF16, 2, 2>;
+
+  static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
+    const uint8_t* from = panel_data(w, panel) + k0 * DotF16::kBytes;
+    float* out = reinterpret_cast<float*>(to);
+    for (int64_t i = 0; i < 2 * (k1 - k0); i++) _mm256_storeu_ps(out + 8 * i, load_halves(from + 16 * i));
+  }
+};
+
+struct WideBf16 : Direct<DotBf16Unpacked, 6, 1> {
+  static constexpr int64_t kUnpackedBytes = 64;
+  using Narrow = Direct<DotBf16, 2, 2>;
+
+  static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
+    const uint8_t* from = panel_data(w, panel) + k0 * 32;
+    float* out = reinterpret_cast<float*>(to);
+    for (int64_t k = k0; k < k1; k += kUnit, from += DotBf16::kBytes, out += 32) {
+      for (int phase = 0; phase < 2; phase++) {
+        for (int h = 0; h < 2; h++)
+          _mm256_storeu_ps(out + 16 * phase + 8 * h, DotBf16::weights(from, h, phase));
+      }
+    }
+  }
+};
+
+// ---- int4: an exact integer sum per group, then one fused multiply-add in ascending groups ---------------
+
+constexpr int64_t kShortRun = 32;  // inputs whose products surely fit 16 bits: 32 / 2 * 15 * 127 < 2^15
+
+GOSSAMER_INLINE __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+GOSSAMER_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+
+struct PackedNibbles {
+  static constexpr int64_t kBytes = 8;  // per input
+  template <int MR>
+  static GOSSAMER_INLINE void add_run(__m256i (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
+    for (int64_t i = 0; i < kShortRun; i += 8, b += 64, a += 8) {
+      const __m256i v0 = load_bytes(b), v1 = load_bytes(b + 32);
+      const __m256i w[2][2] = {{low_nibbles(v0), low_nibbles(v1)}, {high_nibbles(v0), high_nibbles(v1)}};
+      for (int r = 0; r < MR; r++) {
+        for (int part = 0; part < 2; part++) {
+          const __m256i x = _mm256_set1_epi32(load_word(a + r * lda + 4 * part));
+          for (int h = 0; h < 2; h++)
+            c[r][h] = _mm256_add_epi16(c[r][h], _mm256_maddubs_epi16(w[part][h], x));
+        }
+      }
+    }
+  }
+};
+
+struct UnpackedNibbles {
+  static constexpr int64_t kBytes = 16;
+  template <int MR>
+  static GOSSAMER_INLINE void add_run(__m256i (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
+    for (int64_t i = 0; i < kShortRun; i += 4, b += 64, a += 4) {
+      const __m256i w[2] = {load_bytes(b), load_bytes(b + 32)};
+      for (int r = 0; r < MR; r++) {
+        const __m256i x = _mm256_set1_epi32(load_word(a + r * lda));
+        for (int h = 0; h < 2; h++) c[r][h] = _mm256_add_epi16(c[r][h], _mm256_maddubs_epi16(w[h], x));
+      }
+    }
+  }
+};
+
+// Float sums live in t.acc: the integer ones need the registers.
+template <class Nibbles>
+struct GroupedInt4 {
+  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int64_t kUnit = 8, kBlock = 512;
+
+  template <int MR, int P>
+  static void tile(const Tile& t) {
+    static_assert(P == 1, "two registers a row are enough");
+    const int64_t group = t.w->group, groups = t.w->k_pad / group, lda = t.act->row_stride_bytes;
+    const uint8_t* a = activation_row(*t.act, t.row) + t.k0;
+    const uint8_t* b = t.b;
+    const uint8_t* ahead = t.ahead;
+    const float* scales = t.act->scales + t.row * groups;
+    const int32_t* sums = t.act->sums + t.row * groups;
+    const uint16_t* weight_scales = static_cast<const uint16_t*>(t.w->scales) + t.panel * groups * kPanel;
+    float* acc = reinterpret_cast<float*>(t.acc);
+    for (int64_t g = t.k0 / group; g < t.k1 / group; g++) {
+      __m256i total[MR][2];
+      for (int r = 0; r < MR; r++) total[r][0] = total[r][1] = _mm256_set1_epi32(-8 * sums[r * groups + g]);
+      for (int64_t i = 0; i < group; i += kShortRun, a += kShortRun, b += kShortRun * Nibbles::kBytes) {
+        for (int64_t step = 0; step < kShortRun / kUnit; step++, ahead += t.ahead_step) {
+          _mm_prefetch(ahead, _MM_HINT_T0);
+        }
+        __m256i c[MR][2];
+        for (int r = 0; r < MR; r++) c[r][0] = c[r][1] = _mm256_setzero_si256();
+        Nibbles::template add_run<MR>(c, b, a, lda);
+        for (int r = 0; r < MR; r++) {
+          for (int h = 0; h < 2; h++) {
+            total[r][h] = _mm256_add_epi32(total[r][h], _mm256_madd_epi16(c[r][h], _mm256_set1_epi16(1)));
+          }
+        }
+      }
+      for (int h = 0; h < 2; h++) {
+        const __m256 s = load_halves(weight_scales + g * kPanel + 8 * h);
+        for (int r = 0; r < MR; r++) {
+          float* f = acc + r * 2 * kPanel + 8 * h;
+          const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(scales[r * groups + g]));
+          const __m256 before = g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(f);
+          _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r][h]), scale, before));
+        }
+      }
+    }
+    if (!t.last()) return;
+    for (int r = 0; r < MR; r++) {
+      for (int h = 0; h < 2; h++) store_outputs(t, r, 0, h, _mm256_loadu_ps(acc + r * 2 * kPanel + 8 * h));
+    }
+  }
+};
+
+struct WideInt4 : GroupedInt4<UnpackedNibbles> {
+  static constexpr int64_t kUnpackedBytes = UnpackedNibbles::kBytes;
+  using Narrow = GroupedInt4<PackedNibbles>;
+
+  static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
+    const uint8_t* from = panel_data(w, panel) + k0 * PackedNibbles::kBytes;
+    for (int64_t k = k0; k < k1; k += 8, from += 64, to += 128) {
+      for (int h = 0; h < 2; h++) {
+        const __m256i v = load_bytes(from + 32 * h);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), low_nibbles(v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 + 32 * h), high_nibbles(v));
+      }
+    }
+  }
+};
+
+void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
+            int64_t p0, int64_t p1, void* scratch) {
+  switch (w.format) {
+    case Format::f32:
+      return linear_blocked<Direct<DotF32, 6, 1>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::f16:
+      return linear_blocked<WideF16>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::bf16:
+      return linear_blocked<WideBf16>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::int8:
+      return linear_blocked<Direct<DotInt8, 4, 1>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::int4:
+      return linear_blocked<WideInt4>(w, act, bias, out, ldo, p0, p1, scratch);
+  }
+}
+
+int64_t linear_scratch(Format, int32_t, int64_t) { return kLinearScratch; }
+
+}  // namespace
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

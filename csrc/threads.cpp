@@ -1,0 +1,176 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace gossamer {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kSpinBatch = 64;  // pauses between two looks at the clock
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// True as soon as done() is, false after the spinning time.
+template <class F>
+bool spin_until(F&& done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kSpinBatch; i++) {
+      if (done()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
+}
+
+std::vector<int> allowed_processors() {
+  std::vector<int> cpus;
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) {
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+      if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+    }
+  }
+#endif
+  return cpus;
+}
+
+void pin_to(int cpu) {
+#ifdef __linux__
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // a refusal costs speed only
+#else
+  (void)cpu;
+#endif
+}
+
+}  // namespace
+
+// A job is done when its tiles are, not when every worker has seen it: a worker that sleeps or has lost its
+// core keeps nobody waiting. Workers therefore enter a job through a gate. The caller opens it once the
+// job's fields are written, and closes it once no tile is left; the fields may change when the gate is
+// closed and nobody is inside.
+struct Pool::State {
+  static constexpr int kClosed = 1 << 30;  // beside the number of workers inside
+
+  std::vector<std::thread> threads;
+  int size = 1;
+  std::mutex running;  // run() from several threads takes turns
+
+  Fn fn = nullptr;
+  void* context = nullptr;
+  int64_t tiles = 0;
+
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> gate{kClosed};
+  alignas(64) std::atomic<uint64_t> epoch{0};  // raised by every job, and to stop
+  std::atomic<bool> stop{false};
+
+  std::mutex mutex;  // guards sleeping only
+  std::condition_variable wake, idle;
+  std::atomic<int> sleepers{0};
+  std::atomic<bool> caller_sleeps{false};
+
+  // Sequentially consistent on both sides: either this sees the sleeper, or the sleeper sees the epoch.
+  void announce() {
+    epoch.fetch_add(1);
+    if (sleepers.load() == 0) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    wake.notify_all();
+  }
+
+  void await_epoch(uint64_t seen) {
+    if (spin_until([&] { return epoch.load(std::memory_order_acquire) != seen; })) return;
+    std::unique_lock<std::mutex> lock(mutex);
+    sleepers.fetch_add(1);
+    wake.wait(lock, [&] { return epoch.load() != seen; });
+    sleepers.fetch_sub(1);
+  }
+
+  void take_tiles(int worker) {
+    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;)
+      fn(context, tile, worker);
+  }
+
+  // Entering a closed gate is allowed, but must be followed by leaving it at once.
+  void join(int worker) {
+    if ((gate.fetch_add(1) & kClosed) == 0) take_tiles(worker);
+    if (gate.fetch_sub(1) == kClosed + 1 && caller_sleeps.load()) {
+      std::lock_guard<std::mutex> lock(mutex);
+      idle.notify_one();
+    }
+  }
+
+  void close() {
+    gate.fetch_or(kClosed);
+    if (spin_until([&] { return gate.load(std::memory_order_acquire) == kClosed; })) return;
+    std::unique_lock<std::mutex> lock(mutex);
+    caller_sleeps.store(true);
+    idle.wait(lock, [&] { return gate.load() == kClosed; });
+    caller_sleeps.store(false);
+  }
+
+  void work(int worker, int cpu) {
+    if (cpu >= 0) pin_to(cpu);
+    for (uint64_t seen = 0; !stop.load();) {
+      await_epoch(seen);
+      seen = epoch.load();
+      join(worker);
+    }
+  }
+};
+
+Pool::Pool(int threads) : state_(new State) {
+  const std::vector<int> cpus = allowed_processors();
+  const int processors = cpus.empty() ? int(std::thread::hardware_concurrency()) : int(cpus.size());
+  state_->size = threads > 0 ? threads : (processors > 0 ? processors : 1);
+  for (int worker = 1; worker < state_->size; worker++) {
+    // With more workers than processors there is nothing to gain from pinning.
+    const int cpu = state_->size <= int(cpus.size()) ? cpus[size_t(worker)] : -1;
+    state_->threads.emplace_back([state = state_.get(), worker, cpu] { state->work(worker, cpu); });
+  }
+}
+
+Pool::~Pool() {
+  state_->stop.store(true);
+  state_->announce();
+  for (std::thread& thread : state_->threads) thread.join();
+}
+
+int Pool::size() const { return state_->size; }
+
+void Pool::run(int64_t tiles, Fn fn, void* context) {
+  if (tiles <= 0) return;
+  if (tiles == 1 || state_->size == 1) {
+    for (int64_t tile = 0; tile < tiles; tile++) fn(context, tile, 0);
+    return;
+  }
+  std::lock_guard<std::mutex> turn(state_->running);
+  state_->fn = fn;
+  state_->context = context;
+  state_->tiles = tiles;
+  state_->next.store(0, std::memory_order_relaxed);
+  state_->gate.fetch_and(~State::kClosed);
+  state_->announce();
+  state_->take_tiles(0);
+  state_->close();
+}
+
+}  // namespace gossamer
