@@ -1,0 +1,201 @@
+// The contract between the program and its kernels: raw pointers, no ownership, no Python.
+//
+// Intermediates are fp32, row-major. Every kernel works on a tile named by its caller and writes only
+// there; no reduction is ever split by tile, batch or thread, so a result does not depend on them.
+// A suffix such as x_TN names the axes: T tokens, N outputs, K inputs, H heads, D head size, V vocabulary.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace gossamer {
+
+// ---- weights -------------------------------------------------------------------------------------
+
+enum class Format : int32_t { f32 = 0, f16 = 1, bf16 = 2, int8 = 3, int4 = 4 };
+
+constexpr int kPanel = 16;  // outputs that lie together in a packed weight
+
+// A packed weight of n outputs by k inputs. One layout for every ISA: outputs in panels of 16 (the last
+// padded with zeros), within a panel k ascending in steps of `unit` inputs:
+//   f32   unit 1: 16 floats            f16 unit 1: 16 halves
+//   bf16  unit 2: 16 x {k, k+1}        (64 bytes, as VDPBF16PS reads them)
+//   int8  unit 4: 16 x {k .. k+3}      stored unsigned (weight + 128), as VPDPBUSD reads them
+//   int4  unit 8: 16 x 4 bytes         low nibbles k..k+3, high nibbles k+4..k+7, unsigned (weight + 8)
+// k is padded to k_pad (a multiple of unit, and of group where there is one) with weights of value 0.
+// scales: int8 (group 0): float[n_pad], value = scale * int. int4: fp16[panel][k_pad/group][16].
+// data and scales are 64-byte aligned.
+struct PackedWeight {
+  Format format;
+  int32_t group;  // int4: 32, 64 or 128; otherwise 0
+  int64_t n, k, k_pad;
+  const void* data;
+  const void* scales;  // null for floats
+};
+
+// Activations of m rows made ready for one format. row_stride_bytes between rows of `data`.
+//   f32, f16: data is the caller's float rows, untouched
+//   bf16: bf16 rows, round to nearest even, padded to k_pad with zeros
+//   int8: int8 rows (symmetric, scale = max|x| / 127, round to nearest even), scales[m], sums[m]
+//   int4: the same per group: scales[m][k_pad/group], sums[m][k_pad/group]; sums of the integers
+struct Activations {
+  int64_t m;
+  const void* data;
+  int64_t row_stride_bytes;
+  const float* scales;
+  const int32_t* sums;
+};
+
+// Sizes in bytes; the same everywhere, hence not per ISA (pack.cpp).
+int64_t padded_k(Format format, int32_t group, int64_t k);
+int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k);
+int64_t packed_scale_bytes(Format format, int32_t group, int64_t n, int64_t k);
+// Workspace for Activations of m rows (0 where the caller's floats are used).
+int64_t activation_bytes(Format format, int32_t group, int64_t m, int64_t k);
+// Lays out an Activations over `buffer` of activation_bytes (64-byte aligned), or over x itself.
+Activations activations_over(Format format, int32_t group, int64_t m, int64_t k, void* buffer, const float* x,
+                             int64_t ldx);
+// Packs rows [n0, n1) of a float matrix whose row n0 lies at `rows` (leading dimension k), quantizing by
+// round-to-nearest (symmetric: int8 scale = max|w|/127; int4 scale = the signed extreme / -8, kept in fp16).
+// n0 is a multiple of kPanel; n1 too, unless it is n. Safe to call from several threads on disjoint ranges.
+void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* rows, int64_t n0, int64_t n1,
+               void* data, void* scales);
+
+// ---- KV pages ------------------------------------------------------------------------------------
+
+// One layer's pool: pages x kv_heads x (K tile, V tile), dtype f32, f16 or bf16.
+// K tile: [head_dim][page_size] (transposed: 16 tokens side by side); V tile: [page_size][d_pad].
+// page_size is a multiple of 16; d_pad is head_dim rounded up to 16, the padding stays zero.
+struct KvLayout {
+  Format dtype;
+  int32_t kv_heads, head_dim, d_pad, page_size;
+  int64_t k_tile() const { return int64_t(head_dim) * page_size; }  // elements
+  int64_t v_tile() const { return int64_t(page_size) * d_pad; }
+  int64_t page_elements() const { return kv_heads * (k_tile() + v_tile()); }
+};
+
+// One contiguous run of tokens of one sequence in this step: rows [row, row + count) of the step's
+// matrices; the first of them stands at slot and position `start` of its sequence.
+struct Span {
+  int32_t row, count, start;
+  int32_t table;  // offset of the sequence's pages in the group's block table
+};
+
+struct AttentionArgs {
+  const float* q;  // q_T(HD), leading dimension ldq
+  int64_t ldq;
+  float* out;  // out_T(HD)
+  int64_t ldo;
+  const void* pool;  // the layer's pages
+  KvLayout kv;
+  int32_t heads;     // query heads; a multiple of kv.kv_heads
+  float scale;       // scores = scale * q.k
+  float softcap;     // > 0: scores = softcap * tanh(scores / softcap)
+  int32_t window;    // > 0: a token sees the last `window` tokens, itself included
+  const int32_t* block_table;
+};
+
+// ---- sampling ------------------------------------------------------------------------------------
+
+// What one row of logits needs to become a token. Order of treatment: logit_bias, penalties (repetition
+// as in CTRL, then presence and frequency over the output), allowed-token mask, temperature, top-k, top-p,
+// min-p, then argmax of (log-probability + Gumbel noise keyed by (seed, output_index, token id)).
+// temperature 0 takes the argmax of the treated logits, the lowest id among equals.
+struct SampleRow {
+  float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+  int32_t top_k;         // 0: all
+  int32_t logprobs;      // -1: none; n: the chosen token's and the n largest
+  uint64_t seed;
+  int32_t output_index;  // how many tokens this request has produced before
+  int32_t prompt_begin, prompt_end;  // ranges in `history`: ids of the prompt and of the output so far,
+  int32_t output_begin, output_end;  // given only where a penalty needs them
+  int32_t bias_begin, bias_end;      // range in bias_ids / bias_values
+  int32_t mask_row;                  // row of the bit masks (32 tokens a word), or -1
+};
+
+struct SampleArgs {
+  const float* logits;  // [rows][vocab]
+  int64_t vocab, ld;
+  const SampleRow* rows;
+  const int32_t* history;
+  const int32_t* bias_ids;
+  const float* bias_values;
+  const uint32_t* masks;  // [mask rows][(vocab + 31) / 32]
+  int32_t max_logprobs;   // leading dimension of the top outputs
+  int32_t* token;         // [rows] the chosen id; -1 where the row has a NaN or nothing is allowed
+  float* logprob;         // [rows] log-softmax of the *untreated* logits at the chosen id
+  int32_t* top_ids;       // [rows][max_logprobs], largest first
+  float* top_logprobs;
+  uint8_t* bad;           // [rows] 1: NaN or +Inf among the logits, 2: nothing allowed
+};
+
+// ---- kernels -------------------------------------------------------------------------------------
+
+enum class Act : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+
+// One table per ISA. r0, r1: rows. Functions marked scratch get a per-thread buffer of at least the bytes
+// that the matching *_scratch function says.
+struct Kernels {
+  const char* isa;
+
+  // linear ------------------------------------------------------------------------------------------
+  // Makes rows [r0, r1) of x ready inside `out` (as laid out by activations_over; nothing to do for f32, f16).
+  void (*prepare)(Format format, int32_t group, int64_t k, const float* x, int64_t ldx, const Activations& out,
+                  int64_t r0, int64_t r1);
+  // out_MN[:, 16*p0 .. min(16*p1, n)) = act . weight^T (+ bias[n], when not null) for all rows of `act`.
+  void (*linear)(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
+                 int64_t p0, int64_t p1, void* scratch);
+  int64_t (*linear_scratch)(Format format, int32_t group, int64_t k);
+  // out[r] = scale * weight[ids[r], :] (dequantized), rows [r0, r1)
+  void (*embed)(const PackedWeight& w, const int32_t* ids, float scale, float* out, int64_t ldo, int64_t r0,
+                int64_t r1);
+
+  // norms, elementwise ---------------------------------------------------------------------------------
+  void (*rms_norm)(const float* x, const float* w, float eps, float* y, int64_t d, int64_t r0, int64_t r1);
+  void (*layer_norm)(const float* x, const float* w, const float* b, float eps, float* y, int64_t d, int64_t r0,
+                     int64_t r1);
+  void (*add)(const float* a, const float* b, float* y, int64_t i0, int64_t i1);
+  void (*scale)(const float* x, float factor, float* y, int64_t i0, int64_t i1);
+  void (*softcap)(const float* x, float cap, float* y, int64_t i0, int64_t i1);
+  void (*activation)(Act act, const float* x, float* y, int64_t i0, int64_t i1);
+  void (*act_mul)(Act act, const float* gate, const float* up, float* y, int64_t i0, int64_t i1);
+  // Rotates pairs (i, i + rotary/2) of the first `rotary` elements of each head; others are copied.
+  // x_T(HD) -> y_T(HD), leading dimension heads * head_dim. magnitude multiplies cos and sin.
+  void (*rope)(const float* x, const int32_t* positions, const float* inv_freq, float magnitude, float* y,
+               int64_t heads, int64_t head_dim, int64_t rotary, int64_t r0, int64_t r1);
+
+  // attention ------------------------------------------------------------------------------------------
+  // Writes rows of k and v (leading dimension kv_heads * head_dim) of one span into its pages.
+  void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span, const float* k,
+                   const float* v, int64_t r0, int64_t r1);
+  // Attention of query rows [r0, r1) of one span (relative to it) under one kv head.
+  void (*attention)(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
+                    void* scratch);
+  int64_t attention_rows;  // most query rows a call takes (tile height)
+  int64_t (*attention_scratch)(const AttentionArgs& args);
+
+  // experts ---------------------------------------------------------------------------------------------
+  // Routing: softmax over all experts, the k largest (lowest id among equals), renormalised if asked.
+  // mode 0: softmax then top-k. ids_Tk, weights_Tk.
+  void (*top_k_experts)(const float* logits, int64_t experts, int64_t k, bool renormalise, int32_t* ids,
+                        float* weights, int64_t r0, int64_t r1);
+
+  // sampling ---------------------------------------------------------------------------------------------
+  void (*sample)(const SampleArgs& args, int64_t row, void* scratch);
+  int64_t (*sample_scratch)(int64_t vocab);
+
+  // probe -------------------------------------------------------------------------------------------------
+  // Register-only loops of `steps` steps; they return the multiply-accumulates done.
+  int64_t (*peak_int8)(int64_t steps);
+  int64_t (*peak_bf16)(int64_t steps);
+  int64_t (*peak_fp32)(int64_t steps);
+};
+
+// dispatch.cpp. Names: "scalar", "avx2", "avx512". nullptr when this machine (or build) lacks it.
+const Kernels* find_kernels(const char* isa);
+const char* best_isa();
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace gossamer

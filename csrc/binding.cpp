@@ -1,0 +1,224 @@
+// The Python binding: a thin ring around the program. Arrays stay owned by Python; every address handed
+// over must outlive the program (gossamer.backends.cpu keeps them).
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "memory.h"
+#include "probe.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace gossamer {
+namespace {
+
+using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
+
+const Kernels* kernels_of(const std::string& isa) {
+  const Kernels* kernels = find_kernels(isa.c_str());
+  if (!kernels) throw nb::value_error(("this machine cannot run " + isa + " kernels").c_str());
+  return kernels;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> found;
+  for (const char* isa : {"scalar", "avx2", "avx512"})
+    if (find_kernels(isa)) found.push_back(isa);
+  return found;
+}
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(int64_t bytes) {
+  if (bytes < 0) throw nb::value_error("cannot allocate a negative number of bytes");
+  struct Block {
+    uint8_t* address;
+    int64_t bytes;
+  };
+  auto* block = new Block{nullptr, std::max<int64_t>(bytes, 1)};
+  try {
+    block->address = map_memory(block->bytes);
+  } catch (...) {
+    delete block;
+    throw;
+  }
+  nb::capsule owner(block, [](void* p) noexcept {
+    auto* b = static_cast<Block*>(p);
+    unmap_memory(b->address, b->bytes);
+    delete b;
+  });
+  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(block->address, {size_t(bytes)}, owner);
+}
+
+void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, int64_t n0, Bytes data,
+          Bytes scales) {
+  const Format f = Format(format);
+  if (rows.ndim() != 2 || int64_t(rows.shape(1)) != k) throw nb::value_error("rows must be [rows, k]");
+  const int64_t n1 = n0 + int64_t(rows.shape(0));
+  if (n0 % kPanel || n1 > n || (n1 % kPanel && n1 != n)) throw nb::value_error("rows do not cover whole panels");
+  if (int64_t(data.size()) < packed_data_bytes(f, group, n, k) ||
+      int64_t(scales.size()) < packed_scale_bytes(f, group, n, k))
+    throw nb::value_error("packed buffers are too small");
+  const float* from = rows.data();
+  nb::gil_scoped_release release;
+  const int64_t step = kPanel * 4, tiles = (n1 - n0 + step - 1) / step;
+  pool.parallel(tiles, [&](int64_t tile, int) {
+    const int64_t a = n0 + tile * step, b = std::min(n1, a + step);
+    pack_rows(f, group, n, k, from + (a - n0) * k, a, b, data.data(), scales.data());
+  });
+}
+
+// A Program with the buffers of its steps.
+struct Runner {
+  Program program;
+  std::shared_ptr<Pool> pool;
+  StepBuffers buffers;
+
+  Runner(const std::string& isa, std::shared_ptr<Pool> p) : program(kernels_of(isa), p), pool(p) {}
+
+  int add_packed(int format, int group, int64_t n, int64_t k, Bytes data, Bytes scales) {
+    const Format f = Format(format);
+    if (int64_t(data.size()) < packed_data_bytes(f, group, n, k) ||
+        int64_t(scales.size()) < packed_scale_bytes(f, group, n, k))
+      throw nb::value_error("packed weight is too small for its shape");
+    return program.add_packed({f, group, n, k, padded_k(f, group, k), data.data(),
+                               scales.size() ? static_cast<const void*>(scales.data()) : nullptr});
+  }
+
+  int add_kv(int dtype, int kv_heads, int head_dim, int page_size, Bytes pool_bytes, int group) {
+    KvLayout layout{Format(dtype), kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size};
+    return program.add_kv({layout, pool_bytes.data(), group});
+  }
+
+  void emit(int op, int rows, const std::vector<int64_t>& in, const std::vector<int64_t>& out,
+            const std::vector<int>& weights, const std::vector<int64_t>& ints, const std::vector<double>& reals) {
+    Instruction instruction{};
+    instruction.op = Op(op);
+    instruction.rows = Rows(rows);
+    if (in.size() > 4 || out.size() > 2 || weights.size() > 4 || ints.size() > 8 || reals.size() > 4)
+      throw nb::value_error("too many operands");
+    std::copy(in.begin(), in.end(), instruction.in);
+    std::copy(out.begin(), out.end(), instruction.out);
+    std::fill(std::begin(instruction.weights), std::end(instruction.weights), -1);
+    std::copy(weights.begin(), weights.end(), instruction.weights);
+    std::copy(ints.begin(), ints.end(), instruction.ints);
+    std::copy(reals.begin(), reals.end(), instruction.reals);
+    program.emit(instruction);
+  }
+
+  int64_t workspace_bytes(int64_t tokens, int64_t sampled) {
+    int64_t most = 64;
+    for (const auto& segment : program.segments())
+      for (const auto& in : segment)
+        most = std::max(most, program.workspace_bytes(in, in.rows == Rows::tokens ? tokens : sampled));
+    return most;
+  }
+
+  void set_memory(Bytes arena, Bytes workspace, Bytes scratch) {
+    program.set_arena(arena.data());
+    program.set_workspace(workspace.data());
+    program.set_scratch(scratch.data(), int64_t(scratch.size()) / pool->size() / 64 * 64);
+  }
+
+  void bind_step(Ints ids, Ints positions, Ints rows, Ints spans, Ints tables) {
+    buffers.ids = ids.data();
+    buffers.positions = positions.data();
+    buffers.rows = rows.data();
+    buffers.spans = reinterpret_cast<const Span*>(spans.data());
+    buffers.tables = tables.data();
+  }
+
+  void bind_sampling(Bytes rows, Ints history, Ints bias_ids, Floats bias_values, Ints masks, int64_t vocab) {
+    SampleArgs& s = buffers.sample;
+    s.rows = reinterpret_cast<const SampleRow*>(rows.data());
+    s.history = history.data();
+    s.bias_ids = bias_ids.data();
+    s.bias_values = bias_values.data();
+    s.masks = reinterpret_cast<const uint32_t*>(masks.data());
+    s.vocab = vocab;
+  }
+
+  void bind_sampled(Ints token, nb::ndarray<float, nb::c_contig, nb::device::cpu> logprob, Ints top_ids,
+                    nb::ndarray<float, nb::c_contig, nb::device::cpu> top_logprobs, Bytes bad) {
+    SampleArgs& s = buffers.sample;
+    s.token = token.data();
+    s.logprob = logprob.data();
+    s.top_ids = top_ids.data();
+    s.top_logprobs = top_logprobs.data();
+    s.bad = bad.data();
+    s.max_logprobs = int32_t(top_ids.shape(1));
+  }
+
+  double run(int64_t tokens, int64_t spans, int64_t rows, int64_t table_stride, int64_t logits_offset) {
+    nb::gil_scoped_release release;
+    const auto start = std::chrono::steady_clock::now();
+    program.run(buffers, {tokens, spans, rows, table_stride}, 0, int64_t(program.segments().size()));
+    if (logits_offset >= 0) program.sample(buffers, rows, logits_offset);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> receipt() {
+    std::vector<std::tuple<int64_t, int64_t, int64_t>> lines;
+    for (const auto& segment : program.segments())
+      for (const auto& in : segment) lines.emplace_back(in.calls, in.nanoseconds, in.rows_done);
+    return lines;
+  }
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Gossamer's CPU kernels and the program that runs them.";
+  m.def("best_isa", [] { return std::string(best_isa()); });
+  m.def("isas", &isas, "Instruction sets whose kernels this machine can run, slowest first.");
+  m.def("padded_k", [](int f, int group, int64_t k) { return padded_k(Format(f), group, k); });
+  m.def("packed_bytes", [](int f, int group, int64_t n, int64_t k) {
+    return std::make_tuple(packed_data_bytes(Format(f), group, n, k), packed_scale_bytes(Format(f), group, n, k));
+  });
+  m.def("kv_page_elements", [](int kv_heads, int head_dim, int page_size) {
+    return KvLayout{Format::f32, kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size}.page_elements();
+  });
+  m.def("allocate", &allocate, "Zeroed bytes on huge pages where there are any.");
+  m.attr("sample_row_bytes") = sizeof(SampleRow);
+
+  nb::class_<Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("size", &Pool::size);
+  m.def("pack", &pack, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "rows"_a, "n0"_a, "data"_a, "scales"_a);
+  m.def("probe", [](Pool& pool, const std::string& isa, double seconds, int64_t buffer_bytes) {
+    kernels_of(isa);
+    Probe p;
+    {
+      nb::gil_scoped_release release;
+      p = probe(pool, isa.c_str(), seconds, buffer_bytes);
+    }
+    return std::make_tuple(p.read_gb_s, p.int8_gmacs, p.bf16_gmacs, p.fp32_gmacs);
+  });
+
+  nb::class_<Runner>(m, "Program")
+      .def(nb::init<const std::string&, std::shared_ptr<Pool>>(), "isa"_a, "pool"_a)
+      .def("add_packed", &Runner::add_packed)
+      .def("add_vector", [](Runner& r, Floats data) { return r.program.add_vector(data.data()); })
+      .def("add_kv", &Runner::add_kv)
+      .def("emit", &Runner::emit)
+      .def("begin_segment", [](Runner& r) { r.program.begin_segment(); })
+      .def("workspace_bytes", &Runner::workspace_bytes)
+      .def("scratch_bytes", [](Runner& r, int64_t vocab) { return r.program.scratch_bytes(vocab) * r.pool->size(); })
+      .def("set_memory", &Runner::set_memory)
+      .def("bind_step", &Runner::bind_step)
+      .def("bind_sampling", &Runner::bind_sampling)
+      .def("bind_sampled", &Runner::bind_sampled)
+      .def("run", &Runner::run)
+      .def("receipt", &Runner::receipt);
+}
+
+}  // namespace gossamer

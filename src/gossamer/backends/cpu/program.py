@@ -1,0 +1,258 @@
+"""A graph compiled for the CPU: native instructions over an arena, KV pages and packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer import _native
+from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.backends.cpu.formats import FORMATS
+from gossamer.backends.cpu.lower import Lowering, lower
+from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
+from gossamer.checkpoint.weights import WeightSource
+from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.graph.ir import Graph
+from gossamer.passes.memory_reuse import plan_arena
+
+__all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes"]
+
+_KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+_MAX_LOGPROBS = 20
+
+SAMPLE_ROW = np.dtype(
+    [
+        *((n, "<f4") for n in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")),
+        ("top_k", "<i4"),
+        ("logprobs", "<i4"),
+        ("seed", "<u8"),
+        ("output_index", "<i4"),
+        *((f"{n}_{end}", "<i4") for n in ("prompt", "output", "bias") for end in ("begin", "end")),
+        ("mask_row", "<i4"),
+    ],
+    align=True,
+)
+"""csrc/api.h: SampleRow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The most that one step may hold, and the KV memory there is (pages of each KV group)."""
+
+    tokens: int
+    rows: int
+    spans: int
+    page_size: int
+    pages: int
+    kv_dtype: str
+
+
+def choose_isa(wanted: str | None) -> str:
+    """The instruction set to run. Raises ConfigError where the machine lacks the one asked for."""
+    there = _native.isas()
+    if wanted is None:
+        return str(_native.best_isa())
+    if wanted not in there:
+        raise ConfigError(f"this machine cannot run {wanted} kernels; it can run {', '.join(there)}")
+    return wanted
+
+
+def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:
+    """Bytes of one page of every KV group together, all layers."""
+    return sum(
+        len(g.layers) * _native.kv_page_elements(g.kv_heads, g.head_dim, page_size) * _KV_BYTES[kv_dtype]
+        for g in graph.kv_groups
+    )
+
+
+class CpuProgram:
+    """One program with its memory. Input arrays are filled in place, then `run` executes the step.
+
+    ids, positions [T], rows [R] int32; spans [S, 4] int32 (row, count, start, table offset); tables int32
+    [groups, S, pages], flat; sample_rows of dtype SAMPLE_ROW. Outputs: token, logprob, top_ids,
+    top_logprobs, bad, one line per row.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        source: WeightSource,
+        shape: StepShape,
+        *,
+        isa: str,
+        threads: int,
+        reuse: bool = True,
+        memory_budget: int | None = None,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.graph, self.shape, self.isa = graph, shape, isa
+        self.pool = _native.Pool(threads)
+        self.threads = int(self.pool.size)
+        arena = plan_arena(graph, {"T": shape.tokens, "R": shape.rows, "S": shape.spans}, reuse=reuse)
+        self._offsets = arena.offsets
+        places, block_bytes = layout(graph)
+        kv_bytes = shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
+        _check_budget(memory_budget, weights=block_bytes, kv=kv_bytes, arena=arena.bytes)
+        self._block = _native.allocate(block_bytes)
+        self._vectors = load_vectors(graph, source)
+        self.program = _native.Program(isa, self.pool)
+        self._allocate_kv()
+        lowering = Lowering(
+            graph=graph,
+            program=self.program,
+            offsets=arena.offsets,
+            matrices=self._add_matrices(places),
+            vectors={name: self.program.add_vector(v) for name, v in self._vectors.items()},
+            kv_layers=self._add_kv(),
+        )
+        lower(lowering)
+        self._instructions = tuple(lowering.emitted)
+        self._place_bytes = {key: p.data[1] + p.scales[1] for key, (_, p) in places.items()}
+        workspace, scratch = (
+            self.program.workspace_bytes(shape.tokens, shape.rows),
+            self.program.scratch_bytes(graph.vocab),
+        )
+        self._make_step_arrays()
+        self.memory = MemoryReport(
+            weights=block_bytes + sum(v.nbytes for v in self._vectors.values()),
+            kv=kv_bytes,
+            kv_tokens=shape.pages * shape.page_size,
+            arena=arena.bytes,
+            arena_separate=arena.separate,
+            workspace=workspace + scratch + self._step_bytes,
+        )
+        _check_budget(
+            memory_budget,
+            weights=self.memory.weights,
+            kv=kv_bytes,
+            arena=arena.bytes,
+            workspace=self.memory.workspace,
+        )
+        self._arena, self._workspace, self._scratch = (
+            _touched(_native.allocate(max(size, 64))) for size in (arena.bytes, workspace, scratch)
+        )
+        self.program.set_memory(self._arena, self._workspace, self._scratch)
+        for pool in self.kv:
+            _touched(pool.reshape(-1))
+        self.from_cache = fill_block(
+            graph, source, self.pool, self._block, places, cache_dir=cache_dir, progress=progress
+        )
+
+    def _add_matrices(self, places: Mapping[tuple[str, int], Any]) -> dict[tuple[str, int], int]:
+        out = {}
+        for key, (m, place) in places.items():
+            data, scales = (self._block[o : o + size] for o, size in (place.data, place.scales))
+            out[key] = self.program.add_packed(FORMATS[m.format], m.group, m.n, m.k, data, scales)
+        return out
+
+    def _allocate_kv(self) -> None:
+        """kv[group]: [layers of the group, pages, bytes of a page]."""
+        item = _KV_BYTES[self.shape.kv_dtype]
+        self.kv: list[npt.NDArray[np.uint8]] = []
+        for group in self.graph.kv_groups:
+            page = _native.kv_page_elements(group.kv_heads, group.head_dim, self.shape.page_size) * item
+            block = _native.allocate(len(group.layers) * self.shape.pages * page)
+            self.kv.append(block.reshape(len(group.layers), self.shape.pages, page))
+
+    def _add_kv(self) -> dict[int, int]:
+        out = {}
+        for index, group in enumerate(self.graph.kv_groups):
+            for i, layer in enumerate(group.layers):
+                out[layer] = self.program.add_kv(
+                    FORMATS[self.shape.kv_dtype],
+                    group.kv_heads,
+                    group.head_dim,
+                    self.shape.page_size,
+                    self.kv[index][i].reshape(-1),
+                    index,
+                )
+        return out
+
+    def _make_step_arrays(self) -> None:
+        s, groups = self.shape, len(self.graph.kv_groups)
+        self.ids, self.positions = (np.zeros(s.tokens, np.int32) for _ in range(2))
+        self.rows = np.zeros(s.rows, np.int32)
+        self.spans = np.zeros((s.spans, 4), np.int32)
+        self.tables = np.zeros(groups * s.spans * s.pages, np.int32)
+        if SAMPLE_ROW.itemsize != _native.sample_row_bytes:
+            raise AssertionError("SAMPLE_ROW and csrc/api.h: SampleRow differ")
+        self.sample_rows = np.zeros(s.rows, SAMPLE_ROW)
+        self.token, self.logprob = np.zeros(s.rows, np.int32), np.zeros(s.rows, np.float32)
+        self.top_ids = np.zeros((s.rows, _MAX_LOGPROBS), np.int32)
+        self.top_logprobs = np.zeros((s.rows, _MAX_LOGPROBS), np.float32)
+        self.bad = np.zeros(s.rows, np.uint8)
+        self.program.bind_step(self.ids, self.positions, self.rows, self.spans, self.tables)
+        self.program.bind_sampled(self.token, self.logprob, self.top_ids, self.top_logprobs, self.bad)
+        empty = np.zeros(1, np.int32)
+        self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
+        self._step_bytes = sum(
+            a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self._block
+        )
+
+    def bind_sampling(
+        self,
+        history: npt.NDArray[np.int32],
+        bias_ids: npt.NDArray[np.int32],
+        bias_values: npt.NDArray[np.float32],
+        masks: npt.NDArray[np.int32],
+    ) -> None:
+        """Points the sampler at this step's token histories, biases and masks."""
+        self._sampling = (history, bias_ids, bias_values, masks)
+        self.program.bind_sampling(self.sample_rows.view(np.uint8), *self._sampling, self.graph.vocab)
+
+    def run(self, tokens: int, spans: int, rows: int, table_stride: int, *, sample: bool = True) -> float:
+        """One step over the filled arrays; gives the seconds spent inside."""
+        offset = self._offsets[self.graph.outputs["logits"]] if sample and rows else -1
+        return float(self.program.run(tokens, spans, rows, table_stride, offset))
+
+    def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
+        """View of an output ("logits", ...) after a step, [rows, width]; valid until the next one."""
+        value = self.graph.values[self.graph.outputs[name]]
+        width = value.shape[1]
+        assert isinstance(width, int)
+        start = self._offsets[value.name]
+        return self._arena[start : start + rows * width * 4].view(np.float32).reshape(rows, width)
+
+    def copy_page(self, group: int, source: int, target: int) -> None:
+        """Copies a page of every layer of a KV group."""
+        self.kv[group][:, target] = self.kv[group][:, source]
+
+    def receipt(self) -> list[ReceiptLine]:
+        """What ran since the start, instruction by instruction."""
+        lines = []
+        for done, (calls, nanoseconds, rows) in zip(self._instructions, self.program.receipt(), strict=True):
+            stored = f"_{done.format}" if done.weights else ""
+            lines.append(
+                ReceiptLine(
+                    node=done.node,
+                    kernel=f"{self.isa}.{done.op}{stored}",
+                    calls=calls,
+                    rows=rows,
+                    weight_bytes=sum(self._place_bytes[w] for w in done.weights),
+                    seconds=nanoseconds * 1e-9,
+                )
+            )
+        return lines
+
+
+def _touched(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Makes every page resident now, so that the process never grows later."""
+    block[::4096] = 0
+    return block
+
+
+def _check_budget(budget: int | None, **parts: int) -> None:
+    need = sum(parts.values())
+    if budget is not None and need > budget:
+        listed = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items())
+        raise MemoryBudgetError(
+            f"{need / 2**20:.0f} MiB are needed ({listed}) and {budget / 2**20:.0f} MiB are there; "
+            "lower --max-model-len, --max-num-seqs or --max-num-batched-tokens, or store weights in fewer "
+            "bits (--quantization int8 or int4)"
+        )

@@ -1,0 +1,202 @@
+"""Evaluating weight expressions over a checkpoint, row by row, and writing changed weights back.
+
+Evaluation streams: a caller asks for rows of a weight, and at most one checkpoint tensor (or the rows
+of it that are needed) is in memory for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer.errors import CheckpointError
+from gossamer.graph.ir import Graph
+from gossamer.graph.weights import (
+    Concat,
+    Constant,
+    Shift,
+    Slice,
+    Stack,
+    Tensor,
+    Transpose,
+    WeightExpr,
+    leaves,
+)
+
+__all__ = ["DummySource", "Part", "WeightSource", "check_tensors", "evaluate", "gather", "invert"]
+
+Array = npt.NDArray[Any]
+
+
+class WeightSource(Protocol):
+    """Named tensors: a checkpoint, or something that stands in for one."""
+
+    def read(self, name: str) -> Array:
+        """A whole tensor."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows [start, stop) along the first axis."""
+
+    def content_key(self) -> str:
+        """Changes whenever a tensor's bytes do; names caches of what was made from them."""
+
+
+def evaluate(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int | None = None) -> Array:
+    """Rows [start, stop) of a weight along its first axis, in the checkpoint's dtype (float32 where
+    computed). Raises CheckpointError for a tensor whose shape is not what config.json implies."""
+    stop = expr.shape[0] if stop is None else stop
+    match expr:
+        case Tensor(name, shape):
+            rows = (
+                source.read(name) if (start, stop) == (0, shape[0]) else source.read_rows(name, start, stop)
+            )
+            if rows.shape != (stop - start, *shape[1:]):
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {rows.shape}; config.json implies {(stop - start, *shape[1:])}"
+                )
+            return rows
+        case Constant(values):
+            return np.asarray(values[start:stop], np.float32)
+        case Slice(inner, axis, first, last):
+            if axis == 0:
+                return evaluate(inner, source, first + start, first + stop)
+            index = (slice(None),) * axis + (slice(first, last),)
+            return evaluate(inner, source, start, stop)[index]
+        case Transpose(inner):
+            return evaluate(inner, source).T[start:stop]
+        case Shift(inner, value):
+            return evaluate(inner, source, start, stop).astype(np.float32) + np.float32(value)
+        case Concat(sources):
+            parts, offset = [], 0
+            for inner in sources:
+                size = inner.shape[0]
+                low, high = max(start - offset, 0), min(stop - offset, size)
+                if low < high:
+                    parts.append(evaluate(inner, source, low, high))
+                offset += size
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        case Stack(sources):
+            return np.stack([evaluate(inner, source) for inner in sources[start:stop]])
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a checkpoint tensor: array is tensor[start:stop] along axis."""
+
+    tensor: Tensor
+    axis: int
+    start: int
+    stop: int
+    array: Array
+
+
+def invert(expr: WeightExpr, array: Array) -> Iterator[Part]:
+    """The pieces of checkpoint tensors from which `expr` would evaluate to `array`."""
+    match expr:
+        case Tensor(_, shape):
+            yield Part(expr, 0, 0, shape[0], array)
+        case Constant():
+            return
+        case Slice(inner, axis, first, last):
+            if not isinstance(inner, Tensor):
+                raise CheckpointError(f"a slice of {type(inner).__name__} cannot be written back")
+            yield Part(inner, axis, first, last, array)
+        case Transpose(inner):
+            yield from invert(inner, array.T)
+        case Shift(inner, value):
+            yield from invert(inner, array - np.float32(value))
+        case Concat(sources):
+            offset = 0
+            for inner in sources:
+                yield from invert(inner, array[offset : offset + inner.shape[0]])
+                offset += inner.shape[0]
+        case Stack(sources):
+            for inner, plane in zip(sources, array, strict=True):
+                yield from invert(inner, plane)
+
+
+def gather(parts: Iterator[Part]) -> dict[str, Array]:
+    """Whole checkpoint tensors from their pieces. Raises CheckpointError if one has a gap."""
+    by_name: dict[str, list[Part]] = {}
+    for part in parts:
+        by_name.setdefault(part.tensor.name, []).append(part)
+    out = {}
+    for name, pieces in by_name.items():
+        pieces.sort(key=lambda p: p.start)
+        axis, size = pieces[0].axis, pieces[0].tensor.shape[pieces[0].axis]
+        ends = [0, *(p.stop for p in pieces)]
+        if [p.start for p in pieces] != ends[:-1] or ends[-1] != size or len({p.axis for p in pieces}) > 1:
+            raise CheckpointError(f"tensor {name!r} cannot be put together: pieces end at {ends} of {size}")
+        out[name] = np.concatenate([p.array for p in pieces], axis) if len(pieces) > 1 else pieces[0].array
+    return out
+
+
+def check_tensors(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor the graph reads is there with the right shape. shapes: what the checkpoint has.
+
+    Raises CheckpointError naming the tensor, what it is and what config.json implies.
+    """
+    for weight in graph.weights.values():
+        for leaf in leaves(weight.expr):
+            if leaf.name not in shapes:
+                close = sorted(n for n in shapes if n.rsplit(".", 2)[-2:] == leaf.name.rsplit(".", 2)[-2:])
+                hint = f"; it has {close[0]!r}" if close else ""
+                raise CheckpointError(
+                    f"the checkpoint has no tensor {leaf.name!r}, which config.json implies{hint}"
+                )
+            if tuple(shapes[leaf.name]) != leaf.shape:
+                raise CheckpointError(
+                    f"tensor {leaf.name!r} has shape {tuple(shapes[leaf.name])}; config.json implies {leaf.shape}"
+                )
+
+
+class DummySource:
+    """Deterministic random weights of the shapes that a graph implies (`--load-format dummy`).
+
+    Matrices are uniform with the variance 1/(4 fan-in), so that activations stay finite through any
+    depth; norms lie around 1 (around 0 where the family stores them shifted), biases around 0.
+    """
+
+    _BLOCK = 1 << 20  # elements drawn from one seed, so that any rows can be made alone
+
+    def __init__(self, graph: Graph) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._centre: dict[str, float] = {}
+        for node in graph.nodes:
+            for i, name in enumerate(node.weights):
+                expr = graph.weights[name].expr
+                norm = node.op in ("rms_norm", "layer_norm") and i == 0
+                for leaf in leaves(expr):
+                    self._shapes[leaf.name] = leaf.shape
+                    self._centre[leaf.name] = 1.0 if norm and not isinstance(expr, Shift) else 0.0
+
+    def read(self, name: str) -> Array:
+        return self.read_rows(name, 0, self._shapes[name][0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        shape = self._shapes[name]
+        width = math.prod(shape[1:])
+        first, last = start * width, stop * width
+        out = np.empty(last - first, np.float32)
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        block = first // self._BLOCK
+        while block * self._BLOCK < last:
+            offset = block * self._BLOCK
+            values = np.random.Generator(np.random.SFC64([seed, block])).random(self._BLOCK, np.float32)
+            low, high = max(first, offset), min(last, offset + self._BLOCK)
+            out[low - first : high - first] = values[low - offset : high - offset]
+            block += 1
+        spread = math.sqrt(3.0 / width) if len(shape) > 1 else 0.1
+        out -= 0.5
+        out *= spread
+        out += self._centre[name]
+        return out.reshape(stop - start, *shape[1:])
+
+    def content_key(self) -> str:
+        return "dummy-1"

@@ -1,0 +1,1 @@
+"""The serving engine: scheduling, pages, sampling policy. Pure Python, no device, no torch."""

@@ -1,0 +1,187 @@
+"""The Python interface: `LLM(model).generate(prompts, SamplingParams(...))`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.config import (
+    ContinuousBatching,
+    EngineConfig,
+    HardwareKernels,
+    MixedPrecision,
+    PagedAttention,
+    ParallelComputing,
+    Quantization,
+)
+from gossamer.engine.request import Completion, RequestOutput, SamplingParams
+from gossamer.errors import ConfigError, RequestError
+from gossamer.progress import loading_bar, token_bar
+from gossamer.text_engine import TextEngine, TextUpdate
+
+__all__ = ["LLM", "engine_config"]
+
+Prompt = str | Sequence[int]
+_DTYPES = {
+    "float32": None, "fp32": None, "f32": None,
+    "bfloat16": "bf16", "bf16": "bf16",
+    "float16": "f16", "fp16": "f16", "f16": "f16", "half": "f16",
+}  # fmt: skip
+_KV_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "fp32": "f32"}
+
+
+def engine_config(
+    model: str,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    kv_cache_dtype: str = "bf16",
+    isa: str | None = None,
+    threads: int | None = None,
+    page_size: int = 16,
+    prefill_chunk: int | None = None,
+    **options: Any,
+) -> EngineConfig:
+    """An EngineConfig from the names people type.
+
+    dtype: auto (what config.json says the checkpoint is), float32, bfloat16 or float16; quantization:
+    int8, int4, int4-g32, int4-g64, int4-g128; kv_cache_dtype: float32, bfloat16 or float16; isa: scalar,
+    avx2 or avx512; the rest are fields of EngineConfig. Raises ConfigError for anything else, and
+    CheckpointError where config.json cannot be read.
+    """
+    half = None
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
+    if quantization is not None and dtype != "auto":
+        raise ConfigError(
+            f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one of them"
+        )
+    if quantization is None:
+        half = _checkpoint_dtype(model, options.get("revision")) if dtype == "auto" else _DTYPES[dtype]
+    defaults: dict[str, Any] = {
+        "quantization": None if quantization is None else Quantization.parse(quantization),
+        "mixed_precision": None if half is None else MixedPrecision(dtype=half),  # type: ignore[arg-type]
+        "kv_dtype": _KV_DTYPES.get(kv_cache_dtype, kv_cache_dtype),
+        "hardware_kernels": HardwareKernels(isa=isa),  # type: ignore[arg-type]
+        "parallel_computing": ParallelComputing(threads=threads),
+        "paged_attention": PagedAttention(page_size=page_size),
+    }
+    if options.get("static_batching") is None:
+        defaults["continuous_batching"] = ContinuousBatching(prefill_chunk=prefill_chunk)
+    try:
+        return EngineConfig(model=model, **(defaults | options))
+    except TypeError as error:
+        raise ConfigError(f"{error}".replace("EngineConfig.__init__()", "the engine")) from None
+
+
+def _checkpoint_dtype(model: str, revision: str | None) -> str | None:
+    from gossamer.checkpoint.hub import read_config, resolve_model
+
+    config = read_config(resolve_model(model, revision))
+    named = config.get("torch_dtype") or config.get("dtype") or "float32"
+    return _DTYPES.get(str(named).removeprefix("torch."))
+
+
+class LLM:
+    """A model in this process.
+
+    Arguments: those of `engine_config`. Raises GossamerError for anything a user can mend; memory is
+    checked before any is taken.
+    """
+
+    def __init__(self, model: str, *, chat_template: str | None = None, progress: bool = False, **options: Any):
+        config = engine_config(model, **options)
+        with loading_bar(progress) as bar:
+            self.engine = TextEngine.start(config, chat_template=chat_template, progress=bar)
+
+    @property
+    def memory(self) -> MemoryReport:
+        """Bytes taken at start, by purpose."""
+        return self.engine.started.memory
+
+    def receipt(self) -> list[ReceiptLine]:
+        """What ran so far: node -> kernel, calls, rows, bytes, seconds."""
+        return self.engine.started.receipt()
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues prompts (texts or lists of token ids), all together; outputs in the prompts' order.
+
+        sampling_params: one for all or one for each; None: the model's own defaults. use_tqdm: show a
+        progress bar on standard error. Raises RequestError for an invalid prompt before anything runs.
+        """
+        listed = _as_list(prompts)
+        return self._run([(p, self.engine.encode(p)) for p in listed], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several through the model's chat template."""
+        if not messages:
+            raise RequestError("the conversation is empty; give at least one message")
+        several = not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        ids = [self.engine.encode_chat(c, **template_options) for c in conversations]
+        return self._run([(None, i) for i in ids], sampling_params, use_tqdm)
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[Prompt | None, tuple[int, ...]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        show: bool,
+    ) -> list[RequestOutput]:
+        if sampling_params is None:
+            sampling_params = self.engine.default_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters")
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for (prompt, ids), params in zip(prompts, sampling_params, strict=True):
+                request_id = self.engine.new_id()
+                self.engine.submit(request_id, ids, params)
+                completions = [
+                    Completion(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)
+                ]
+                text = prompt if isinstance(prompt, str) else None
+                outputs[request_id] = RequestOutput(request_id, ids, completions, text)
+            with token_bar(show, len(outputs)) as advance:
+                for update in self.engine.run():
+                    _add(outputs[update.request_id], update)
+                    advance(len(update.tokens), int(outputs[update.request_id].finished))
+        except BaseException:
+            for request_id in outputs:
+                self.engine.abort(request_id)
+            raise
+        return list(outputs.values())
+
+
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(p, int) for p in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+def _add(output: RequestOutput, update: TextUpdate) -> None:
+    completion = output.outputs[update.index]
+    completion.text += update.text
+    completion.token_ids += update.tokens
+    if completion.logprobs is not None and update.logprobs is not None:
+        completion.logprobs += update.logprobs
+    completion.finish_reason, completion.stop_reason = update.finish_reason, update.stop_reason
+    output.times = dict(update.times)

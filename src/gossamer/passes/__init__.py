@@ -1,0 +1,1 @@
+"""Graph -> Graph, one file per structural technique; pipeline.py orders them."""

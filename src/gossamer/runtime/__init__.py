@@ -1,0 +1,1 @@
+"""Executors: who runs the engine's steps, and with which memory."""

@@ -1,0 +1,196 @@
+"""The executor of one process on the CPU backend: packs a plan into arrays and makes the native call."""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from gossamer.backends.cpu.program import SAMPLE_ROW, CpuProgram
+from gossamer.engine.request import TokenLogprob
+from gossamer.engine.step import ExecutorLimits, Handle, LastSampled, RowResult, Sampling, Span, StepPlan, StepResult
+from gossamer.errors import NotBuiltError
+
+__all__ = ["LocalExecutor"]
+
+_ROW = struct.Struct("<6f2iQ8i")
+_BAD = {1: "nan", 2: "empty"}
+_REMEMBERED = 4096  # sequences whose newest token LastSampled may still name
+
+assert _ROW.size == SAMPLE_ROW.itemsize
+
+
+class LocalExecutor:
+    """Runs one program in this process. A step is computed when it is submitted; `collect` hands it over."""
+
+    def __init__(self, program: CpuProgram, max_model_len: int) -> None:
+        self.program = program
+        shape, groups = program.shape, program.graph.kv_groups
+        self._limits = ExecutorLimits(
+            max_tokens=shape.tokens,
+            max_rows=shape.rows,
+            max_spans=shape.spans,
+            page_size=shape.page_size,
+            pages=(shape.pages,) * len(groups),
+            max_model_len=max_model_len,
+            vocab=program.graph.vocab,
+            windows=tuple(g.window for g in groups),
+        )
+        self._rows = memoryview(program.sample_rows.view(np.uint8)).cast("B")
+        self._last: OrderedDict[int, int] = OrderedDict()
+        self._results: dict[Handle, StepResult] = {}
+        self._next = 0
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Bounds that every plan must keep."""
+        return self._limits
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Computes the step now. Raises NotBuiltError for what no program here can do yet."""
+        if plan.program != "target":
+            raise NotBuiltError(f"program {plan.program!r} does not exist; this executor has 'target' alone")
+        for op in plan.kv_ops:
+            if op.kind != "copy":
+                raise NotBuiltError("KV pages cannot be swapped to a slower tier yet; preempt by recomputation")
+            self.program.copy_page(op.group, op.source, op.target)
+        tokens, rows, stride = self._pack(plan)
+        seconds = self.program.run(tokens, len(plan.spans), rows, stride)
+        self._next += 1
+        self._results[self._next] = StepResult(self._unpack(plan), seconds)
+        return self._next
+
+    def collect(self, handle: Handle) -> StepResult:
+        """The result of a submitted step, once."""
+        return self._results.pop(handle)
+
+    def close(self) -> None:
+        """Nothing to give back before the program itself goes."""
+
+    def _pack(self, plan: StepPlan) -> tuple[int, int, int]:
+        """Fills the program's step arrays; gives tokens, rows and the table stride."""
+        program, spans = self.program, plan.spans
+        groups = len(program.graph.kv_groups)
+        width = max(len(table) for span in spans for table in span.tables)
+        tables = program.tables[: groups * len(spans) * width].reshape(groups, len(spans), width)
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        lines: list[tuple[int, int, int, int]] = []
+        sampler = _Sampler(self._rows)
+        for i, span in enumerate(spans):
+            if span.parents is not None or span.adapter:
+                raise NotBuiltError("token trees and adapters are not built yet")
+            row, count = len(ids), len(span.tokens)
+            lines.append((row, count, span.start, i * width))
+            ids += self._known(span)
+            positions += range(span.start, span.start + count)
+            for g, table in enumerate(span.tables):
+                tables[g, i, : len(table)] = table
+            for offset in span.rows:
+                rows.append(row + offset)
+            if span.rows:
+                assert span.sampling is not None
+                sampler.add(span.sampling, len(span.rows))
+        program.ids[: len(ids)] = ids
+        program.positions[: len(ids)] = positions
+        program.rows[: len(rows)] = rows
+        program.spans[: len(spans)] = lines
+        if sampler.extras:
+            sampler.bind(program)
+        return len(ids), len(rows), len(spans) * width
+
+    def _known(self, span: Span) -> Sequence[int]:
+        """The span's ids, with tokens that were not known to the planner filled in."""
+        return [self._last[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens]
+
+    def _unpack(self, plan: StepPlan) -> list[list[RowResult]]:
+        program = self.program
+        count = sum(len(span.rows) for span in plan.spans)
+        tokens, bad = program.token[:count].tolist(), program.bad[:count].tolist()
+        out: list[list[RowResult]] = []
+        row = 0
+        for span in plan.spans:
+            results = []
+            for _ in span.rows:
+                assert span.sampling is not None
+                wanted = span.sampling.params.logprobs
+                logprob = None
+                if wanted is not None and not bad[row]:
+                    top = zip(
+                        program.top_ids[row, :wanted].tolist(),
+                        program.top_logprobs[row, :wanted].tolist(),
+                        strict=True,
+                    )
+                    logprob = TokenLogprob(tokens[row], float(program.logprob[row]), tuple(top))
+                results.append(RowResult(tokens[row], logprob, _BAD.get(bad[row], "")))
+                row += 1
+            if results:
+                self._last[span.sequence] = results[-1].token
+                self._last.move_to_end(span.sequence)
+            out.append(results)
+        while len(self._last) > _REMEMBERED:
+            self._last.popitem(last=False)
+        return out
+
+
+class _Sampler:
+    """Writes SampleRows; collects the histories and biases that only some requests need."""
+
+    def __init__(self, rows: memoryview) -> None:
+        self._rows = rows
+        self._count = 0
+        self.extras = False
+        self._history: list[int] = []
+        self._bias_ids: list[int] = []
+        self._bias_values: list[float] = []
+
+    def add(self, sampling: Sampling, rows: int) -> None:
+        """Appends the rows of one span."""
+        p = sampling.params
+        ranges = (0, 0, 0, 0)
+        if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
+            start = len(self._history)
+            self._history += sampling.prompt_ids
+            middle = len(self._history)
+            self._history += sampling.output_ids
+            ranges = (start, middle, middle, len(self._history))
+            self.extras = True
+        bias = (0, 0)
+        if p.logit_bias or sampling.banned_ids:
+            start = len(self._bias_ids)
+            self._bias_ids += [*p.logit_bias, *sampling.banned_ids]
+            self._bias_values += [*p.logit_bias.values(), *([float("-inf")] * len(sampling.banned_ids))]
+            bias = (start, len(self._bias_ids))
+            self.extras = True
+        index = len(sampling.output_ids)
+        for i in range(rows):
+            _ROW.pack_into(
+                self._rows,
+                self._count * _ROW.size,
+                p.temperature,
+                p.top_p,
+                p.min_p,
+                p.repetition_penalty,
+                p.presence_penalty,
+                p.frequency_penalty,
+                max(p.top_k, 0),
+                -1 if p.logprobs is None else p.logprobs,
+                sampling.seed & 0xFFFFFFFFFFFFFFFF,
+                index + i,
+                *ranges,
+                *bias,
+                -1,
+            )
+            self._count += 1
+
+    def bind(self, program: CpuProgram) -> None:
+        """Hands the collected arrays to the program for this step."""
+        program.bind_sampling(
+            np.asarray(self._history or [0], np.int32),
+            np.asarray(self._bias_ids or [0], np.int32),
+            np.asarray(self._bias_values or [0], np.float32),
+            np.zeros(1, np.int32),
+        )
