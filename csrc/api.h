@@ -164,7 +164,8 @@ struct Kernels {
                int64_t heads, int64_t head_dim, int64_t rotary, int64_t r0, int64_t r1);
 
   // attention ------------------------------------------------------------------------------------------
-  // Writes rows of k and v (leading dimension kv_heads * head_dim) of one span into its pages.
+  // Writes rows [r0, r1) of one span (relative to it) of k and v, leading dimension kv_heads * head_dim, into
+  // its pages. block_table is the whole group's; the span says where its own entries begin.
   void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span, const float* k,
                    const float* v, int64_t r0, int64_t r1);
   // Attention of query rows [r0, r1) of one span (relative to it) under one kv head.

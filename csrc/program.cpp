@@ -239,7 +239,7 @@ void Program::write_kv(const Instruction& in, const StepBuffers& buffers, const 
   over_rows(counts.spans, width * (counts.tokens / counts.spans + 1), [&](int64_t s0, int64_t s1, int) {
     for (int64_t s = s0; s < s1; s++) {
       const Span& span = buffers.spans[s];
-      kernels_->kv_write(kv.layout, kv.pool, table + span.table, span, at(in.in[0]), at(in.in[1]), 0, span.count);
+      kernels_->kv_write(kv.layout, kv.pool, table, span, at(in.in[0]), at(in.in[1]), 0, span.count);
     }
   });
 }

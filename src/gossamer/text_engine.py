@@ -15,7 +15,7 @@ from gossamer.checkpoint.detokenize import IncrementalDetokenizer, StopChecker
 from gossamer.checkpoint.generation_config import GenerationDefaults, read_generation_config
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
-from gossamer.engine.engine import Update
+from gossamer.engine.engine import Engine, Update
 from gossamer.engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 from gossamer.errors import RequestError, TokenizerError
 from gossamer.runtime.start import Started, start
@@ -84,7 +84,10 @@ class TextEngine:
         self, started: Started, *, chat_template: str | None = None, skip_tokenizer: bool = False
     ) -> None:
         self.started = started
-        self.engine = started.engine
+        config = started.config
+        batching = config.continuous_batching or config.static_batching
+        assert batching is not None  # EngineConfig sees to it
+        self.engine = Engine(started.executor, batching=batching, max_num_seqs=config.max_num_seqs)
         self.defaults: GenerationDefaults = read_generation_config(started.directory)
         self.tokenizer = None if skip_tokenizer else _tokenizer(started)
         special = self.tokenizer.special_tokens if self.tokenizer is not None else {}

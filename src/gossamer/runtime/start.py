@@ -13,9 +13,7 @@ from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import DummySource, WeightSource, check_tensors
 from gossamer.config import EngineConfig
-from gossamer.engine.engine import Engine
 from gossamer.engine.step import Executor
-from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
@@ -27,14 +25,13 @@ __all__ = ["Started", "cache_directory", "load_graph", "start"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """An engine with all that stands behind it. receipt() lists what ran (empty on the reference)."""
+    """An executor with all that stands behind it. receipt() lists what ran (empty on the reference)."""
 
     config: EngineConfig
     directory: Path
     graph: Graph
     passes: tuple[str, ...]
     executor: Executor
-    engine: Engine
     memory: MemoryReport
     max_model_len: int
     isa: str
@@ -68,7 +65,7 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
 
 
 def start(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Started:
-    """Loads the model and readies an engine. progress(bytes done, bytes in all) follows the loading.
+    """Loads the model and readies its executor. progress(bytes done, bytes in all) follows the loading.
 
     Raises GossamerError for anything a user can mend; memory is checked before any of it is taken.
     """
@@ -107,16 +104,12 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             program.threads,
         )
         receipt = program.receipt
-    batching = config.continuous_batching or config.static_batching
-    if batching is None:
-        raise ConfigError("no batching policy is configured")
     return Started(
         config=config,
         directory=directory,
         graph=graph,
         passes=tuple(passes),
         executor=executor,
-        engine=Engine(executor, batching=batching, max_num_seqs=config.max_num_seqs),
         memory=memory,
         max_model_len=kv.max_model_len,
         isa=isa,
