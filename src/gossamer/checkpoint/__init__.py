@@ -1,0 +1,1 @@
+"""Bytes on disk <-> named tensors, text <-> token ids. Pickle is refused; every file is distrusted."""

@@ -1,0 +1,114 @@
+"""From the name a user types to a directory with config.json: local, shipped in the package, or the hub."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gossamer.checkpoint.json_file import read_json_object
+from gossamer.errors import CheckpointError, NotBuiltError
+
+__all__ = ["POCKET", "read_config", "resolve_model"]
+
+POCKET = "gossamer/pocket"
+MAX_CONFIG = 4 << 20  # bytes; real ones have a few kilobytes
+# Pickle is never even downloaded; folders (original/, onnx/) and consolidated.* hold second copies.
+_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+_UNWANTED = ["*/*", "consolidated*"]
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local directory of a model.
+
+    model: a directory, "gossamer/pocket" (the model shipped in the package), or a hub id such as
+    "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on the hub. Without a network (or with
+    HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises CheckpointError when there is no such
+    model, NotBuiltError for a .gguf file.
+    """
+    path = Path(model).expanduser()
+    if model and path.is_dir():  # Path("") would be the working directory
+        return path
+    if path.is_file():
+        raise _not_a_directory(path)
+    if model == POCKET:
+        return _pocket()
+    if _looks_local(model):
+        raise CheckpointError(
+            f"no model directory at {model!r}; check the path, or pass a hub id (owner/name)"
+        )
+    return _from_hub(model, revision)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The object in a model directory's config.json.
+
+    Raises CheckpointError when it is missing, larger than 4 MiB or not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"no config.json in {directory}; pass the directory of a Hugging Face model "
+            "(config.json, model.safetensors, tokenizer.json)"
+        )
+    return read_json_object(path, cap=MAX_CONFIG)
+
+
+def _not_a_directory(path: Path) -> CheckpointError | NotBuiltError:
+    if path.suffix == ".gguf":
+        return NotBuiltError(
+            f"{path} is GGUF, which cannot be read yet; pass the directory of the model's safetensors"
+        )
+    return CheckpointError(f"{path} is a file; pass the directory that holds it, with its config.json")
+
+
+def _pocket() -> Path:
+    directory = Path(str(files("gossamer"))) / "models" / "pocket"
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{POCKET} is missing from this installation (looked in {directory}); install gossamer again"
+        )
+    return directory
+
+
+def _looks_local(model: str) -> bool:
+    if model.startswith((".", "/", "~", "\\")) or model.endswith((".gguf", ".safetensors", ".bin", ".pt")):
+        return True
+    return not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", model, re.ASCII) or ".." in model
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = model if revision is None else f"{model} at revision {revision!r}"
+    try:
+        # Falls back to the cache by itself when offline or when the hub cannot be reached.
+        found = snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{name} is gated: accept its terms on https://huggingface.co/{model}, "
+            "then log in (`hf auth login`)"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{model} has no revision {revision!r}; leave it out for the newest") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"no model {model!r}: no such directory here, and the hub has none of that name "
+            "(or it is private: `hf auth login`)"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{name} is no directory here, is not in the local cache and the hub cannot be reached; "
+            f"connect (and unset HF_HUB_OFFLINE), or download it elsewhere with `hf download {model}` "
+            "and pass its directory"
+        ) from None
+    except Exception as cause:  # its HTTP library differs by version, and so do the errors it lets through
+        raise CheckpointError(f"cannot download {name}: {cause}; try again or pass a directory") from None
+    return Path(found)
