@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["loading_bar", "token_bar"]
+__all__ = ["loading_bar", "status_line", "token_bar"]
 
 
 @contextmanager
@@ -35,9 +35,12 @@ def token_bar(show: bool, requests: int) -> Iterator[Callable[[int, int], None]]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("requests", total=requests, speed="")
         start, total = time.perf_counter(), 0
@@ -49,3 +52,15 @@ def token_bar(show: bool, requests: int) -> Iterator[Callable[[int, int], None]]
             progress.update(task, advance=finished, speed=f"{total / seconds:.1f} tok/s")
 
         yield advance
+
+
+@contextmanager
+def status_line(show: bool) -> Iterator[Callable[[str], None]]:
+    """A line that says what is going on: call it with the text."""
+    if not show:
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield status.update

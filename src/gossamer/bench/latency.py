@@ -1,0 +1,211 @@
+"""Latency: a batch of equal requests run to its end, several times, held against the probed limits.
+
+Fractions: of the probed read bandwidth in decode (packed weight bytes touched and KV bytes read, over the
+step's time), of the probed int8 peak in prefill and decode (MACs of linear layers needed, the head on
+sampled rows only). Times run from submit to the token, Python included.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from gossamer.bench.costs import StepCosts, step_costs
+from gossamer.bench.measure import RecordingExecutor, Step, recording, steps
+from gossamer.bench.memory import memory_figures
+from gossamer.config import EngineConfig
+from gossamer.engine.request import SamplingParams
+from gossamer.errors import ConfigError
+from gossamer.planner.hardware import Prober, Rates, median_rates, private_cache_bytes
+from gossamer.runtime.start import start
+from gossamer.text_engine import TextEngine
+
+__all__ = ["LatencyWorkload", "bench_latency", "fractions"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyWorkload:
+    """batch_size sequences of input_len random prompt tokens and output_len greedy ones."""
+
+    input_len: int
+    output_len: int
+    batch_size: int
+    runs: int = 3
+    warmups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "output_len", "batch_size", "runs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """prefill: seconds from submit to the last first token, mixed: tokens sampled until then;
+    decode: seconds from there to the end, in which decode_tokens came."""
+
+    prefill: float
+    mixed: int
+    decode: float
+    decode_tokens: int
+    steps: tuple[Step, ...]
+
+
+def bench_latency(
+    config: EngineConfig,
+    work: LatencyWorkload,
+    *,
+    on_start: Callable[[TextEngine], None] | None = None,
+    loading: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda text: None,
+) -> dict[str, Any]:
+    """The report, with the keys that `gossamer bench latency --json` prints.
+
+    `errors` lists fractions above 1: they are wrong measurements (a model inside the caches, a machine
+    whose speed moved). Raises GossamerError for what a user can mend.
+    """
+    began = time.perf_counter()
+    started = start(config, loading)
+    load_s = time.perf_counter() - began
+    engine, recorder = recording(started)
+    if on_start is not None:
+        on_start(engine)
+    prober = Prober(started.isa if started.isa in ("scalar", "avx2", "avx512") else None, started.threads)
+    costs = step_costs(started.graph, config.kv_dtype)
+    rng = random.Random(0)
+
+    def once() -> _Run:
+        prompts = [
+            tuple(rng.randrange(started.graph.vocab) for _ in range(work.input_len))
+            for _ in range(work.batch_size)
+        ]
+        return _run(engine, recorder, prompts, work.output_len)
+
+    for i in range(work.warmups):
+        progress(f"warm-up {i + 1} of {work.warmups}")
+        once()
+    rates, runs = [prober.measure()], []
+    for i in range(work.runs):
+        progress(f"run {i + 1} of {work.runs}")
+        runs.append(once())
+        rates.append(prober.measure())
+    probe = median_rates(rates)
+    return _report(work, runs, costs, probe, private_cache_bytes()) | {
+        "memory": memory_figures(started.memory),
+        "probe": asdict(probe),
+        "load_s": round(load_s, 3),
+        "input_len": work.input_len,
+        "output_len": work.output_len,
+        "batch_size": work.batch_size,
+    }
+
+
+def _run(
+    engine: TextEngine, recorder: RecordingExecutor, prompts: list[tuple[int, ...]], output_len: int
+) -> _Run:
+    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    firsts: dict[str, float] = {}
+    mixed = 0
+    done: list[Step] = []
+    began = time.perf_counter()
+    for prompt in prompts:
+        engine.submit(engine.new_id(), prompt, params)
+    for step, updates in steps(engine, recorder):
+        if len(firsts) < len(prompts):
+            mixed += sum(len(u.tokens) for u in updates)
+        for update in updates:
+            if "first_token" in update.times:
+                firsts.setdefault(update.request_id, update.times["first_token"])
+        if step is not None:
+            done.append(step)
+    ended = time.perf_counter()
+    last_first = max(firsts.values())
+    return _Run(
+        prefill=last_first - began,
+        mixed=mixed,
+        decode=ended - last_first,
+        decode_tokens=len(prompts) * output_len - mixed,
+        steps=tuple(done),
+    )
+
+
+def _report(
+    work: LatencyWorkload, runs: list[_Run], costs: StepCosts, probe: Rates, cached: int
+) -> dict[str, Any]:
+    lines = []
+    for run in runs:
+        decodes = [s for s in run.steps if s.decode and len(s.contexts) == work.batch_size]
+        lines.append(
+            {
+                "prefill_s": run.prefill,
+                "decode_s": run.decode,
+                "prefill_tokens_per_s": work.batch_size * work.input_len / run.prefill,
+                "decode_tokens_per_s": run.decode_tokens / run.decode if run.decode_tokens else None,
+                "step_ms_median": median(s.wall for s in decodes) * 1e3 if decodes else None,
+                **fractions(work, run.prefill, run.mixed, decodes, costs, probe, cached=cached),
+            }
+        )
+    medians = {
+        name: _median([line[name] for line in lines])
+        for name in lines[0]
+        if name not in ("prefill_s", "decode_s")
+    }
+    errors = [
+        f"{name} is {value:.2f}: more than the probed limit, so the measurement is wrong "
+        "(weights inside the caches, or a machine whose speed moved between probe and run)"
+        for name, value in medians.items()
+        if "fraction" in name and value is not None and value > 1
+    ]
+    return medians | {"runs": [{k: _rounded(v) for k, v in line.items()} for line in lines], "errors": errors}
+
+
+def fractions(
+    work: LatencyWorkload,
+    prefill: float,
+    mixed: int,
+    decodes: list[Step],
+    costs: StepCosts,
+    probe: Rates,
+    *,
+    cached: int,
+) -> dict[str, float | None]:
+    """Parts of the probed limits that one run reached; None where it had no step of the kind.
+
+    prefill: seconds to the last first token; mixed: tokens sampled until then, of which all but one for
+    each sequence were decoded beside the prefill. cached: bytes that the cores' own caches hold; steps that
+    read no more than that never see the memory, and have no fraction of its bandwidth.
+    """
+    extra = mixed - work.batch_size
+    needed = costs.macs(work.batch_size * work.input_len + extra, mixed)
+    found: dict[str, float | None] = {
+        "prefill_fraction_of_int8_peak": needed / prefill / (probe.int8_gmacs * 1e9),
+        "prefill_fraction_of_bf16_peak": needed / prefill / (probe.bf16_gmacs * 1e9),
+        "decode_fraction_of_bandwidth": None,
+        "decode_fraction_of_int8_peak": None,
+        "overhead_fraction": None,
+    }
+    if decodes:
+        read = [costs.weight_bytes(s.tokens) + costs.kv_bytes(s.contexts) for s in decodes]
+        if median(read) > cached:
+            rates = [size / s.wall for size, s in zip(read, decodes, strict=True)]
+            found["decode_fraction_of_bandwidth"] = median(rates) / (probe.read_gb_s * 1e9)
+        found["decode_fraction_of_int8_peak"] = median(
+            costs.macs(s.tokens, s.tokens) / s.wall for s in decodes
+        ) / (probe.int8_gmacs * 1e9)
+        found["overhead_fraction"] = median((s.wall - s.inside) / s.wall for s in decodes)
+    return found
+
+
+def _median(values: list[Any]) -> float | None:
+    there = [v for v in values if v is not None]
+    return _rounded(median(there)) if there else None
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value

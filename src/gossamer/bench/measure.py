@@ -1,0 +1,82 @@
+"""Driving an engine and writing down every step: its wall time, the time inside the program, its size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gossamer.engine.step import Executor, ExecutorLimits, Handle, StepPlan, StepResult
+from gossamer.runtime.start import Started
+from gossamer.text_engine import TextEngine, TextUpdate
+
+__all__ = ["RecordingExecutor", "Step", "recording", "steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step. wall, inside: seconds of the whole step and of the program in it; contexts: tokens that
+    each span sees; decode: every span is one token that is sampled."""
+
+    began: float
+    wall: float
+    inside: float
+    tokens: int
+    contexts: tuple[int, ...]
+    decode: bool
+
+
+class RecordingExecutor:
+    """Passes steps through to another executor and keeps the sizes and times of the newest."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._sizes: dict[Handle, tuple[int, tuple[int, ...], bool]] = {}
+        self.newest: tuple[int, tuple[int, ...], bool, float] | None = None
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Those of the executor below."""
+        return self._executor.limits
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Notes the plan's size (its lists are live) and passes it on."""
+        spans = plan.spans
+        size = (
+            plan.tokens,
+            tuple(s.start + len(s.tokens) for s in spans),
+            all(s.start and len(s.tokens) == 1 and len(s.rows) == 1 for s in spans),
+        )
+        handle = self._executor.submit(plan)
+        self._sizes[handle] = size
+        return handle
+
+    def collect(self, handle: Handle) -> StepResult:
+        """The result, with its program time noted."""
+        result = self._executor.collect(handle)
+        self.newest = (*self._sizes.pop(handle), result.seconds)
+        return result
+
+    def close(self) -> None:
+        """Closes the executor below."""
+        self._executor.close()
+
+
+def recording(started: Started) -> tuple[TextEngine, RecordingExecutor]:
+    """An engine over a started executor whose steps are written down."""
+    recorder = RecordingExecutor(started.executor)
+    return TextEngine(replace(started, executor=recorder)), recorder
+
+
+def steps(engine: TextEngine, recorder: RecordingExecutor) -> Iterator[tuple[Step | None, list[TextUpdate]]]:
+    """Runs an engine until no work is left; each step (None where nothing was computed) with its updates."""
+    while engine.has_work():
+        recorder.newest = None
+        began = time.perf_counter()
+        updates = engine.step()
+        wall = time.perf_counter() - began
+        if recorder.newest is None:
+            yield None, updates
+            continue
+        tokens, contexts, decode, inside = recorder.newest
+        yield Step(began, wall, inside, tokens, contexts, decode), updates

@@ -1,0 +1,135 @@
+"""The engine's flags, shared by every verb that loads a model. Names follow vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gossamer.cli.options import flag
+from gossamer.cli.sizes import parse_size
+from gossamer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gossamer.config import EngineConfig
+
+__all__ = ["EngineFlags"]
+
+_MODEL, _MEMORY, _BATCHING, _MACHINE = "Model", "Memory", "Batching", "Machine"
+_SUGGESTIONS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFlags:
+    """What the user said about the engine; None means nothing."""
+
+    # fmt: off
+    model: Annotated[str | None, typer.Argument(
+        metavar="MODEL", envvar="GOSSAMER_MODEL", show_envvar=False, show_default=False,
+        help="A directory, a hub id (owner/name), or gossamer/pocket.")] = None
+    model_flag: Annotated[str | None, typer.Option(
+        "--model", "-m", metavar="MODEL", rich_help_panel=_MODEL, help="The same as MODEL.")] = None
+    revision: Annotated[str | None, flag(
+        "--revision", panel=_MODEL, metavar="REF", help="Branch, tag or commit of a hub id.")] = None
+    dtype: Annotated[str, flag(
+        "--dtype", panel=_MODEL, metavar="TYPE",
+        help="Weights in auto (as config.json says), float32, bfloat16 or float16.")] = "auto"
+    quantization: Annotated[str | None, flag(
+        "--quantization", "-q", panel=_MODEL, metavar="FORMAT",
+        help="Weights in int8, int4, int4-g32, int4-g64 or int4-g128.")] = None
+    load_format: Annotated[str, flag(
+        "--load-format", panel=_MODEL, metavar="FORMAT",
+        help="auto, safetensors, or dummy: random weights from config.json alone.")] = "auto"
+    ignore_config_field: Annotated[list[str] | None, flag(
+        "--ignore-config-field", panel=_MODEL, metavar="NAME",
+        help="Accept a config.json field that is not understood. Repeatable.")] = None
+    max_model_len: Annotated[int | None, flag(
+        "--max-model-len", "--ctx-size", "-c", panel=_MEMORY, metavar="TOKENS",
+        help="Longest sequence, prompt and output together.")] = None
+    kv_cache_dtype: Annotated[str, flag(
+        "--kv-cache-dtype", panel=_MEMORY, metavar="TYPE",
+        help="Keys and values in bfloat16, float16 or float32.")] = "bfloat16"
+    kv_bytes: Annotated[str | None, flag(
+        "--kv-bytes", panel=_MEMORY, metavar="SIZE", help="Size of the KV pool: 2GiB, 500M.")] = None
+    memory_budget: Annotated[str | None, flag(
+        "--memory-budget", panel=_MEMORY, metavar="SIZE",
+        help="Most memory to take in all; a model that needs more is refused.")] = None
+    page_size: Annotated[int, flag(
+        "--page-size", panel=_MEMORY, metavar="TOKENS", help="Tokens in a KV page, a multiple of 16.")] = 16
+    no_paged_attention: Annotated[bool, flag(
+        "--no-paged-attention", panel=_MEMORY,
+        help="Contiguous KV: every sequence reserves --max-model-len.")] = False
+    no_memory_reuse: Annotated[bool, flag(
+        "--no-memory-reuse", panel=_MEMORY, help="One buffer per intermediate, no shared arena.")] = False
+    max_num_seqs: Annotated[int | None, flag(
+        "--max-num-seqs", "-np", panel=_BATCHING, metavar="N", help="Most sequences running at once.")] = None
+    max_num_batched_tokens: Annotated[int | None, flag(
+        "--max-num-batched-tokens", panel=_BATCHING, metavar="N", help="Most tokens in one step.")] = None
+    prefill_chunk: Annotated[int | None, flag(
+        "--prefill-chunk", panel=_BATCHING, metavar="TOKENS",
+        help="Most prompt tokens of one request in one step.")] = None
+    static_batching: Annotated[str | None, flag(
+        "--static-batching", panel=_BATCHING, metavar="KIND",
+        help="ragged or padded: whole batches instead of continuous ones, as a baseline.")] = None
+    backend: Annotated[str, flag(
+        "--backend", panel=_MACHINE, metavar="NAME",
+        help="cpu (native kernels) or reference (eager torch).")] = "cpu"
+    isa: Annotated[str | None, flag(
+        "--isa", panel=_MACHINE, metavar="NAME", help="Force scalar, avx2 or avx512 kernels.")] = None
+    threads: Annotated[int | None, flag(
+        "--threads", "-t", panel=_MACHINE, metavar="N",
+        help="Worker threads; one per usable processor if not given.")] = None
+    # fmt: on
+
+    def config(self, **suggested: Any) -> EngineConfig:
+        """The engine's configuration. suggested: max_model_len, max_num_seqs or max_num_batched_tokens for
+        where the user said nothing, or model. Raises GossamerError for values that cannot be."""
+        from gossamer.llm import engine_config
+
+        model = self.model_flag or self.model or suggested.get("model")
+        if not model:
+            raise ConfigError(
+                "no model was given: pass a directory, a hub id (owner/name) or gossamer/pocket"
+            )
+        options: dict[str, Any] = {
+            "kv_bytes": None if self.kv_bytes is None else parse_size(self.kv_bytes),
+            "memory_budget": None if self.memory_budget is None else parse_size(self.memory_budget),
+            "ignore_config_fields": tuple(self.ignore_config_field or ()),
+        }
+        for name in _SUGGESTIONS:
+            given = getattr(self, name)
+            if given is not None or suggested.get(name) is not None:
+                options[name] = suggested[name] if given is None else given
+        if self.no_paged_attention:
+            options["paged_attention"] = None
+        if self.no_memory_reuse:
+            options["memory_reuse"] = None
+        if self.static_batching is not None:
+            options |= self._static()
+        return engine_config(
+            model,
+            revision=self.revision,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
+            load_format=self.load_format,
+            page_size=self.page_size,
+            prefill_chunk=self.prefill_chunk,
+            isa=self.isa,
+            threads=self.threads,
+            backend=self.backend,
+            **options,
+        )
+
+    def _static(self) -> dict[str, Any]:
+        from gossamer.config import StaticBatching
+
+        if self.static_batching not in ("ragged", "padded"):
+            raise ConfigError(f"static batching {self.static_batching!r} is unknown; choose ragged or padded")
+        if self.prefill_chunk is not None:
+            raise ConfigError("--prefill-chunk belongs to continuous batching; leave out --static-batching")
+        return {
+            "continuous_batching": None,
+            "static_batching": StaticBatching(padded=self.static_batching == "padded"),
+        }

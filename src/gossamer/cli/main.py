@@ -1,0 +1,85 @@
+"""`gossamer`: the verbs, and what becomes of errors.
+
+Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 ours (a traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from gossamer import __version__
+from gossamer.cli import bench, generate, probe
+from gossamer.cli.options import verb
+from gossamer.errors import GossamerError
+
+__all__ = ["app", "main", "run"]
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+app = typer.Typer(
+    name="gossamer",
+    help="Large language models in little memory, fast, on the machine at hand.",
+    epilog="Flags also come from the environment (--max-model-len is GOSSAMER_MAX_MODEL_LEN) and from a TOML "
+    "file (--config). Try [bold]gossamer demo[/] first.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings=_CONTEXT,
+    no_args_is_help=False,
+)
+_RUN, _LOOK = "Run a model", "Look and measure"
+app.command(rich_help_panel=_RUN)(verb(generate.generate))
+app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
+app.command(rich_help_panel=_LOOK)(verb(probe.probe))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and gives its exit code."""
+    try:
+        code = typer.main.get_command(app).main(list(arguments), prog_name="gossamer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except GossamerError as error:
+        return _say(str(error))
+    except typer.Exit as leave:
+        return int(leave.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own, wherever this version of typer keeps it
+            context = getattr(error, "ctx", None)
+            path = "gossamer" if context is None else context.command_path
+            return _say(f"{error.format_message()} See `{path} --help`.")
+        import traceback
+
+        traceback.print_exc()
+        return 1
+
+
+def _say(message: str) -> int:
+    print("gossamer: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The entry point of the `gossamer` command."""
+    sys.exit(run(sys.argv[1:]))

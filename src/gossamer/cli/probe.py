@@ -1,0 +1,72 @@
+"""`gossamer probe`: what this machine is, and its measured limits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+from gossamer.cli.options import flag
+from gossamer.cli.show import emit_json
+
+if TYPE_CHECKING:
+    from gossamer.planner.hardware import Hardware, Rates
+
+__all__ = ["probe"]
+
+
+def probe(
+    threads: Annotated[int | None, flag("--threads", "-t", metavar="N", help="Worker threads.")] = None,
+    isa: Annotated[
+        str | None, flag("--isa", metavar="NAME", help="Force scalar, avx2 or avx512 kernels.")
+    ] = None,
+    seconds: Annotated[float, flag("--seconds", help="Time for each of the four figures.")] = 0.5,
+    json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks."""
+    from gossamer.config import HardwareKernels, ParallelComputing
+    from gossamer.errors import ConfigError
+    from gossamer.planner.hardware import Prober, hardware
+
+    HardwareKernels(isa=isa)  # type: ignore[arg-type]  # these two refuse what cannot be
+    ParallelComputing(threads=threads)
+    if not 0 < seconds <= 60:
+        raise ConfigError(f"seconds {seconds} is not in (0, 60]")
+    machine = hardware()
+    rates = Prober(isa, threads).measure(seconds)
+    if json:
+        emit_json(asdict(rates) | {"hardware": asdict(machine)})
+    else:
+        _print(machine, rates)
+
+
+def _print(machine: Hardware, rates: Rates) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from gossamer.cli.sizes import format_size
+
+    table = Table(
+        title=f"[bold]{machine.cpu}[/]", title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+    )
+    table.add_column(style="cyan")
+    table.add_column()
+    table.add_row("processors", f"{machine.cores} usable, {rates.threads} threads measured")
+    table.add_row("instructions", f"{', '.join(machine.isas)}; best {machine.best_isa}, measured {rates.isa}")
+    for cache in machine.caches:
+        table.add_row(
+            f"L{cache.level} {cache.kind}", f"{format_size(cache.bytes)}, shared by {cache.shared_by}"
+        )
+    limit = (
+        "" if machine.memory_limit is None else f"; this group may take {format_size(machine.memory_limit)}"
+    )
+    table.add_row(
+        "memory",
+        f"{format_size(machine.memory_total)}, {format_size(machine.memory_available)} available{limit}",
+    )
+    table.add_section()
+    table.add_row("DRAM read", f"[bold]{rates.read_gb_s:.1f}[/] GB/s")
+    table.add_row("int8", f"[bold]{rates.int8_gmacs:.0f}[/] GMAC/s")
+    table.add_row("bf16", f"[bold]{rates.bf16_gmacs:.0f}[/] GMAC/s")
+    table.add_row("fp32", f"[bold]{rates.fp32_gmacs:.0f}[/] GMAC/s")
+    Console(highlight=False).print(table)

@@ -1,0 +1,79 @@
+"""What every verb prints alike: the memory table, and one JSON object on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gossamer.cli.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gossamer.runtime.start import Started
+
+__all__ = ["emit_json", "memory_table", "show_start", "stderr"]
+
+
+def stderr() -> Console:
+    """The console for everything that is not the result."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def emit_json(report: dict[str, Any]) -> None:
+    """Prints one object, alone, on standard output."""
+    print(json.dumps(report, ensure_ascii=False, indent=2))
+    sys.stdout.flush()
+
+
+def show_start(started: Started) -> None:
+    """The start-up table on standard error."""
+    stderr().print(memory_table(started))
+
+
+def memory_table(started: Started) -> Table:
+    """What a started model takes, by purpose."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from gossamer.bench.memory import resident_bytes
+
+    memory, config = started.memory, started.config
+    pages = started.executor.limits.pages[0]
+    size = started.executor.limits.page_size
+    if config.quantization is not None:
+        stored = str(config.quantization)
+    else:
+        stored = "f32" if config.mixed_precision is None else config.mixed_precision.dtype
+    place = "reference" if config.backend == "reference" else started.isa
+    threads = f"{started.threads} thread{'s' if started.threads != 1 else ''}"
+    table = Table(
+        title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}, {threads}[/]",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+        pad_edge=False,
+    )
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row("weights", format_size(memory.weights), stored)
+    kind = "pages" if config.paged_attention is not None else "contiguous slots"
+    table.add_row(
+        "KV pages",
+        format_size(memory.kv),
+        f"{memory.kv_tokens:,} tokens of {config.kv_dtype}: {pages:,} {kind} of {size:,}; "
+        f"sequences up to {started.max_model_len:,}",
+    )
+    reuse = f"{format_size(memory.arena_separate)} without reuse" if config.memory_reuse else "no reuse"
+    table.add_row("arena", format_size(memory.arena), reuse)
+    table.add_row("workspace", format_size(memory.workspace), "")
+    table.add_section()
+    table.add_row("total", format_size(memory.total), "", style="bold")
+    table.add_row("resident", format_size(resident_bytes()), "the whole process, now")
+    return table
