@@ -10,33 +10,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
 from gossamer.checkpoint.weights import Part, WeightSource, evaluate, gather, invert
-from gossamer.errors import GraphError, NotBuiltError
+from gossamer.errors import GraphError
 from gossamer.graph.ir import Graph, Node, Weight
 from gossamer.graph.ops import get_op
 from gossamer.graph.ops.attention import KVState, SpanRows
 from gossamer.graph.ops.base import Reference
+from gossamer.graph.ops.formats import round_activations, round_weight
 from gossamer.graph.ops.rope import rope_tables, rotate
 from gossamer.graph.weights import Constant
 
 __all__ = ["ReferenceModel", "export_tensors"]
 
-_ROUNDING = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A node ready to run. weights: (dictionary, key) of each, looked up at run time because `.to()` and
-    functional_call replace tensors; frees: values that nothing reads afterwards."""
+    functional_call replace tensors; stored: the weight whose format decides how a linear layer sees its
+    input; frees: values that nothing reads afterwards."""
 
     node: Node
     reference: Reference
     weights: tuple[tuple[Mapping[str, Any], str], ...]
+    stored: Weight | None
     frees: tuple[str, ...]
 
 
@@ -44,21 +46,17 @@ class ReferenceModel(nn.Module):
     """A graph that runs in torch.
 
     Its parameters are the graph's weights under their own (dotted) names, a tied weight once; weights
-    that config.json implies (rotary frequencies) are buffers, float32 whatever the model's dtype.
+    that config.json implies (rotary frequencies) are buffers, float32 whatever the model's dtype. Weights
+    of a quantized format, and the inputs of their linear layers, hold the values that the format gives.
     """
 
     def __init__(self, graph: Graph, *, dtype: torch.dtype = torch.float32) -> None:
-        """Allocates parameters without filling them; see `load`. Raises NotBuiltError for int8 or int4."""
+        """Allocates parameters without filling them; see `load`."""
         super().__init__()
         self.graph = graph
         self._places: dict[str, tuple[dict[str, Any], str]] = {}
         self._plans: dict[tuple[tuple[str, ...], bool], tuple[_Step, ...]] = {}
         for weight in graph.weights.values():
-            if weight.format not in _ROUNDING:
-                raise NotBuiltError(
-                    f"the reference backend cannot hold {weight.name} in {weight.format}; "
-                    f"it holds {', '.join(_ROUNDING)} (drop --quantization, or use --backend cpu)"
-                )
             self._register(weight, dtype)
 
     @classmethod
@@ -76,13 +74,15 @@ class ReferenceModel(nn.Module):
         """
         model = cls(graph, dtype=dtype)
         parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for weight in graph.weights.values():
-                if not isinstance(weight.expr, Constant):
-                    value = _to_torch(evaluate(weight.expr, source)).to(_ROUNDING[weight.format])
-                    parameters[weight.name].copy_(value)
-                if on_weight is not None:
-                    on_weight(weight)
+        for weight in graph.weights.values():
+            if not isinstance(weight.expr, Constant):
+                value = evaluate(weight.expr, source)
+                if weight.format != "f32":  # what storing it so would do to it
+                    exact = torch.from_numpy(value.astype(np.float32))
+                    value = round_weight(exact, weight.format, weight.group).numpy()
+                _to_numpy(parameters[weight.name])[...] = value
+            if on_weight is not None:
+                on_weight(weight)
         return model
 
     def forward(
@@ -170,7 +170,10 @@ class ReferenceModel(nn.Module):
         for node in reversed(nodes):
             dead = {v for v in (*node.inputs, *node.outputs) if last[v] is node and v not in wanted}
             places = tuple(self._places[w] for w in node.weights)
-            yield _Step(node, get_op(node.op).reference, places, tuple(dead))
+            stored = self.graph.weights[node.weights[0]] if node.op == "linear" else None
+            if stored is not None and stored.format == "f32":
+                stored = None
+            yield _Step(node, get_op(node.op).reference, places, stored, tuple(dead))
 
     def _run(self, steps: tuple[_Step, ...], values: dict[str, Any], kv: KVState) -> None:
         # Queries and keys of layers with the same frequencies turn by the same angles.
@@ -186,9 +189,13 @@ class ReferenceModel(nn.Module):
                 values[node.outputs[0]] = rotate(x, *tables[which], node.attrs["head_dim"])
                 del x
             else:
-                results = step.reference(node.attrs, [values[v] for v in node.inputs], weights, kv)
+                inputs = [values[v] for v in node.inputs]
+                if step.stored is not None:
+                    rounded = round_activations(inputs[0], step.stored.format, step.stored.group)
+                    inputs[0] = rounded.to(inputs[0].dtype)
+                results = step.reference(node.attrs, inputs, weights, kv)
                 values.update(zip(node.outputs, results, strict=True))
-                del results
+                del inputs, results
             for name in step.frees:
                 del values[name]
 
@@ -208,17 +215,9 @@ def export_tensors(model: ReferenceModel) -> dict[str, npt.NDArray[Any]]:
     return gather(parts())
 
 
-def _to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
-    array = np.ascontiguousarray(array)
-    if array.dtype.name == "bfloat16":  # numpy's bfloat16 is ml_dtypes', which torch does not know
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor's values, in its own memory where it is on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
+    if tensor.dtype == torch.bfloat16:  # numpy's bfloat16 is ml_dtypes', which torch does not know
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
