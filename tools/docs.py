@@ -20,7 +20,9 @@ def ops_page() -> str:
     lines += ["| op | inputs | weights | attributes | meaning |", "|---|---|---|---|---|"]
     for op in sorted(OPS.values(), key=lambda o: o.name):
         counts = ["-".join(map(str, sorted({*pair}))) for pair in (op.inputs, op.weights)]
-        lines.append(f"| `{op.name}` | {counts[0]} | {counts[1]} | {', '.join(sorted(op.attrs)) or '-'} | `{op.doc}` |")
+        lines.append(
+            f"| `{op.name}` | {counts[0]} | {counts[1]} | {', '.join(sorted(op.attrs)) or '-'} | `{op.doc}` |"
+        )
     lines += ["", "## Passes, in the order in which they run", ""]
     docs = {p.name: (p.run.__doc__ or "").strip().splitlines()[0] for p in PASSES}
     lines += [f"{i}. `{name}`: {docs[name]}" for i, name in enumerate(pass_names(), 1)]

@@ -90,7 +90,9 @@ class LLM:
     checked before any is taken.
     """
 
-    def __init__(self, model: str, *, chat_template: str | None = None, progress: bool = False, **options: Any):
+    def __init__(
+        self, model: str, *, chat_template: str | None = None, progress: bool = False, **options: Any
+    ):
         config = engine_config(model, **options)
         with loading_bar(progress) as bar:
             self.engine = TextEngine.start(config, chat_template=chat_template, progress=bar)
@@ -153,7 +155,8 @@ class LLM:
                 request_id = self.engine.new_id()
                 self.engine.submit(request_id, ids, params)
                 completions = [
-                    Completion(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)
+                    Completion(index=i, logprobs=None if params.logprobs is None else [])
+                    for i in range(params.n)
                 ]
                 text = prompt if isinstance(prompt, str) else None
                 outputs[request_id] = RequestOutput(request_id, ids, completions, text)

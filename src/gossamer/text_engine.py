@@ -43,9 +43,13 @@ class _Output:
 
     __slots__ = ("detokenizer", "stop")
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> None:
         self.detokenizer = (
-            None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
+            None
+            if tokenizer is None
+            else IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         )
         self.stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
 
@@ -143,7 +147,8 @@ class TextEngine:
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError(
-                f"{self.started.directory} has no tokenizer; give the prompt as token ids, or add tokenizer.json"
+                f"{self.started.directory} has no tokenizer; give the prompt as token ids, "
+                "or add tokenizer.json"
             )
         return self.tokenizer
 
@@ -163,7 +168,12 @@ class TextEngine:
         ids = tuple(prompt_ids)
         self.engine.submit(
             Request(
-                id=request_id, prompt_ids=ids, params=params, eos_ids=self.eos_ids, priority=priority, tenant=tenant
+                id=request_id,
+                prompt_ids=ids,
+                params=params,
+                eos_ids=self.eos_ids,
+                priority=priority,
+                tenant=tenant,
             )
         )
         for index in range(params.n):

@@ -57,7 +57,9 @@ def model() -> str:
     return directory
 
 
-def run(requests: list[tuple[tuple[int, ...], SamplingParams]], format: str, **options: object) -> list[list[object]]:
+def run(
+    requests: list[tuple[tuple[int, ...], SamplingParams]], format: str, **options: object
+) -> list[list[object]]:
     """Every request's (token, logprob) pairs, all requests submitted together."""
     weights: dict[str, object] = {}
     if format in ("bf16", "f16"):
@@ -65,7 +67,11 @@ def run(requests: list[tuple[tuple[int, ...], SamplingParams]], format: str, **o
     elif format != "f32":
         weights["quantization"] = Quantization.parse(format)
     config = EngineConfig(
-        model=model(), load_format="dummy", max_model_len=256, **weights, **options  # type: ignore[arg-type]
+        model=model(),
+        load_format="dummy",
+        max_model_len=256,
+        **weights,
+        **options,  # type: ignore[arg-type]
     )
     started = start(config)
     batching = config.continuous_batching or config.static_batching
@@ -159,7 +165,10 @@ def test_after_preemption(format: str) -> None:
 @pytest.mark.parametrize("paged", [False, True])
 def test_static_batching_gives_the_same_tokens(padded: bool, paged: bool) -> None:
     requests = [
-        (tuple(range(i, 3 * i + 5)), SamplingParams(temperature=0.8, seed=i, max_tokens=5 + 7 * i, logprobs=1))
+        (
+            tuple(range(i, 3 * i + 5)),
+            SamplingParams(temperature=0.8, seed=i, max_tokens=5 + 7 * i, logprobs=1),
+        )
         for i in range(6)
     ]
     alone = [run([r], "int4", max_num_seqs=1)[0] for r in requests]

@@ -31,6 +31,9 @@ class Arrays:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self.arrays[name][start:stop]
 
+    def release(self, name: str) -> None:
+        """Nothing to let go."""
+
     def content_key(self) -> str:
         return "arrays"
 
@@ -44,7 +47,9 @@ class OpGraph:
 
     def input(self, name: str, rows: np.ndarray) -> str:
         """A value [T, width] whose row t is rows[t]."""
-        return self.builder.op("embed", "ids", weights=(self.weight(name, rows),), scale=1.0, out=f"{name}_in")
+        return self.builder.op(
+            "embed", "ids", weights=(self.weight(name, rows),), scale=1.0, out=f"{name}_in"
+        )
 
     def weight(self, name: str, array: np.ndarray) -> str:
         self.arrays[name] = np.ascontiguousarray(array, np.float32)
@@ -106,9 +111,7 @@ def make_cpu(
 ) -> CpuProgram:
     """The graph compiled for steps of at most `tokens` tokens."""
     most = max(tokens, 1)
-    shape = StepShape(
-        tokens=most, rows=most, spans=most, page_size=page_size, pages=pages, kv_dtype=kv_dtype
-    )
+    shape = StepShape(tokens=most, rows=most, spans=most, page_size=page_size, pages=pages, kv_dtype=kv_dtype)
     return CpuProgram(graph, Arrays(arrays), shape, isa=isa, threads=threads)
 
 

@@ -26,7 +26,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 32), (3, 17, 40), (8, 48, 128), (9, 33, 200), (37, 70, 172), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 16, 32), (3, 17, 40), (8, 48, 128), (9, 33, 200), (37, 70, 172), (1, 1, 1)]
+)
 def test_linear(isa: str, format: str, group: int, m: int, n: int, k: int) -> None:
     g = OpGraph()
     x, w, b = random(m, k), random(n, k, seed=1), random(n, seed=2)
@@ -68,7 +70,9 @@ def test_norms(isa: str, size: int, heads: int) -> None:
         if op == "layer_norm" and heads > 1:
             continue
         g = OpGraph()
-        weights = [g.weight("w", random(size))] + ([g.weight("b", random(size, seed=1))] if op == "layer_norm" else [])
+        weights = [g.weight("w", random(size))] + (
+            [g.weight("b", random(size, seed=1))] if op == "layer_norm" else []
+        )
         y = g.builder.op(op, g.input("x", 3 * random(7, size * heads)), weights=tuple(weights), eps=1e-5)
         graph = g.finish(y)
         close(run_cpu(graph, g.arrays, 7, isa=isa), run_reference(graph, g.arrays, 7))
@@ -107,12 +111,16 @@ def test_rope(isa: str, heads: int, size: int, rotary: int) -> None:
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.parametrize(("format", "group", "tolerance"), [("f32", 0, 3e-6), ("int8", 0, 3e-2), ("int4", 32, 3e-2)])
+@pytest.mark.parametrize(
+    ("format", "group", "tolerance"), [("f32", 0, 3e-6), ("int8", 0, 3e-2), ("int4", 32, 3e-2)]
+)
 def test_experts(isa: str, format: str, group: int, tolerance: float, renormalise: bool) -> None:
     g, count, k, hidden, width, m = OpGraph(), 5, 2, 40, 24, 17
     x = g.input("x", random(m, hidden))
     logits = g.builder.linear(x, g.weight("router", random(count, hidden, seed=1)))
-    ids, gains = g.builder.ops("top_k_experts", logits, k=k, renormalise=renormalise, out=("ids_out", "gains"))
+    ids, gains = g.builder.ops(
+        "top_k_experts", logits, k=k, renormalise=renormalise, out=("ids_out", "gains")
+    )
     shapes = {"gate": (count, width, hidden), "up": (count, width, hidden), "down": (count, hidden, width)}
     names = []
     from gossamer.graph.weights import Stack, Tensor
@@ -121,9 +129,11 @@ def test_experts(isa: str, format: str, group: int, tolerance: float, renormalis
         planes = 0.3 * random(*shape, seed=2 + i)
         for e in range(count):
             g.arrays[f"{name}.{e}"] = planes[e]
-        names.append(g.builder.weight(name, Stack(tuple(Tensor(f"{name}.{e}", shape[1:]) for e in range(count)))))
+        names.append(
+            g.builder.weight(name, Stack(tuple(Tensor(f"{name}.{e}", shape[1:]) for e in range(count))))
+        )
     y = g.builder.op("experts", x, ids, gains, weights=tuple(names), act="silu")
-    graph = g.finish(y, formats={n: (format, group) for n in names})
+    graph = g.finish(y, formats=dict.fromkeys(names, (format, group)))
     got = run_cpu(graph, g.arrays, m, isa=isa)
     close(got, run_reference(graph, g.arrays, m), tolerance)
     program = make_cpu(graph, g.arrays, m, isa=isa, threads=1)
@@ -138,7 +148,15 @@ def attention_graph(
     k, v = (g.input(name, random(tokens, kv_heads * size, seed=i + 1)) for i, name in enumerate("kv"))
     kv = g.builder.op("kv_write", k, v, layer=0, head_dim=size)
     g.result = g.builder.op(  # type: ignore[attr-defined]
-        "attention", q, kv, layer=0, heads=heads, head_dim=size, scale=size**-0.5, window=window, softcap=softcap
+        "attention",
+        q,
+        kv,
+        layer=0,
+        heads=heads,
+        head_dim=size,
+        scale=size**-0.5,
+        window=window,
+        softcap=softcap,
     )
     g.group = (KVGroup("full", (0,), kv_heads, size, window),)  # type: ignore[attr-defined]
     return g
@@ -161,7 +179,9 @@ def test_attention_head_sizes(isa: str, size: int, heads: int, kv_heads: int) ->
 @pytest.mark.parametrize("window", [None, 1, 20, 600])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize(("kv_dtype", "tolerance"), [("f32", 5e-6), ("f16", 2e-3), ("bf16", 2e-2)])
-def test_attention_long(isa: str, window: int | None, softcap: float | None, kv_dtype: str, tolerance: float) -> None:
+def test_attention_long(
+    isa: str, window: int | None, softcap: float | None, kv_dtype: str, tolerance: float
+) -> None:
     tokens = 1100  # more than two splits of keys
     g = attention_graph(tokens, 2, 1, 16, window, softcap)
     graph = g.finish(g.result, g.group)  # type: ignore[attr-defined]
@@ -171,14 +191,26 @@ def test_attention_long(isa: str, window: int | None, softcap: float | None, kv_
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
 def test_attention_same_bits_however_it_is_cut(isa: str, kv_dtype: str) -> None:
-    """Chunks, page sizes, page order and thread counts leave every bit alone; so does what a page held before."""
+    """Chunks, page sizes, page order, threads and what a page held before leave every bit alone."""
     tokens, window = 700, 300
     g = attention_graph(tokens, 4, 2, 24, window)
     graph = g.finish(g.result, g.group)  # type: ignore[attr-defined]
     whole = run_cpu(graph, g.arrays, tokens, isa=isa, pages=64, kv_dtype=kv_dtype)
-    for page_size, pages, threads, chunk in ((32, 24, 1, 1000), (112, 7, 2, 97), (16, 44, 2, 33), (704, 1, 1, 250)):
+    for page_size, pages, threads, chunk in (
+        (32, 24, 1, 1000),
+        (112, 7, 2, 97),
+        (16, 44, 2, 33),
+        (704, 1, 1, 250),
+    ):
         program = make_cpu(
-            graph, g.arrays, tokens, isa=isa, threads=threads, page_size=page_size, pages=pages, kv_dtype=kv_dtype
+            graph,
+            g.arrays,
+            tokens,
+            isa=isa,
+            threads=threads,
+            page_size=page_size,
+            pages=pages,
+            kv_dtype=kv_dtype,
         )
         for pool in program.kv:
             pool[:, :, :] = 0xFF  # NaN in every format: what masked slots hold must not show

@@ -266,9 +266,8 @@ class Checkpoint:
     def content_key(self) -> str:
         """32 hex digits that name the content: a key for caches of packed weights.
 
-        Covers file names, sizes, headers and data: whole files up to 64 MB, of larger ones 3 x 4 KiB of
-        every tensor (hashing gigabytes would cost more than loading a cache). Times do not count, so a
-        copied model keeps its key; a change of a few rows inside a large file can go unnoticed.
+        Covers file names, sizes, headers and data: whole files up to 64 MB; of larger ones 3 x 4 KiB of
+        every tensor and the time of the last change (hashing gigabytes would cost more than the cache saves).
         """
         digest = hashlib.blake2b(digest_size=16)
         for name, file in sorted(self._shards.items()):
@@ -277,7 +276,7 @@ class Checkpoint:
             if size <= _HASH_WHOLE:
                 digest.update(file.raw(0, size))
                 continue
-            digest.update(file.header)
+            digest.update(f"{file.path.stat().st_mtime_ns}\0".encode() + file.header)
             for tensor in file.names():
                 info = file.info(tensor)
                 last = max(info.stop - _SAMPLE, info.start)

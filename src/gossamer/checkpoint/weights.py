@@ -43,6 +43,9 @@ class WeightSource(Protocol):
     def read_rows(self, name: str, start: int, stop: int) -> Array:
         """Rows [start, stop) along the first axis."""
 
+    def release(self, name: str) -> None:
+        """Says that a tensor will not be read again soon: its pages may leave memory."""
+
     def content_key(self) -> str:
         """Changes whenever a tensor's bytes do; names caches of what was made from them."""
 
@@ -58,7 +61,8 @@ def evaluate(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int |
             )
             if rows.shape != (stop - start, *shape[1:]):
                 raise CheckpointError(
-                    f"tensor {name!r} has shape {rows.shape}; config.json implies {(stop - start, *shape[1:])}"
+                    f"tensor {name!r} has shape {rows.shape}; "
+                    f"config.json implies {(stop - start, *shape[1:])}"
                 )
             return rows
         case Constant(values):
@@ -152,7 +156,8 @@ def check_tensors(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 )
             if tuple(shapes[leaf.name]) != leaf.shape:
                 raise CheckpointError(
-                    f"tensor {leaf.name!r} has shape {tuple(shapes[leaf.name])}; config.json implies {leaf.shape}"
+                    f"tensor {leaf.name!r} has shape {tuple(shapes[leaf.name])}; "
+                    f"config.json implies {leaf.shape}"
                 )
 
 
@@ -197,6 +202,9 @@ class DummySource:
         out *= spread
         out += self._centre[name]
         return out.reshape(stop - start, *shape[1:])
+
+    def release(self, name: str) -> None:
+        """Nothing to let go: rows are made when they are read."""
 
     def content_key(self) -> str:
         return "dummy-1"

@@ -20,7 +20,7 @@ _ITEM = 4  # every intermediate is fp32 or int32
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value of `bytes` bytes, alive from node `first` (which writes it) to node `last` (its last reader)."""
+    """A value of `bytes` bytes, alive from node `first` (its writer) to node `last` (its last reader)."""
 
     value: str
     bytes: int
@@ -41,7 +41,7 @@ def intervals(graph: Graph, counts: Mapping[str, int]) -> list[Interval]:
     """Liveness of every intermediate at these most values of T, S and R. Outputs live to the end; KV
     handles and graph inputs need no bytes here."""
     end = len(graph.nodes)
-    last = {value: end for value in graph.outputs.values()}
+    last = dict.fromkeys(graph.outputs.values(), end)
     for index, node in enumerate(graph.nodes):
         for value in node.inputs:
             last[value] = max(last.get(value, 0), index)

@@ -45,7 +45,8 @@ def run_passes(graph: Graph, config: EngineConfig, *, until: str | None = None) 
 
 def _sorted(passes: Sequence[Pass]) -> list[Pass]:
     """Stable topological order. Raises ConfigError on a cycle (our mistake, found by the tests)."""
-    left, out = list(passes), []
+    left = list(passes)
+    out: list[Pass] = []
     names = {p.name for p in passes}
     while left:
         for p in left:

@@ -10,7 +10,16 @@ import numpy as np
 
 from gossamer.backends.cpu.program import SAMPLE_ROW, CpuProgram
 from gossamer.engine.request import TokenLogprob
-from gossamer.engine.step import ExecutorLimits, Handle, LastSampled, RowResult, Sampling, Span, StepPlan, StepResult
+from gossamer.engine.step import (
+    ExecutorLimits,
+    Handle,
+    LastSampled,
+    RowResult,
+    Sampling,
+    Span,
+    StepPlan,
+    StepResult,
+)
 from gossamer.errors import NotBuiltError
 
 __all__ = ["LocalExecutor"]
@@ -38,7 +47,7 @@ class LocalExecutor:
             vocab=program.graph.vocab,
             windows=tuple(g.window for g in groups),
         )
-        self._rows = memoryview(program.sample_rows.view(np.uint8)).cast("B")
+        self._rows = program.sample_rows.view(np.uint8).data
         self._last: OrderedDict[int, int] = OrderedDict()
         self._results: dict[Handle, StepResult] = {}
         self._next = 0
@@ -54,7 +63,9 @@ class LocalExecutor:
             raise NotBuiltError(f"program {plan.program!r} does not exist; this executor has 'target' alone")
         for op in plan.kv_ops:
             if op.kind != "copy":
-                raise NotBuiltError("KV pages cannot be swapped to a slower tier yet; preempt by recomputation")
+                raise NotBuiltError(
+                    "KV pages cannot be swapped to a slower tier yet; preempt by recomputation"
+                )
             self.program.copy_page(op.group, op.source, op.target)
         tokens, rows, stride = self._pack(plan)
         seconds = self.program.run(tokens, len(plan.spans), rows, stride)

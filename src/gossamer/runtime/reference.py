@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gossamer.backends.base import MemoryReport
@@ -93,7 +94,7 @@ class ReferenceExecutor:
                 del self._cache[key]
         self._owner[page] = span.sequence
 
-    def _sample(self, span: Span, offset: int, logits: np.ndarray) -> RowResult:  # type: ignore[type-arg]
+    def _sample(self, span: Span, offset: int, logits: npt.NDArray[np.float32]) -> RowResult:
         s = span.sampling
         assert s is not None
         p = s.params

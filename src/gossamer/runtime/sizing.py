@@ -63,7 +63,9 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
         length = min(wanted, pages * size)
     else:
         if config.max_model_len is None:
-            wanted = min(wanted, limit // kv_page_bytes(graph, 16, config.kv_dtype) * 16 // config.max_num_seqs)
+            wanted = min(
+                wanted, limit // kv_page_bytes(graph, 16, config.kv_dtype) * 16 // config.max_num_seqs
+            )
         size = max(16, _ceil(wanted, 16) * 16)
         per_page = kv_page_bytes(graph, size, config.kv_dtype)
         pages = min(max(1, limit // per_page), config.max_num_seqs)

@@ -73,6 +73,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     graph, passes = run_passes(graph, config)
     budget = config.memory_budget if config.memory_budget is not None else available_memory()
     kv = plan_kv(graph, config, budget)
+    executor: Executor
     if config.backend == "reference":
         from gossamer.runtime.reference import start_reference
 

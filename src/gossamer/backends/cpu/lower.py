@@ -12,8 +12,8 @@ from gossamer.graph.ir import Graph, Node, R
 __all__ = ["Instruction", "Lowering", "lower"]
 
 _OPS = (
-    "prepare", "linear", "embed", "rms_norm", "layer_norm", "add", "scale", "softcap", "activation", "act_mul",
-    "rope", "kv_write", "attention", "take_rows", "top_k_experts", "experts",
+    "prepare", "linear", "embed", "rms_norm", "layer_norm", "add", "scale", "softcap", "activation",
+    "act_mul", "rope", "kv_write", "attention", "take_rows", "top_k_experts", "experts",
 )  # fmt: skip
 _ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _PREPARED = {"bf16", "int8", "int4"}  # formats whose kernels do not read fp32 activations

@@ -25,7 +25,7 @@ from gossamer.backends.cpu.formats import FORMATS
 from gossamer.checkpoint.weights import WeightSource, evaluate
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import Graph, Weight
-from gossamer.graph.weights import Stack, Transpose, leaves
+from gossamer.graph.weights import Stack, Transpose, WeightExpr, leaves
 
 __all__ = ["Matrix", "Place", "Places", "fill_block", "layout", "load_vectors", "packed_matrices"]
 
@@ -119,6 +119,8 @@ def fill_block(
     done = 0
     for (name, index), (m, place) in places.items():
         _pack(graph.weights[name], index, m, place, source, pool, block)
+        for leaf in leaves(_plane(graph.weights[name], index)):
+            source.release(leaf.name)
         done += place.data[1] + place.scales[1]
         if progress is not None:
             progress(done, block.nbytes)
@@ -128,13 +130,16 @@ def fill_block(
 
 
 def _pack(
-    weight: Weight, index: int, m: Matrix, place: Place, source: WeightSource, pool: _native.Pool, block: Bytes
+    weight: Weight,
+    index: int,
+    m: Matrix,
+    place: Place,
+    source: WeightSource,
+    pool: _native.Pool,
+    block: Bytes,
 ) -> None:
     data, scales = (block[o : o + size] for o, size in (place.data, place.scales))
-    expr = weight.expr
-    if len(weight.shape) == 3:
-        assert isinstance(expr, Stack)
-        expr = expr.sources[index]
+    expr = _plane(weight, index)
     # A transposed tensor is read whole for any row of it, so it is taken in one go.
     step = m.n if isinstance(expr, Transpose) else max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
     for start in range(0, m.n, step):
@@ -143,9 +148,18 @@ def _pack(
         if m.format in ("int8", "int4") and not np.isfinite(floats).all():
             names = ", ".join(leaf.name for leaf in leaves(expr))
             raise CheckpointError(
-                f"tensor {names} holds NaN or infinity, so {m.format} cannot represent it; the checkpoint is damaged"
+                f"tensor {names} holds NaN or infinity, so {m.format} cannot "
+                f"represent it; the checkpoint is damaged"
             )
         _native.pack(pool, FORMATS[m.format], m.group, m.n, m.k, floats, start, data, scales)
+
+
+def _plane(weight: Weight, index: int) -> WeightExpr:
+    """The expression of one native weight: one source of a stack, or all of it."""
+    if len(weight.shape) == 3:
+        assert isinstance(weight.expr, Stack)
+        return weight.expr.sources[index]
+    return weight.expr
 
 
 def _key(graph: Graph, source: WeightSource) -> str:
@@ -168,7 +182,7 @@ def _read_cache(path: Path, block: Bytes) -> bool:
             start = file.tell()
             if header != _header(block) or os.fstat(file.fileno()).st_size != start + block.nbytes:
                 return False
-            view = memoryview(block)
+            view = block.data
             parts = max(1, min(4, os.cpu_count() or 1))
             bounds = [block.nbytes * i // parts for i in range(parts + 1)]
 
@@ -196,7 +210,7 @@ def _write_cache(path: Path, block: Bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(json.dumps(_header(block)).encode() + b"\n")
-                file.write(memoryview(block))
+                file.write(block.data)
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ def round_weight(weight: torch.Tensor, format: str, group: int = 0) -> torch.Ten
         return _scaled(w, w.abs().amax(-1, keepdim=True) / 127, -127, 127)
     if format == "int4":
         k = w.shape[-1]
-        groups = torch.nn.functional.pad(w, (0, -k % group)).unflatten(-1, (-1, group))
+        groups = _grouped(w, group)
         low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
         scale = (torch.where(high > -low, high, low) / -8).half().float()
         return _scaled(groups, scale, -8, 7).flatten(-2)[..., :k]
@@ -46,11 +46,19 @@ def round_activations(x: torch.Tensor, format: str, group: int = 0) -> torch.Ten
         return x
     k = x.shape[-1]
     size = k if format == "int8" else group
-    groups = torch.nn.functional.pad(x.float(), (0, -k % size)).unflatten(-1, (-1, size))
+    groups = _grouped(x.float(), size)
     most = groups.abs().amax(-1, keepdim=True)
     scale = most / 127
     integers = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
-    return (integers * scale).flatten(-2)[..., :k]
+    rounded: torch.Tensor = (integers * scale).flatten(-2)[..., :k]
+    return rounded
+
+
+def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[..., K] padded with zeros and cut into [..., groups, size]."""
+    from torch.nn.functional import pad
+
+    return pad(x, (0, -x.shape[-1] % size)).reshape(*x.shape[:-1], -1, size)
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:

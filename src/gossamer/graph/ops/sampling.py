@@ -9,7 +9,11 @@ the tokens of a request do not depend on its batch, and a draft verified by id e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["gumbel_noise", "sample_row"]
 
@@ -17,24 +21,25 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-def _mix(x: Any) -> Any:
-    """The finaliser on a Python integer or on an array of uint64."""
-    wrap = (lambda v: v & _MASK) if isinstance(x, int) else (lambda v: v)
-    x = x ^ (x >> 30 if isinstance(x, int) else x >> x.dtype.type(30))
-    x = wrap(x * (0xBF58476D1CE4E5B9 if isinstance(x, int) else x.dtype.type(0xBF58476D1CE4E5B9)))
-    x = x ^ (x >> 27 if isinstance(x, int) else x >> x.dtype.type(27))
-    x = wrap(x * (0x94D049BB133111EB if isinstance(x, int) else x.dtype.type(0x94D049BB133111EB)))
-    return x ^ (x >> 31 if isinstance(x, int) else x >> x.dtype.type(31))
-
-
-def gumbel_noise(seed: int, output_index: int, vocab: int) -> Any:
-    """Noise of every token id, numpy float64 [vocab]: -log(-log(1 - v)) with v uniform in (0, 1)."""
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser, modulo 2^64."""
     import numpy as np
 
-    key = _mix((_mix((seed + _GOLDEN) & _MASK) + output_index + _GOLDEN) & _MASK)
-    bits = _mix(np.arange(vocab, dtype=np.uint64) + np.uint64(key)) >> np.uint64(33)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def gumbel_noise(seed: int, output_index: int, vocab: int) -> npt.NDArray[np.float64]:
+    """Noise of every token id [vocab]: -log(-log(1 - v)) with v uniform in (0, 1)."""
+    import numpy as np
+
+    state = np.array([(seed + _GOLDEN) & _MASK], np.uint64)
+    key = _mix(_mix(state) + np.uint64((output_index + _GOLDEN) & _MASK))
+    bits = _mix(np.arange(vocab, dtype=np.uint64) + key) >> np.uint64(33)
     v = np.minimum((bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-31), np.float32(1 - 2**-24))
-    return -np.log(-np.log1p(-v.astype(np.float64)))
+    noise: npt.NDArray[np.float64] = -np.log(-np.log1p(-v.astype(np.float64)))
+    return noise
 
 
 def sample_row(
