@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from gossamer.bench.costs import StepCosts, step_costs
-from gossamer.bench.measure import RecordingExecutor, Step, recording, steps
+from gossamer.bench.measure import RecordingExecutor, Step, recording, run_step
 from gossamer.bench.memory import memory_figures
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
@@ -116,7 +116,8 @@ def _run(
     began = time.perf_counter()
     for prompt in prompts:
         engine.submit(engine.new_id(), prompt, params)
-    for step, updates in steps(engine, recorder):
+    while engine.has_work():
+        step, updates = run_step(engine, recorder)
         if len(firsts) < len(prompts):
             mixed += sum(len(u.tokens) for u in updates)
         for update in updates:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gossamer.engine.step import Executor, ExecutorLimits, Handle, StepPlan, StepResult
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine, TextUpdate
 
-__all__ = ["RecordingExecutor", "Step", "recording", "steps"]
+__all__ = ["RecordingExecutor", "Step", "recording", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,17 @@ class Step:
 
 
 class RecordingExecutor:
-    """Passes steps through to another executor and keeps the sizes and times of the newest."""
+    """Passes steps through to another executor and keeps the sizes and times of the newest.
+
+    kv_usage: where set, asked at every step, when all its pages are held; kv_peak is the largest answer.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._sizes: dict[Handle, tuple[int, tuple[int, ...], bool]] = {}
         self.newest: tuple[int, tuple[int, ...], bool, float] | None = None
+        self.kv_usage: Callable[[], float] | None = None
+        self.kv_peak = 0.0
 
     @property
     def limits(self) -> ExecutorLimits:
@@ -47,6 +52,8 @@ class RecordingExecutor:
             tuple(s.start + len(s.tokens) for s in spans),
             all(s.start and len(s.tokens) == 1 and len(s.rows) == 1 for s in spans),
         )
+        if self.kv_usage is not None:
+            self.kv_peak = max(self.kv_peak, self.kv_usage())
         handle = self._executor.submit(plan)
         self._sizes[handle] = size
         return handle
@@ -68,15 +75,13 @@ def recording(started: Started) -> tuple[TextEngine, RecordingExecutor]:
     return TextEngine(replace(started, executor=recorder)), recorder
 
 
-def steps(engine: TextEngine, recorder: RecordingExecutor) -> Iterator[tuple[Step | None, list[TextUpdate]]]:
-    """Runs an engine until no work is left; each step (None where nothing was computed) with its updates."""
-    while engine.has_work():
-        recorder.newest = None
-        began = time.perf_counter()
-        updates = engine.step()
-        wall = time.perf_counter() - began
-        if recorder.newest is None:
-            yield None, updates
-            continue
-        tokens, contexts, decode, inside = recorder.newest
-        yield Step(began, wall, inside, tokens, contexts, decode), updates
+def run_step(engine: TextEngine, recorder: RecordingExecutor) -> tuple[Step | None, list[TextUpdate]]:
+    """One step of an engine (None where nothing was computed) with its updates."""
+    recorder.newest = None
+    began = time.perf_counter()
+    updates = engine.step()
+    wall = time.perf_counter() - began
+    if recorder.newest is None:
+        return None, updates
+    tokens, contexts, decode, inside = recorder.newest
+    return Step(began, wall, inside, tokens, contexts, decode), updates

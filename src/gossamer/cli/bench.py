@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gossamer.cli.engine_flags import EngineFlags
+from gossamer.cli.models import model_context
 from gossamer.cli.options import flag, verb
 from gossamer.cli.show import emit_json, show_start, stderr
+from gossamer.errors import ConfigError
 
 __all__ = ["app"]
 
@@ -108,4 +111,87 @@ def _errors(report: dict[str, Any]) -> int:
     return 1 if report["errors"] else 0
 
 
+def throughput(
+    engine: EngineFlags,
+    num_prompts: Annotated[
+        int, flag("--num-prompts", panel=_WORK, metavar="N", help="Requests; of a trace, its first so many.")
+    ] = 100,
+    input_len: Annotated[int, flag("--input-len", panel=_WORK, help="Mean prompt tokens.")] = 128,
+    output_len: Annotated[int, flag("--output-len", panel=_WORK, help="Mean output tokens.")] = 64,
+    random_range_ratio: Annotated[
+        float, flag("--random-range-ratio", panel=_WORK, help="Lengths vary by this part of their mean.")
+    ] = 0.5,
+    trace: Annotated[
+        Path | None, flag("--trace", panel=_WORK, metavar="CSV", help="Take lengths from a trace.")
+    ] = None,
+    request_rate: Annotated[
+        float, flag("--request-rate", panel=_WORK, help="Requests a second (Poisson); inf is all at once.")
+    ] = float("inf"),
+    seed: Annotated[int, flag("--seed", panel=_WORK, help="Of lengths, prompts and arrivals.")] = 0,
+    json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run many requests of mixed lengths, and count tokens and waiting times."""
+    from gossamer.bench.measure import recording
+    from gossamer.bench.throughput import run_jobs, throughput_report
+    from gossamer.bench.workload import arrivals, cut_lengths, make_jobs, random_lengths, trace_lengths
+    from gossamer.progress import loading_bar, token_bar
+    from gossamer.runtime.start import start
+
+    if num_prompts < 1:
+        raise ConfigError(f"num_prompts {num_prompts} must be at least 1")
+    if trace is None:
+        lengths = random_lengths(num_prompts, input_len, output_len, random_range_ratio, seed)
+    else:
+        lengths = trace_lengths(trace, num_prompts)
+    times = arrivals(len(lengths), request_rate, seed)
+    longest = max(prompt + output for prompt, output in lengths)
+    config = engine.config(max_model_len=min(longest, model_context(engine)))
+    with loading_bar(sys.stderr.isatty()) as loading:
+        started = start(config, loading)
+    running, recorder = recording(started)
+    show_start(started)
+    lengths, cut = cut_lengths(lengths, started.max_model_len)
+    if cut:
+        stderr().print(f"{cut} of {len(lengths)} requests were cut to {started.max_model_len} tokens")
+    jobs = make_jobs(lengths, times, started.graph.vocab, seed)
+    with token_bar(sys.stderr.isatty(), len(jobs)) as progress:
+        outcome = run_jobs(running, recorder, jobs, progress=progress)
+    report = throughput_report(running, jobs, outcome) | {"cut_requests": cut}
+    if json:
+        emit_json(report)
+    else:
+        _print_throughput(report)
+
+
+def _print_throughput(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(style="cyan")
+    table.add_column(justify="right", style="bold")
+    table.add_column()
+    table.add_row("output", f"{report['output_tokens_per_s']:.1f}", "tok/s")
+    table.add_row("prompt and output", f"{report['total_tokens_per_s']:.1f}", "tok/s")
+    table.add_row("requests", f"{report['requests_per_s']:.2f}", "a second")
+    for label, name in (
+        ("first token", "ttft_ms"),
+        ("between tokens", "itl_ms"),
+        ("whole request", "e2e_ms"),
+    ):
+        p50, p95, p99 = ("-" if v is None else f"{v:.1f}" for v in report[name].values())
+        table.add_row(label, p50, f"ms; p95 {p95}, p99 {p99}")
+    table.add_row(
+        "running at once", str(report["running_peak"]), f"at most, {report['running_mean']:.1f} on average"
+    )
+    table.add_row(
+        "KV pages held",
+        f"{100 * report['kv_usage_peak']:.0f}",
+        f"% at most; {report['preemptions']} preemptions",
+    )
+    Console(highlight=False).print(table)
+
+
 app.command()(verb(latency))
+app.command()(verb(throughput))

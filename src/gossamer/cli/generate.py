@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gossamer.cli.engine_flags import EngineFlags
+from gossamer.cli.models import model_context
 from gossamer.cli.options import flag
 from gossamer.cli.sampling_flags import SamplingFlags
 from gossamer.cli.show import emit_json, show_start, stderr
@@ -44,12 +42,13 @@ def generate(
 ) -> int:
     """Continue a prompt, written live."""
     from gossamer.cli.receipt import receipt_rows, receipt_table
+    from gossamer.cli.stream import run_request
 
     text = _prompt(prompt, prompt_file)
     given = sampling.given() | {"max_tokens": max_tokens, "n": n, "logprobs": logprobs}
     running, ids, params = _start(engine, text, given)
     show_start(running.started)
-    report = _stream(running, ids, params, live=not json)
+    report = run_request(running, ids, params, live=not json)
     lines = running.started.receipt() if receipt else []
     if json:
         emit_json(report | ({"receipt": receipt_rows(lines)} if receipt else {}))
@@ -87,10 +86,9 @@ def _start(
 
     The prompt is tokenized before anything is loaded, so that the memory can be cut to it.
     """
-    from gossamer.checkpoint.hub import read_config, resolve_model
+    from gossamer.checkpoint.hub import resolve_model
     from gossamer.checkpoint.tokenizer import Tokenizer
     from gossamer.engine.request import SamplingParams
-    from gossamer.graph.families import build_graph
     from gossamer.progress import loading_bar
     from gossamer.text_engine import TextEngine
 
@@ -98,10 +96,8 @@ def _start(
     if not prompt:
         raise RequestError("the prompt is empty; give at least one character")
     config = flags.config()
-    directory = resolve_model(config.model, config.revision)
-    length = len(Tokenizer.load(directory).encode(prompt))
-    ignored = config.ignore_config_fields
-    context = build_graph(read_config(directory), name=config.model, ignore=ignored).max_positions
+    context = model_context(flags)
+    length = len(Tokenizer.load(resolve_model(config.model, config.revision)).encode(prompt))
     sequences = flags.max_num_seqs or sampling["n"]
     config = flags.config(
         max_model_len=min(context, length + sampling["max_tokens"]),
@@ -111,68 +107,3 @@ def _start(
     with loading_bar(sys.stderr.isatty()) as bar:
         engine = TextEngine.start(config, progress=bar)
     return engine, engine.encode(prompt), engine.default_params(**sampling)
-
-
-def _stream(
-    engine: TextEngine, ids: tuple[int, ...], params: SamplingParams, *, live: bool
-) -> dict[str, Any]:
-    """Runs the request; writes the text of a single output as it comes, of several when all are done."""
-    from gossamer.bench.memory import memory_figures
-
-    outputs: list[dict[str, Any]] = [
-        {"index": i, "text": "", "token_ids": [], "finish_reason": None} for i in range(params.n)
-    ]
-    if params.logprobs is not None:
-        for output in outputs:
-            output["logprobs"] = []
-    arrivals: list[list[float]] = [[] for _ in outputs]
-    request = engine.new_id()
-    engine.submit(request, ids, params)
-    times: dict[str, float] = {}
-    try:
-        for update in engine.run():
-            now = time.perf_counter()
-            output = outputs[update.index]
-            output["text"] += update.text
-            output["token_ids"] += update.tokens
-            arrivals[update.index] += [now] * len(update.tokens)
-            if update.logprobs:
-                output["logprobs"] += [
-                    {"token_id": l.token, "logprob": l.logprob, "top": [list(t) for t in l.top]}
-                    for l in update.logprobs
-                ]
-            output["finish_reason"] = update.finish_reason
-            times = dict(update.times)
-            if live and params.n == 1:
-                sys.stdout.write(update.text)
-                sys.stdout.flush()
-    finally:
-        engine.abort(request)
-        if live and params.n == 1:
-            sys.stdout.write("\n")
-    if live and params.n > 1:
-        for output in outputs:
-            print(f"[{output['index'] + 1}] {output['text']}\n")
-    return {
-        "text": outputs[0]["text"],
-        "token_ids": outputs[0]["token_ids"],
-        "prompt_token_ids": list(ids),
-        "finish_reason": outputs[0]["finish_reason"],
-        "timing": _timing(times, arrivals),
-        "memory": memory_figures(engine.started.memory),
-        "outputs": outputs,
-    }
-
-
-def _timing(times: dict[str, float], arrivals: list[list[float]]) -> dict[str, float | None]:
-    """ttft from arrival; gaps between the tokens of one output; tokens a second after the first."""
-    gaps = [b - a for tokens in arrivals for a, b in pairwise(tokens)]
-    first = times.get("first_token")
-    last = max((tokens[-1] for tokens in arrivals if tokens), default=0.0)
-    later = sum(len(tokens) for tokens in arrivals) - len(arrivals)
-    busy = last - first if first is not None else 0.0
-    return {
-        "ttft_ms": None if first is None else round((first - times["arrival"]) * 1e3, 3),
-        "itl_ms_median": round(median(gaps) * 1e3, 4) if gaps else None,
-        "decode_tokens_per_s": round(later / busy, 3) if later > 0 and busy > 0 else None,
-    }

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from gossamer import __version__
-from gossamer.cli import bench, generate, probe
+from gossamer.cli import bench, chat, demo, generate, graph, probe, serve
 from gossamer.cli.options import verb
 from gossamer.errors import GossamerError
 
@@ -30,9 +30,13 @@ app = typer.Typer(
     no_args_is_help=False,
 )
 _RUN, _LOOK = "Run a model", "Look and measure"
+app.command(rich_help_panel=_RUN)(verb(demo.demo))
 app.command(rich_help_panel=_RUN)(verb(generate.generate))
+app.command(rich_help_panel=_RUN)(verb(chat.chat))
+app.command(rich_help_panel=_RUN)(verb(serve.serve))
 app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))
+app.command(rich_help_panel=_LOOK)(verb(graph.graph))
 
 
 def _version(value: bool) -> None:

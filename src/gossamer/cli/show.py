@@ -63,13 +63,14 @@ def memory_table(started: Started) -> Table:
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("weights", format_size(memory.weights), stored)
-    kind = "pages" if config.paged_attention is not None else "contiguous slots"
+    paged = config.paged_attention is not None
     table.add_row(
-        "KV pages",
+        "KV pages" if paged else "KV slots",
         format_size(memory.kv),
-        f"{memory.kv_tokens:,} tokens of {config.kv_dtype}: {pages:,} {kind} of {size:,}; "
-        f"sequences up to {started.max_model_len:,}",
+        f"{memory.kv_tokens:,} tokens ({config.kv_dtype}) in {pages:,} {'pages' if paged else 'slots'} "
+        f"of {size:,}",
     )
+    table.add_row("context", f"{started.max_model_len:,}", "tokens, the longest sequence")
     reuse = f"{format_size(memory.arena_separate)} without reuse" if config.memory_reuse else "no reuse"
     table.add_row("arena", format_size(memory.arena), reuse)
     table.add_row("workspace", format_size(memory.workspace), "")
