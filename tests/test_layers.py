@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "__init__": {"llm", "engine.request"},
     "__main__": {"cli"},
 }
-TORCH = ("backends.reference", "backends.cuda", "compress", "runtime.distributed")
+TORCH = ("backends.reference", "backends.cuda", "compress", "runtime.distributed", "runtime.reference")
 LAZY_TORCH = ("graph.ops",)
 FILES = sorted((SRC / "gossamer").rglob("*.py"))
 

@@ -14,6 +14,7 @@ from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import DummySource, WeightSource, check_tensors
 from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
+from gossamer.errors import DependencyError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
@@ -75,7 +76,12 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     kv = plan_kv(graph, config, budget)
     executor: Executor
     if config.backend == "reference":
-        from gossamer.runtime.reference import start_reference
+        try:
+            from gossamer.runtime.reference import start_reference
+        except ImportError as error:
+            raise DependencyError(
+                "the reference backend needs torch; install it with: pip install 'gossamer[torch]'"
+            ) from error
 
         executor, memory, isa, threads = start_reference(graph, source, config, kv)
         receipt: Callable[[], list[ReceiptLine]] = list
