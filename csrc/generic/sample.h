@@ -25,12 +25,19 @@ GOSSAMER_INLINE uint64_t mix(uint64_t x) {
   return x ^ x >> 31;
 }
 
-GOSSAMER_INLINE vf gumbel(uint64_t key, vi ids) {
+GOSSAMER_INLINE vf uniform(uint64_t key, vi ids) {
   int32_t id[kLanes], random[kLanes];
   store(id, ids);
   for (int i = 0; i < kLanes; i++) random[i] = int32_t(mix(key + uint32_t(id[i])) >> 33);
   const vf v = (to_float(load(random)) + set1(0.5f)) * set1(0x1p-31f), most = set1(1.0f - 0x1p-24f);
-  return set1(0.0f) - log(set1(0.0f) - log_one_minus(select(v < most, v, most)));
+  return select(v < most, v, most);
+}
+
+GOSSAMER_INLINE vf gumbel(vf v) { return set1(0.0f) - log(set1(0.0f) - log_one_minus(v)); }
+
+// No less than gumbel(v): -log(v) rounded up to a power of two, and a little for rounding.
+GOSSAMER_INLINE vf gumbel_bound(vf v) {
+  return to_float(set1(int32_t(127)) - sra(as_int(v), 23)) * set1(0.69314718f) + set1(0.01f);
 }
 
 // The largest value of 16 running lanes and its lowest id.
@@ -92,12 +99,23 @@ inline void temper(const float* x, int64_t n, float maximum, float temperature, 
   map(x, z, 0, n, [m = set1(maximum), t = set1(temperature)](vf v) { return (v - m) / t; });
 }
 
-inline int32_t sample_all(const float* t, int64_t n, float maximum, float temperature, uint64_t key) {
+// Samples among z >= least up to `end` in key order. Most blocks cannot win whatever their logarithms are,
+// which leaves little but the hash to compute.
+inline int32_t sample_all(const float* z, int64_t n, float least, uint64_t end, uint64_t key) {
+  const vf end_z = set1(value_of(end));
+  const vi end_id = set1(int32_t(id_of(end) < 0x7fffffff ? id_of(end) + 1 : 0x7fffffff));
   Best best;
+  float leader = -kInf;
   for (int64_t i = 0; i < n; i += 16) {
-    const vf v = n - i >= 16 ? load(t + i) : load_n(t + i, n - i, -kInf);
+    vf v = n - i >= 16 ? load(z + i) : load_n(z + i, n - i, -kInf);
     const vi ids = iota() + set1(int32_t(i));
-    best.offer((v - set1(maximum)) / set1(temperature) + gumbel(key, ids), ids);
+    const vm kept = (v >= set1(least)) & ((end_z < v) | ((v == end_z) & (ids < end_id)));
+    v = select(kept, v, set1(-kInf));
+    const vf u = uniform(key, ids);
+    if (!bits(v + gumbel_bound(u) >= set1(leader))) continue;
+    const vf score = v + gumbel(u);
+    best.offer(score, ids);
+    leader = max(max(score, set1(leader)));
   }
   float top;
   int32_t token;
@@ -120,7 +138,7 @@ inline int32_t sample_some(const uint64_t* keys, int64_t n, float min_p, uint64_
     int32_t id[kLanes];
     for (int j = 0; j < kLanes; j++) id[j] = i + j < n ? id_of(keys[i + j]) : 0x7fffffff;
     const vf z = values_of(keys + i, n - i);
-    best.offer_unordered(select(z >= least, z + gumbel(key, load(id)), set1(-kInf)), load(id));
+    best.offer_unordered(select(z >= least, z + gumbel(uniform(key, load(id))), set1(-kInf)), load(id));
   }
   float top;
   int32_t token;
@@ -128,23 +146,17 @@ inline int32_t sample_some(const uint64_t* keys, int64_t n, float min_p, uint64_
   return token;
 }
 
-// Keeps what top-k, top-p and min-p leave of z (whose maximum is 0) in `keys`; returns how many. Values that
-// min-p alone would drop may remain.
-inline int64_t keep(const SampleRow& row, const float* z, int64_t n, uint64_t* keys) {
-  int64_t kept;
+// z has maximum 0.
+inline int32_t sample_tempered(const SampleRow& row, const float* z, int64_t n, uint64_t key,
+                               uint64_t* keys) {
   if (row.top_k > 0 && row.top_k < n) {
-    kept = row.top_k;
+    int64_t kept = row.top_k;
     select_largest(z, n, kept, keys);
-    return row.top_p < 1.0f ? select_mass(keys, kept, row.top_p * mass_of(keys, kept)) : kept;
+    if (row.top_p < 1.0f) kept = select_mass(keys, kept, row.top_p * mass_of(keys, kept));
+    return sample_some(keys, kept, row.min_p, key);
   }
-  if (!(row.top_p < 1.0f)) return collect(z, n, least_z(row.min_p), keys);
-  const double target = row.top_p * mass_of(z, n, 0.0f);
-  const float neighbourhoods[] = {-3.0f, -9.0f, -27.0f};  // of the maximum; most often a small one is enough
-  for (float least : neighbourhoods) {
-    kept = collect(z, n, least, keys);
-    if (mass_of(keys, kept) >= target) return select_mass(keys, kept, target);
-  }
-  return select_mass(keys, collect(z, n, -kInf, keys), target);
+  const uint64_t end = row.top_p < 1.0f ? nucleus_end(z, n, row.top_p, keys) : key_of(-kInf, 0);
+  return sample_all(z, n, least_z(row.min_p), end, key);
 }
 
 GOSSAMER_INLINE bool treated(const SampleRow& row) {
@@ -250,12 +262,8 @@ inline void sample(const SampleArgs& args, int64_t r, void* scratch) {
     args.token[r] = s.argmax;
   } else {
     const uint64_t key = mix(mix(row.seed + kGolden) + uint64_t(row.output_index) + kGolden);
-    if ((row.top_k <= 0 || row.top_k >= n) && !(row.top_p < 1.0f) && !(row.min_p > 0.0f)) {
-      args.token[r] = sample_all(t, n, s.maximum, row.temperature, key);
-    } else {
-      temper(t, n, s.maximum, row.temperature, own);
-      args.token[r] = sample_some(keys, keep(row, own, n, keys), row.min_p, key);
-    }
+    temper(t, n, s.maximum, row.temperature, own);
+    args.token[r] = sample_tempered(row, own, n, key, keys);
   }
   if (row.logprobs >= 0) write_logprobs(args, r, x, raw.maximum, keys);
 }

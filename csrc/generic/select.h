@@ -165,3 +165,42 @@ inline int64_t select_mass(uint64_t* keys, int64_t n, double target) {
   }
   return hi;
 }
+
+// The last of the shortest prefix, in key order, of z (whose maximum is 0) whose share of the mass reaches
+// top_p. A histogram of the mass finds the bin it lies in; only that bin's keys are looked at one by one.
+inline uint64_t nucleus_end(const float* z, int64_t n, float top_p, uint64_t* keys) {
+  constexpr int kBins = 1024;
+  const auto bins_of = [](vf v) {  // a 32nd wide each; the last takes all the rest
+    const vf below = v * set1(-32.0f), last = set1(float(kBins - 1));
+    return to_int(select(below < last, below, last));
+  };
+  double mass[kBins] = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf v = n - i >= 16 ? load(z + i) : load_n(z + i, n - i, -kInf);
+    float p[kLanes];
+    int32_t bin[kLanes];
+    store(p, exp(v));
+    store(bin, bins_of(v));
+    for (int j = 0; j < kLanes; j++) mass[bin[j]] += p[j];
+  }
+  double total = 0, before = 0;
+  for (double m : mass) total += m;
+  const double target = top_p * total;
+  int last = 0;
+  while (last < kBins - 1 && before + mass[last] < target) before += mass[last++];
+
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf v = n - i >= 16 ? load(z + i) : load_n(z + i, n - i, -kInf);
+    uint32_t found = bits((bins_of(v) == set1(int32_t(last))) & lanes(0, n - i));
+    for (; found; found &= found - 1) {
+      const int64_t at = i + __builtin_ctz(found);
+      keys[count++] = key_of(z[at], int32_t(at));
+    }
+  }
+  count = select_mass(keys, count, target - before);
+  uint64_t end = 0;
+  for (int64_t i = 0; i < count; i++)
+    if (keys[i] > end) end = keys[i];
+  return end;
+}

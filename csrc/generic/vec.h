@@ -17,6 +17,7 @@ constexpr int kBytes = 16;
 #endif
 constexpr int kLanes = 16;
 constexpr int kParts = 64 / kBytes;
+constexpr int kPartLanes = kBytes / 4;
 constexpr float kInf = __builtin_inff();
 
 #define GOSSAMER_INLINE inline __attribute__((always_inline))
@@ -68,10 +69,10 @@ GOSSAMER_INLINE vf operator/(vf a, vf b) {
   return each<vf>([&](int i) { return a.p[i] / b.p[i]; });
 }
 GOSSAMER_INLINE vi operator+(vi a, vi b) {
-  return each<vi>([&](int i) { return a.p[i] + b.p[i]; });
+  return each<vi>([&](int i) { return (ni)((nu)a.p[i] + (nu)b.p[i]); });
 }
 GOSSAMER_INLINE vi operator-(vi a, vi b) {
-  return each<vi>([&](int i) { return a.p[i] - b.p[i]; });
+  return each<vi>([&](int i) { return (ni)((nu)a.p[i] - (nu)b.p[i]); });
 }
 GOSSAMER_INLINE vi operator&(vi a, vi b) {
   return each<vi>([&](int i) { return a.p[i] & b.p[i]; });
@@ -80,7 +81,7 @@ GOSSAMER_INLINE vi operator^(vi a, vi b) {
   return each<vi>([&](int i) { return a.p[i] ^ b.p[i]; });
 }
 GOSSAMER_INLINE vi shl(vi a, int n) {
-  return each<vi>([&](int i) { return a.p[i] << n; });
+  return each<vi>([&](int i) { return (ni)((nu)a.p[i] << n); });
 }
 GOSSAMER_INLINE vi sra(vi a, int n) {
   return each<vi>([&](int i) { return a.p[i] >> n; });
@@ -100,6 +101,10 @@ GOSSAMER_INLINE vf as_float(vi a) {
 }
 GOSSAMER_INLINE vf to_float(vi a) {
   return each<vf>([&](int i) { return __builtin_convertvector(a.p[i], nf); });
+}
+
+GOSSAMER_INLINE vi to_int(vf a) {  // towards zero
+  return each<vi>([&](int i) { return __builtin_convertvector(a.p[i], ni); });
 }
 
 GOSSAMER_INLINE vf fma(vf a, vf b, vf c) {
@@ -195,7 +200,7 @@ GOSSAMER_INLINE uint32_t bits(vm m) {
 GOSSAMER_INLINE vi iota() {
   vi r;
   for (int i = 0; i < kParts; i++)
-    for (int j = 0; j < kBytes / 4; j++) r.p[i][j] = i * (kBytes / 4) + j;
+    for (int j = 0; j < kPartLanes; j++) r.p[i][j] = i * kPartLanes + j;
   return r;
 }
 #if !defined(__AVX512F__)
@@ -213,18 +218,27 @@ GOSSAMER_INLINE vm lanes(int64_t lo, int64_t hi) {
 
 // ---- memory --------------------------------------------------------------------------------------
 
+// Part by part: copied whole, a struct would go through the stack.
 GOSSAMER_INLINE vf load(const float* x) {
-  vf r;
-  __builtin_memcpy(&r, x, sizeof r);
-  return r;
+  return each<vf>([&](int i) {
+    nf part;
+    __builtin_memcpy(&part, x + i * kPartLanes, kBytes);
+    return part;
+  });
 }
 GOSSAMER_INLINE vi load(const int32_t* x) {
-  vi r;
-  __builtin_memcpy(&r, x, sizeof r);
-  return r;
+  return each<vi>([&](int i) {
+    ni part;
+    __builtin_memcpy(&part, x + i * kPartLanes, kBytes);
+    return part;
+  });
 }
-GOSSAMER_INLINE void store(float* x, vf v) { __builtin_memcpy(x, &v, sizeof v); }
-GOSSAMER_INLINE void store(int32_t* x, vi v) { __builtin_memcpy(x, &v, sizeof v); }
+GOSSAMER_INLINE void store(float* x, vf v) {
+  for (int i = 0; i < kParts; i++) __builtin_memcpy(x + i * kPartLanes, &v.p[i], kBytes);
+}
+GOSSAMER_INLINE void store(int32_t* x, vi v) {
+  for (int i = 0; i < kParts; i++) __builtin_memcpy(x + i * kPartLanes, &v.p[i], kBytes);
+}
 
 // The first n <= 16 lanes; a load fills the others with `rest`.
 GOSSAMER_INLINE vf load_n(const float* x, int64_t n, float rest = 0.0f) {
@@ -248,19 +262,24 @@ GOSSAMER_INLINE void store_n(float* x, vf v, int64_t n) {
 }
 
 // Folds halves, so that lane pairs (i, i + 8), then (i, i + 4), ... meet on every ISA.
-GOSSAMER_INLINE float sum(vf v) {
+typedef float quad __attribute__((vector_size(16)));
+template <class F>
+GOSSAMER_INLINE float fold(vf v, F f) {
   float x[kLanes];
   store(x, v);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  return x[0];
+  quad a, b, c, d;
+  __builtin_memcpy(&a, x, 16);
+  __builtin_memcpy(&b, x + 4, 16);
+  __builtin_memcpy(&c, x + 8, 16);
+  __builtin_memcpy(&d, x + 12, 16);
+  const quad r = f(f(a, c), f(b, d));
+  return f(f(r[0], r[2]), f(r[1], r[3]));
+}
+GOSSAMER_INLINE float sum(vf v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 GOSSAMER_INLINE float max(vf v) {
-  float x[kLanes];
-  store(x, v);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-  return x[0];
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- 16-bit floats -------------------------------------------------------------------------------
@@ -273,11 +292,20 @@ struct f16 {
 };
 
 GOSSAMER_INLINE vf load(const bf16* x) {
+#if defined(__AVX512F__)
+  const __m512i u = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)x));
+  return {{(nf)_mm512_maskz_slli_epi32(0xffff, u, 16)}};
+#elif defined(__AVX2__)
+  return each<vf>([&](int i) {
+    return (nf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(x + 8 * i))), 16);
+  });
+#else
   return each<vf>([&](int i) {
     nh h;
-    __builtin_memcpy(&h, x + i * (kBytes / 4), sizeof h);
+    __builtin_memcpy(&h, x + i * kPartLanes, sizeof h);
     return (nf)(__builtin_convertvector(h, nu) << 16);
   });
+#endif
 }
 
 // Round to nearest even, in integers: VCVTNEPS2BF16 would flush denormals.
@@ -288,7 +316,7 @@ GOSSAMER_INLINE void store(bf16* x, vf v) {
     const nu quiet = (u >> 16) | 0x40;
     const nu nan = (nu)((ni)(u & 0x7fffffff) > 0x7f800000);
     const nh h = __builtin_convertvector((nan & quiet) | (~nan & even), nh);
-    __builtin_memcpy(x + i * (kBytes / 4), &h, sizeof h);
+    __builtin_memcpy(x + i * kPartLanes, &h, sizeof h);
   }
 }
 
@@ -301,7 +329,7 @@ GOSSAMER_INLINE vf load(const f16* x) {
   // The bits moved up make a float 2^112 too small (denormals included); all-ones exponents stay so.
   return each<vf>([&](int i) {
     nh h;
-    __builtin_memcpy(&h, x + i * (kBytes / 4), sizeof h);
+    __builtin_memcpy(&h, x + i * kPartLanes, sizeof h);
     const nu u = __builtin_convertvector(h, nu);
     const nf scaled = (nf)((u & 0x7fff) << 13) * 0x1p112f;
     const nu special = (nu)((ni)(u & 0x7fff) >= 0x7c00) & 0x7f800000;
@@ -328,7 +356,7 @@ GOSSAMER_INLINE void store(f16* x, vf v) {
     r = (is_big & 0x7c00) | (~is_big & r);
     r = (is_nan & (0x7e00 | ((a >> 13) & 0x3ff))) | (~is_nan & r);
     const nh h = __builtin_convertvector(r | ((u >> 16) & 0x8000), nh);
-    __builtin_memcpy(x + i * (kBytes / 4), &h, sizeof h);
+    __builtin_memcpy(x + i * kPartLanes, &h, sizeof h);
   }
 #endif
 }
