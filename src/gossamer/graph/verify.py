@@ -69,22 +69,22 @@ def _check_signature(graph: Graph, node: Node) -> None:
             raise GraphError(f"{place} has {count} {what}; {least} to {most} are right")
     if set(node.attrs) != op.attrs:
         raise GraphError(f"{place} has attributes {sorted(node.attrs)}; {sorted(op.attrs)} are right")
+    for i, value in enumerate(node.inputs):
+        if (graph.values[value].dtype == "kv") != (node.op == "attention" and i == 1):
+            raise GraphError(f"{place} reads {value!r} ({graph.values[value].dtype}) as input {i}")
     shapes = [graph.values[v].shape for v in node.inputs]
     signature = op.shapes(node, shapes, [graph.weights[w] for w in node.weights])
     if len(signature) != len(node.outputs):
         raise GraphError(f"{place} has {len(node.outputs)} outputs; the op gives {len(signature)}")
     for name, (shape, dtype) in zip(node.outputs, signature, strict=True):
-        value = graph.values[name]
-        if (value.shape, value.dtype) != (shape, dtype):
-            raise GraphError(f"{place}: {name} is {value.dtype}{value.shape}; the op gives {dtype}{shape}")
+        held = graph.values[name]
+        if (held.shape, held.dtype) != (shape, dtype):
+            raise GraphError(f"{place}: {name} is {held.dtype}{held.shape}; the op gives {dtype}{shape}")
 
 
 def _check_kv(graph: Graph, node: Node, layer_of: dict[str, int]) -> None:
     """A layer writes its KV once, as its group says, and attention reads what its own layer wrote."""
     place = _place(node)
-    for i, value in enumerate(node.inputs):
-        if (graph.values[value].dtype == "kv") != (node.op == "attention" and i == 1):
-            raise GraphError(f"{place} reads {value!r} ({graph.values[value].dtype}) as input {i}")
     if node.op == "kv_write":
         layer, width = node.attrs["layer"], graph.values[node.inputs[0]].shape[1]
         if layer in layer_of.values():

@@ -6,10 +6,21 @@ names. Evaluation and inversion live in `gossamer.checkpoint.weights`; here is o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-__all__ = ["Concat", "Constant", "Shift", "Slice", "Stack", "Tensor", "Transpose", "WeightExpr", "leaves"]
+__all__ = [
+    "Concat",
+    "Constant",
+    "Shift",
+    "Slice",
+    "Stack",
+    "Tensor",
+    "Transpose",
+    "WeightExpr",
+    "leaves",
+    "renamed",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +116,14 @@ def leaves(expr: WeightExpr) -> Iterator[Tensor]:
             yield from leaves(source)
     elif not isinstance(expr, Constant):
         yield from leaves(expr.source)
+
+
+def renamed(expr: WeightExpr, names: Mapping[str, str]) -> WeightExpr:
+    """The same expression over tensors of other names; those absent from `names` keep theirs."""
+    if isinstance(expr, Tensor):
+        return replace(expr, name=names.get(expr.name, expr.name))
+    if isinstance(expr, Concat | Stack):
+        return replace(expr, sources=tuple(renamed(source, names) for source in expr.sources))
+    if isinstance(expr, Constant):
+        return expr
+    return replace(expr, source=renamed(expr.source, names))

@@ -51,7 +51,7 @@ def read_sizes(
     size = f.optional_size("head_dim", head_dim) or split_heads(hidden, heads)
     if heads % shared:
         raise UnsupportedModelError(
-            f"config.json: {heads} attention heads cannot share {shared} key-value heads evenly"
+            f"config.json: num_key_value_heads is {shared}; a divisor of the {heads} attention heads is right"
         )
     return Sizes(
         layers=f.size("num_hidden_layers", most=MOST_LAYERS),

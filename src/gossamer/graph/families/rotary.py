@@ -46,7 +46,9 @@ def rotary(
     Raises UnsupportedModelError for a scaling that is unknown, incomplete or gives no finite numbers.
     """
     if dim < 2 or dim % 2:
-        raise UnsupportedModelError(f"config.json: {dim} elements of a head rotate; an even number is right")
+        raise UnsupportedModelError(
+            f"config.json: head_dim lets {dim} elements rotate; an even number is right"
+        )
     read = _Reader(scaling or {"rope_type": "default"})
     context = context or max_positions
     try:
@@ -79,7 +81,7 @@ def rotary(
 
 def _f32(x: float) -> float:
     """x rounded to float32. Raises OverflowError where it is too large."""
-    return unpack("f", pack("f", x))[0]  # type: ignore[no-any-return]
+    return unpack("<f", pack("<f", x))[0]  # type: ignore[no-any-return]
 
 
 def _periods(dim: int, theta: float) -> list[float]:

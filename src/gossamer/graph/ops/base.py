@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gossamer.errors import GraphError
@@ -83,16 +84,15 @@ _BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
 
 
 def weight_bytes(weight: Weight) -> float:
-    """Bytes of a weight in its storage format, scales included (int8: fp32 per row; int4: fp16 per group)."""
-    count = 1.0
-    for extent in weight.shape:
-        count *= extent
-    total = count * _BITS[weight.format] / 8
-    if weight.format == "int8":
-        total += 4 * count / weight.shape[-1]
+    """Bytes of a weight in its storage format, scales included (int8: fp32 per row; int4: fp16 per group,
+    a last group that the columns do not fill padded)."""
+    *rows, columns = weight.shape
+    count = float(prod(rows))
     if weight.format == "int4":
-        total += 2 * count / weight.group
-    return total
+        columns = -(-columns // weight.group) * weight.group
+    per_row = columns * _BITS[weight.format] / 8
+    scales = {"int8": 4.0, "int4": 2.0 * columns / (weight.group or columns)}.get(weight.format, 0.0)
+    return count * (per_row + scales)
 
 
 def node_cost(graph: Graph, node: Node) -> Cost:
