@@ -19,7 +19,8 @@ _INERT = frozenset({
     "id2label", "initializer_factor", "initializer_range", "is_decoder", "label2id", "model_type",
     "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type", "return_dict",
     "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype",
-    "torchscript", "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
+    "torchscript", "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 })
 # Generation settings that old configs carry; generation_config.json is where they count.
 _GENERATION = frozenset({
