@@ -56,10 +56,14 @@ class OpGraph:
         return self.builder.weight(name, Tensor(name, array.shape))
 
     def finish(
-        self, value: str, kv: tuple[KVGroup, ...] = (), formats: Mapping[str, tuple[str, int]] | None = None
+        self,
+        value: str,
+        kv: tuple[KVGroup, ...] = (),
+        formats: Mapping[str, tuple[str, int]] | None = None,
+        vocab: int = 16,
     ) -> Graph:
         graph = self.builder.finish(
-            outputs={"logits": value}, vocab=16, hidden=1, layers=1, max_positions=4096, kv_groups=kv
+            outputs={"logits": value}, vocab=vocab, hidden=1, layers=1, max_positions=4096, kv_groups=kv
         )
         changed = {n: replace(graph.weights[n], format=f, group=g) for n, (f, g) in (formats or {}).items()}
         return replace(graph, weights={**graph.weights, **changed})
