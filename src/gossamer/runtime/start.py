@@ -16,6 +16,7 @@ from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
 from gossamer.errors import DependencyError
 from gossamer.graph.families import build_graph
+from gossamer.graph.families.names import fit_names
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.local import LocalExecutor
@@ -61,6 +62,7 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     if config.load_format == "dummy":
         return graph, directory, DummySource(graph)
     checkpoint = Checkpoint(directory)
+    graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
     return graph, directory, checkpoint
 
