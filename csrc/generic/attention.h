@@ -13,7 +13,7 @@ constexpr int kSplit = 512;                // part of the result's definition
 constexpr int kChunk = 64;                 // keys converted at a time
 constexpr int kTile = 64;                  // rows of a tile
 constexpr int kScoreStride = kSplit + 16;  // off the power of two, which would crowd a few cache sets
-constexpr int64_t kAttentionRows = 64;
+constexpr int64_t kAttentionRows = 32;     // of a call: enough to share K and V, few enough to share out
 
 struct AttentionScratch {
   float *q, *scores, *keys, *part, *out, *maximum, *total;
