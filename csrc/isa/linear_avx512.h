@@ -11,10 +11,10 @@ namespace gossamer {
 namespace GOSSAMER_ISA {
 namespace {
 
-GOSSAMER_INLINE int32_t load_word(const uint8_t* p) {
+GOSSAMER_INLINE __m512i broadcast_word(const uint8_t* p) {
   int32_t word;
   std::memcpy(&word, p, sizeof word);
-  return word;
+  return _mm512_set1_epi32(word);
 }
 
 GOSSAMER_INLINE __mmask16 panel_mask(const Tile& t, int p) {
@@ -29,13 +29,25 @@ GOSSAMER_INLINE void store_outputs(const Tile& t, int r, int p, __m512 value) {
   _mm512_mask_storeu_ps(t.out + (t.row + r) * t.ldo + column, mask, value);
 }
 
-// One step of a dot product: 64 bytes of weights (16 outputs), 4 bytes of activations.
+constexpr int kUnroll = 4;  // steps; divides the steps of every group
+
+// Asks for the lines that store_outputs will write, before the last stretch of work on them.
+template <int MR, int P>
+GOSSAMER_INLINE void expect_outputs(const Tile& t) {
+  for (int r = 0; r < MR; r++) {
+    const float* row = t.out + (t.row + r) * t.ldo + t.panel * kPanel;
+    for (int p = 0; p < P; p++) _mm_prefetch(row + p * kPanel, _MM_HINT_T0);
+  }
+}
+
+// One step of a dot product: kUnit inputs, kBytes of weights for 16 outputs.
 struct DotF32 {
   using Acc = __m512;
   static constexpr int64_t kUnit = 1, kBytes = 64, kActBytes = 4;
   static GOSSAMER_INLINE __m512 weights(const uint8_t* b) { return _mm512_loadu_ps(b); }
-  static GOSSAMER_INLINE Acc step(Acc c, __m512 w, int32_t x) {
-    return _mm512_fmadd_ps(w, _mm512_castsi512_ps(_mm512_set1_epi32(x)), c);
+  static GOSSAMER_INLINE __m512i activation(const uint8_t* a) { return broadcast_word(a); }
+  static GOSSAMER_INLINE Acc step(Acc c, __m512 w, __m512i x) {
+    return _mm512_fmadd_ps(w, _mm512_castsi512_ps(x), c);
   }
   static GOSSAMER_INLINE Acc start(const Tile&, int) { return _mm512_setzero_ps(); }
   static GOSSAMER_INLINE __m512 finish(const Tile&, int, int, Acc c) { return c; }
@@ -51,57 +63,79 @@ struct DotF16 : DotF32 {
 struct DotBf16 : DotF32 {
   static constexpr int64_t kUnit = 2, kActBytes = 2;
   static GOSSAMER_INLINE __m512i weights(const uint8_t* b) { return _mm512_loadu_si512(b); }
-  static GOSSAMER_INLINE Acc step(Acc c, __m512i w, int32_t x) {
-    return _mm512_dpbf16_ps(c, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+  static GOSSAMER_INLINE Acc step(Acc c, __m512i w, __m512i x) {
+    return _mm512_dpbf16_ps(c, (__m512bh)w, (__m512bh)x);
   }
 };
 
+// Integer accumulators have the element type of VPDPBUSD: GCC copies every one of them on every step when it
+// has to look at the same register as __m512i (64-bit elements).
+typedef int32_t Sums __attribute__((vector_size(64)));
+
 struct DotInt8 {
-  using Acc = __m512i;
+  using Acc = Sums;
   static constexpr int64_t kUnit = 4, kBytes = 64, kActBytes = 1;
   static GOSSAMER_INLINE __m512i weights(const uint8_t* b) { return _mm512_loadu_si512(b); }
-  static GOSSAMER_INLINE Acc step(Acc c, __m512i w, int32_t x) {
-    return _mm512_dpbusd_epi32(c, w, _mm512_set1_epi32(x));
+  static GOSSAMER_INLINE __m512i activation(const uint8_t* a) { return broadcast_word(a); }
+  static GOSSAMER_INLINE Acc step(Acc c, __m512i w, __m512i x) {
+    return (Sums)_mm512_dpbusd_epi32((__m512i)c, w, x);
   }
   // Weights are stored with 128 added: take it back for the whole row at once.
   static GOSSAMER_INLINE Acc start(const Tile& t, int r) {
-    return _mm512_set1_epi32(-128 * t.act->sums[t.row + r]);
+    return (Sums)_mm512_set1_epi32(-128 * t.act->sums[t.row + r]);
   }
   static GOSSAMER_INLINE __m512 finish(const Tile& t, int r, int p, Acc c) {
     const __m512 scale = _mm512_loadu_ps(static_cast<const float*>(t.w->scales) + (t.panel + p) * kPanel);
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(c),
+    return _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)c),
                          _mm512_mul_ps(scale, _mm512_set1_ps(t.act->scales[t.row + r])));
   }
 };
 
-template <class Dot, int MR, int P>
-GOSSAMER_INLINE void accumulate(typename Dot::Acc (&c)[MR][P], const uint8_t* b, int64_t b_panel,
-                                const uint8_t* a, int64_t lda, int64_t steps, const uint8_t*& ahead,
-                                const Tile& t) {
-  const int64_t ahead_step = t.ahead_step, ahead_panel = t.ahead_panel;
-  for (int64_t i = 0; i < steps; i++, a += 4, b += Dot::kBytes, ahead += ahead_step) {
+// Adds `steps` steps in order, unrolled, asking for weights ahead every kEvery-th of them: in the narrow path
+// each step consumes a cache line, in the wide one several row blocks share the asking.
+template <class Dot, int kEvery, int MR, int P>
+struct Dots {
+  static constexpr int64_t kStepBytes = Dot::kUnit * Dot::kActBytes;
+  typename Dot::Acc c[MR][P];
+
+  GOSSAMER_INLINE void step(const uint8_t* b, int64_t b_panel, const uint8_t* a, int64_t lda) {
     decltype(Dot::weights(b)) w[P];
-    for (int p = 0; p < P; p++) {
-      w[p] = Dot::weights(b + p * b_panel);
-      _mm_prefetch(ahead + p * ahead_panel, _MM_HINT_T0);
-    }
+    for (int p = 0; p < P; p++) w[p] = Dot::weights(b + p * b_panel);
     for (int r = 0; r < MR; r++) {
-      const int32_t x = load_word(a + r * lda);
+      const auto x = Dot::activation(a + r * lda);
       for (int p = 0; p < P; p++) c[r][p] = Dot::step(c[r][p], w[p], x);
     }
   }
-}
+
+  GOSSAMER_INLINE void run(const uint8_t* b, const uint8_t* a, int64_t steps, const uint8_t*& ahead,
+                           const Tile& t) {
+    const int64_t b_panel = t.b_panel, lda = t.act->row_stride_bytes;
+    const int64_t ahead_step = kEvery * t.ahead_step, ahead_panel = t.ahead_panel;
+    for (; steps >= kUnroll; steps -= kUnroll, a += kStepBytes * kUnroll, b += Dot::kBytes * kUnroll) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnroll; i++) {
+        if (i % kEvery == 0) {
+          for (int p = 0; p < P; p++) _mm_prefetch(ahead + p * ahead_panel, _MM_HINT_T0);
+          ahead += ahead_step;
+        }
+        step(b + i * Dot::kBytes, b_panel, a + i * kStepBytes, lda);
+      }
+    }
+    for (; steps > 0; steps--, a += kStepBytes, b += Dot::kBytes) step(b, b_panel, a, lda);
+  }
+};
 
 // Formats whose partial sums are plain accumulators all along K.
-template <class Dot>
+template <class Dot, int kEvery>
 struct Direct {
   static constexpr int kRows = 8, kPanels = 2;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 128 * kUnit, kUnpackedBytes = 0;
-  using Narrow = Direct;
+  using Narrow = Direct<Dot, 1>;
 
   template <int MR, int P>
-  static void tile(const Tile& t) {
-    typename Dot::Acc c[MR][P];
+  static __attribute__((noinline)) void tile(const Tile& t) {
+    Dots<Dot, kEvery, MR, P> dots;
+    auto& c = dots.c;
     for (int r = 0; r < MR; r++) {
       for (int p = 0; p < P; p++) {
         if (t.first()) {
@@ -112,8 +146,8 @@ struct Direct {
       }
     }
     const uint8_t* ahead = t.ahead;
-    accumulate<Dot, MR, P>(c, t.b, t.b_panel, activation_row(*t.act, t.row) + t.k0 * Dot::kActBytes,
-                           t.act->row_stride_bytes, (t.k1 - t.k0) / kUnit, ahead, t);
+    if (t.last()) expect_outputs<MR, P>(t);
+    dots.run(t.b, activation_row(*t.act, t.row) + t.k0 * Dot::kActBytes, (t.k1 - t.k0) / kUnit, ahead, t);
     for (int r = 0; r < MR; r++) {
       for (int p = 0; p < P; p++) {
         if (t.last()) {
@@ -126,9 +160,9 @@ struct Direct {
   }
 };
 
-struct WideF16 : Direct<DotF32> {
+struct WideF16 : Direct<DotF32, 2> {
   static constexpr int64_t kUnpackedBytes = 64;
-  using Narrow = Direct<DotF16>;
+  using Narrow = Direct<DotF16, 1>;
 
   static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
     const uint8_t* from = panel_data(w, panel) + k0 * DotF16::kBytes;
@@ -139,100 +173,76 @@ struct WideF16 : Direct<DotF32> {
 
 // ---- int4: an exact integer sum per group, then one fused multiply-add in ascending groups ---------------
 
-GOSSAMER_INLINE __m512 group_scales(const Tile& t, int p, int64_t group) {
-  const uint16_t* s = static_cast<const uint16_t*>(t.w->scales);
-  s += ((t.panel + p) * (t.w->k_pad / t.w->group) + group) * kPanel;
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(s)));
-}
-
-struct NarrowInt4 {
-  static constexpr int kRows = 8, kPanels = 1;
+// Eight inputs straight from the packed panel.
+struct DotNibbles : DotInt8 {
+  struct Pair {
+    __m512i low, high;
+  };
   static constexpr int64_t kUnit = 8;
-
-  template <int MR, int P>
-  static void tile(const Tile& t) {
-    static_assert(P == 1, "one panel streams best");
-    const int64_t groups = t.w->k_pad / t.w->group, steps = t.w->group / kUnit;
-    const int64_t lda = t.act->row_stride_bytes;
-    const uint8_t* a = activation_row(*t.act, t.row);
-    const uint8_t* b = t.b;
-    const float* scales = t.act->scales + t.row * groups;
-    const int32_t* sums = t.act->sums + t.row * groups;
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 f[MR];
-    for (int r = 0; r < MR; r++) f[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++) {
-      __m512i low[MR], high[MR];
-      for (int r = 0; r < MR; r++) {
-        low[r] = _mm512_set1_epi32(-8 * sums[r * groups + g]);
-        high[r] = _mm512_setzero_si512();
-      }
-      for (int64_t i = 0; i < steps; i++, a += kUnit, b += 64) {
-        const __m512i v = _mm512_loadu_si512(b);
-        _mm_prefetch(b + kPrefetchBytes, _MM_HINT_T0);
-        const __m512i v0 = _mm512_and_si512(v, nibble);
-        const __m512i v1 = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-        for (int r = 0; r < MR; r++) {
-          low[r] = DotInt8::step(low[r], v0, load_word(a + r * lda));
-          high[r] = DotInt8::step(high[r], v1, load_word(a + r * lda + 4));
-        }
-      }
-      const __m512 s = group_scales(t, 0, g);
-      for (int r = 0; r < MR; r++) {
-        const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(scales[r * groups + g]));
-        f[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low[r], high[r])), scale, f[r]);
-      }
-    }
-    for (int r = 0; r < MR; r++) store_outputs(t, r, 0, f[r]);
+  static GOSSAMER_INLINE Pair weights(const uint8_t* b) {
+    const __m512i v = _mm512_loadu_si512(b), nibble = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble)};
+  }
+  static GOSSAMER_INLINE Pair activation(const uint8_t* a) {
+    return {broadcast_word(a), broadcast_word(a + 4)};
+  }
+  static GOSSAMER_INLINE Acc step(Acc c, Pair w, Pair x) {
+    return DotInt8::step(DotInt8::step(c, w.low, x.low), w.high, x.high);
   }
 };
 
-struct WideInt4 {
+// The float sums live in t.acc all the time: the integer ones need the registers.
+template <class Dot, int kEvery>
+struct GroupedInt4 {
   static constexpr int kRows = 8, kPanels = 2;
-  static constexpr int64_t kUnit = 4, kBlock = 512, kUnpackedBytes = 16;
-  using Narrow = NarrowInt4;
+  static constexpr int64_t kUnit = Dot::kUnit, kBlock = 512;
 
-  static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
-    const uint8_t* from = panel_data(w, panel) + k0 * 8;
-    const __m512i nibble = _mm512_set1_epi8(15);
-    for (int64_t k = k0; k < k1; k += 8, from += 64, to += 128) {
-      const __m512i v = _mm512_loadu_si512(from);
-      _mm512_storeu_si512(to, _mm512_and_si512(v, nibble));
-      _mm512_storeu_si512(to + 64, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble));
-    }
-  }
-
-  // The float sums live in t.acc all the time: the integer ones need the registers.
   template <int MR, int P>
-  static void tile(const Tile& t) {
-    const int64_t groups = t.w->k_pad / t.w->group, steps = t.w->group / kUnit;
+  static __attribute__((noinline)) void tile(const Tile& t) {
+    const int64_t group = t.w->group, groups = t.w->k_pad / group, steps = group / kUnit;
     const uint8_t* a = activation_row(*t.act, t.row) + t.k0;
     const uint8_t* b = t.b;
     const uint8_t* ahead = t.ahead;
     const float* scales = t.act->scales + t.row * groups;
     const int32_t* sums = t.act->sums + t.row * groups;
-    const int64_t g0 = t.k0 / t.w->group, g1 = t.k1 / t.w->group;
-    for (int64_t g = g0; g < g1; g++, a += t.w->group, b += steps * 64) {
-      __m512i c[MR][P];
+    const uint16_t* weight_scales = static_cast<const uint16_t*>(t.w->scales) + t.panel * groups * kPanel;
+    float* acc = reinterpret_cast<float*>(t.acc);
+    if (t.last()) expect_outputs<MR, P>(t);
+    for (int64_t g = t.k0 / group; g < t.k1 / group; g++, a += group, b += steps * Dot::kBytes) {
+      Dots<Dot, kEvery, MR, P> dots;
       for (int r = 0; r < MR; r++) {
-        for (int p = 0; p < P; p++) c[r][p] = _mm512_set1_epi32(-8 * sums[r * groups + g]);
+        // Weights are stored with 8 added: take it back for the whole group at once.
+        for (int p = 0; p < P; p++) dots.c[r][p] = (Sums)_mm512_set1_epi32(-8 * sums[r * groups + g]);
       }
-      accumulate<DotInt8, MR, P>(c, b, t.b_panel, a, t.act->row_stride_bytes, steps, ahead, t);
+      dots.run(b, a, steps, ahead, t);
       for (int p = 0; p < P; p++) {
-        const __m512 s = group_scales(t, p, g);
+        const uint16_t* at = weight_scales + (p * groups + g) * kPanel;
+        const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
         for (int r = 0; r < MR; r++) {
-          float* acc = reinterpret_cast<float*>(t.acc) + (r * 2 + p) * kPanel;
-          const __m512 f = g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(acc);
+          float* f = acc + (r * 2 + p) * kPanel;
+          const __m512 before = g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(f);
           const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(scales[r * groups + g]));
-          _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[r][p]), scale, f));
+          _mm512_storeu_ps(f, _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)dots.c[r][p]), scale, before));
         }
       }
     }
     if (!t.last()) return;
     for (int r = 0; r < MR; r++) {
-      for (int p = 0; p < P; p++) {
-        store_outputs(t, r, p, _mm512_loadu_ps(reinterpret_cast<float*>(t.acc) + (r * 2 + p) * kPanel));
-      }
+      for (int p = 0; p < P; p++) store_outputs(t, r, p, _mm512_loadu_ps(acc + (r * 2 + p) * kPanel));
+    }
+  }
+};
+
+struct WideInt4 : GroupedInt4<DotInt8, 4> {
+  static constexpr int64_t kUnpackedBytes = 16;
+  using Narrow = GroupedInt4<DotNibbles, 1>;
+
+  static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
+    const uint8_t* from = panel_data(w, panel) + k0 * 8;
+    for (int64_t k = k0; k < k1; k += 8, from += 64, to += 128) {
+      const DotNibbles::Pair v = DotNibbles::weights(from);
+      _mm512_storeu_si512(to, v.low);
+      _mm512_storeu_si512(to + 64, v.high);
     }
   }
 };
@@ -241,13 +251,13 @@ void linear(const PackedWeight& w, const Activations& act, const float* bias, fl
             int64_t p0, int64_t p1, void* scratch) {
   switch (w.format) {
     case Format::f32:
-      return linear_blocked<Direct<DotF32>>(w, act, bias, out, ldo, p0, p1, scratch);
+      return linear_blocked<Direct<DotF32, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::f16:
       return linear_blocked<WideF16>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::bf16:
-      return linear_blocked<Direct<DotBf16>>(w, act, bias, out, ldo, p0, p1, scratch);
+      return linear_blocked<Direct<DotBf16, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int8:
-      return linear_blocked<Direct<DotInt8>>(w, act, bias, out, ldo, p0, p1, scratch);
+      return linear_blocked<Direct<DotInt8, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int4:
       return linear_blocked<WideInt4>(w, act, bias, out, ldo, p0, p1, scratch);
   }
