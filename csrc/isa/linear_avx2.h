@@ -84,10 +84,15 @@ struct DotBf16Unpacked : DotBf16 {
   }
 };
 
+// Integer accumulators have the element type of their instruction: GCC copies them on every step when it has
+// to look at the same register as __m256i (64-bit elements).
+typedef int32_t Words __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+
 // maddubs takes unsigned by signed and saturates at 16 bits: |w| * (x with the sign of w) stays below,
 // 2 * 128 * 127 < 2^15.
 struct DotInt8 {
-  using Acc = __m256i;
+  using Acc = Words;
   struct Weights {
     __m256i value, magnitude;
   };
@@ -100,12 +105,12 @@ struct DotInt8 {
   static GOSSAMER_INLINE __m256i activation(int32_t x, int) { return _mm256_set1_epi32(x); }
   static GOSSAMER_INLINE Acc step(Acc c, Weights w, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
-    return _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return c + (Words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
   static GOSSAMER_INLINE __m256 finish(const Tile& t, int r, int p, int h, Acc c) {
     const float* scales = static_cast<const float*>(t.w->scales) + (t.panel + p) * kPanel + 8 * h;
     const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(t.act->scales[t.row + r]));
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(c), scale);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps((__m256i)c), scale);
   }
 };
 
@@ -117,7 +122,7 @@ struct Direct {
   using Narrow = Direct;
 
   template <int MR, int P>
-  static void tile(const Tile& t) {
+  static __attribute__((noinline)) void tile(const Tile& t) {
     typename Dot::Acc c[MR][P][2];
     for (int r = 0; r < MR; r++) {
       if (t.first()) {
@@ -195,15 +200,14 @@ GOSSAMER_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli
 struct PackedNibbles {
   static constexpr int64_t kBytes = 8;  // per input
   template <int MR>
-  static GOSSAMER_INLINE void add_run(__m256i (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
+  static GOSSAMER_INLINE void add_run(Shorts (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
     for (int64_t i = 0; i < kShortRun; i += 8, b += 64, a += 8) {
       const __m256i v0 = load_bytes(b), v1 = load_bytes(b + 32);
       const __m256i w[2][2] = {{low_nibbles(v0), low_nibbles(v1)}, {high_nibbles(v0), high_nibbles(v1)}};
       for (int r = 0; r < MR; r++) {
         for (int part = 0; part < 2; part++) {
           const __m256i x = _mm256_set1_epi32(load_word(a + r * lda + 4 * part));
-          for (int h = 0; h < 2; h++)
-            c[r][h] = _mm256_add_epi16(c[r][h], _mm256_maddubs_epi16(w[part][h], x));
+          for (int h = 0; h < 2; h++) c[r][h] += (Shorts)_mm256_maddubs_epi16(w[part][h], x);
         }
       }
     }
@@ -213,12 +217,12 @@ struct PackedNibbles {
 struct UnpackedNibbles {
   static constexpr int64_t kBytes = 16;
   template <int MR>
-  static GOSSAMER_INLINE void add_run(__m256i (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
+  static GOSSAMER_INLINE void add_run(Shorts (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
     for (int64_t i = 0; i < kShortRun; i += 4, b += 64, a += 4) {
       const __m256i w[2] = {load_bytes(b), load_bytes(b + 32)};
       for (int r = 0; r < MR; r++) {
         const __m256i x = _mm256_set1_epi32(load_word(a + r * lda));
-        for (int h = 0; h < 2; h++) c[r][h] = _mm256_add_epi16(c[r][h], _mm256_maddubs_epi16(w[h], x));
+        for (int h = 0; h < 2; h++) c[r][h] += (Shorts)_mm256_maddubs_epi16(w[h], x);
       }
     }
   }
@@ -231,7 +235,7 @@ struct GroupedInt4 {
   static constexpr int64_t kUnit = 8, kBlock = 512;
 
   template <int MR, int P>
-  static void tile(const Tile& t) {
+  static __attribute__((noinline)) void tile(const Tile& t) {
     static_assert(P == 1, "two registers a row are enough");
     const int64_t group = t.w->group, groups = t.w->k_pad / group, lda = t.act->row_stride_bytes;
     const uint8_t* a = activation_row(*t.act, t.row) + t.k0;
@@ -242,18 +246,17 @@ struct GroupedInt4 {
     const uint16_t* weight_scales = static_cast<const uint16_t*>(t.w->scales) + t.panel * groups * kPanel;
     float* acc = reinterpret_cast<float*>(t.acc);
     for (int64_t g = t.k0 / group; g < t.k1 / group; g++) {
-      __m256i total[MR][2];
-      for (int r = 0; r < MR; r++) total[r][0] = total[r][1] = _mm256_set1_epi32(-8 * sums[r * groups + g]);
+      Words total[MR][2];
+      for (int r = 0; r < MR; r++) total[r][0] = total[r][1] = Words{} + (-8 * sums[r * groups + g]);
       for (int64_t i = 0; i < group; i += kShortRun, a += kShortRun, b += kShortRun * Nibbles::kBytes) {
         for (int64_t step = 0; step < kShortRun / kUnit; step++, ahead += t.ahead_step) {
           _mm_prefetch(ahead, _MM_HINT_T0);
         }
-        __m256i c[MR][2];
-        for (int r = 0; r < MR; r++) c[r][0] = c[r][1] = _mm256_setzero_si256();
+        Shorts c[MR][2] = {};
         Nibbles::template add_run<MR>(c, b, a, lda);
         for (int r = 0; r < MR; r++) {
           for (int h = 0; h < 2; h++) {
-            total[r][h] = _mm256_add_epi32(total[r][h], _mm256_madd_epi16(c[r][h], _mm256_set1_epi16(1)));
+            total[r][h] += (Words)_mm256_madd_epi16((__m256i)c[r][h], _mm256_set1_epi16(1));
           }
         }
       }
@@ -263,7 +266,7 @@ struct GroupedInt4 {
           float* f = acc + r * 2 * kPanel + 8 * h;
           const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(scales[r * groups + g]));
           const __m256 before = g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(f);
-          _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r][h]), scale, before));
+          _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps((__m256i)total[r][h]), scale, before));
         }
       }
     }
