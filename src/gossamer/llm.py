@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ _DTYPES = {
     "bfloat16": "bf16", "bf16": "bf16",
     "float16": "f16", "fp16": "f16", "f16": "f16", "half": "f16",
 }  # fmt: skip
-_KV_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "fp32": "f32"}
+_KV_DTYPES = {
+    "auto": "bf16", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "float32": "f32", "fp32": "f32",
+}  # fmt: skip
 
 
 def engine_config(
@@ -47,8 +50,8 @@ def engine_config(
 
     dtype: auto (what config.json says the checkpoint is), float32, bfloat16 or float16; quantization:
     int8, int4, int4-g32, int4-g64, int4-g128; kv_cache_dtype: float32, bfloat16 or float16; isa: scalar,
-    avx2 or avx512; the rest are fields of EngineConfig. Raises ConfigError for anything else, and
-    CheckpointError where config.json cannot be read.
+    avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); the rest are fields of EngineConfig. Raises
+    ConfigError for anything else, and CheckpointError where config.json cannot be read.
     """
     half = None
     if dtype != "auto" and dtype not in _DTYPES:
@@ -63,7 +66,7 @@ def engine_config(
         "quantization": None if quantization is None else Quantization.parse(quantization),
         "mixed_precision": None if half is None else MixedPrecision(dtype=half),  # type: ignore[arg-type]
         "kv_dtype": _KV_DTYPES.get(kv_cache_dtype, kv_cache_dtype),
-        "hardware_kernels": HardwareKernels(isa=isa),  # type: ignore[arg-type]
+        "hardware_kernels": HardwareKernels(isa=isa or os.environ.get("GOSSAMER_ISA") or None),  # type: ignore[arg-type]
         "parallel_computing": ParallelComputing(threads=threads),
         "paged_attention": PagedAttention(page_size=page_size),
     }

@@ -48,12 +48,13 @@ class LatencyWorkload:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     """prefill: seconds from submit to the last first token, mixed: tokens sampled until then;
-    decode: seconds from there to the end, in which decode_tokens came."""
+    decode: seconds from there to the end, in which decode_tokens came; cpu: processor seconds of it all."""
 
     prefill: float
     mixed: int
     decode: float
     decode_tokens: int
+    cpu: float
     steps: tuple[Step, ...]
 
 
@@ -68,7 +69,8 @@ def bench_latency(
     """The report, with the keys that `gossamer bench latency --json` prints.
 
     `errors` lists fractions above 1: they are wrong measurements (a model inside the caches, a machine
-    whose speed moved). Raises GossamerError for what a user can mend.
+    whose speed moved). cpu_share: processor time over wall time and threads; well below 1, others were
+    served meanwhile. Raises GossamerError for what a user can mend.
     """
     began = time.perf_counter()
     started = start(config, loading)
@@ -96,7 +98,8 @@ def bench_latency(
         runs.append(once())
         rates.append(prober.measure())
     probe = median_rates(rates)
-    return _report(work, runs, costs, probe, private_cache_bytes()) | {
+    cached, integer = private_cache_bytes(), config.quantization is not None
+    return _report(work, runs, costs, probe, cached=cached, integer=integer) | {
         "memory": memory_figures(started.memory),
         "probe": asdict(probe),
         "load_s": round(load_s, 3),
@@ -113,7 +116,7 @@ def _run(
     firsts: dict[str, float] = {}
     mixed = 0
     done: list[Step] = []
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for prompt in prompts:
         engine.submit(engine.new_id(), prompt, params)
     while engine.has_work():
@@ -132,24 +135,29 @@ def _run(
         mixed=mixed,
         decode=ended - last_first,
         decode_tokens=len(prompts) * output_len - mixed,
+        cpu=time.process_time() - cpu,
         steps=tuple(done),
     )
 
 
 def _report(
-    work: LatencyWorkload, runs: list[_Run], costs: StepCosts, probe: Rates, cached: int
+    work: LatencyWorkload, runs: list[_Run], costs: StepCosts, probe: Rates, *, cached: int, integer: bool
 ) -> dict[str, Any]:
     lines = []
     for run in runs:
+        # Only steps in which the whole batch decodes: those before and after are smaller.
         decodes = [s for s in run.steps if s.decode and len(s.contexts) == work.batch_size]
         lines.append(
             {
                 "prefill_s": run.prefill,
                 "decode_s": run.decode,
+                "cpu_share": run.cpu / (run.prefill + run.decode) / probe.threads,
                 "prefill_tokens_per_s": work.batch_size * work.input_len / run.prefill,
                 "decode_tokens_per_s": run.decode_tokens / run.decode if run.decode_tokens else None,
                 "step_ms_median": median(s.wall for s in decodes) * 1e3 if decodes else None,
-                **fractions(work, run.prefill, run.mixed, decodes, costs, probe, cached=cached),
+                **fractions(
+                    work, run.prefill, run.mixed, decodes, costs, probe, cached=cached, integer=integer
+                ),
             }
         )
     medians = {
@@ -159,10 +167,16 @@ def _report(
     }
     errors = [
         f"{name} is {value:.2f}: more than the probed limit, so the measurement is wrong "
-        "(weights inside the caches, or a machine whose speed moved between probe and run)"
+        f"(weights inside the caches, or a machine shared with others: its processors gave us "
+        f"{100 * (medians['cpu_share'] or 0):.0f} % of their time)"
         for name, value in medians.items()
         if "fraction" in name and value is not None and value > 1
     ]
+    if medians["step_ms_median"] is None and work.output_len > 1:
+        errors.append(
+            f"no step decoded all {work.batch_size} sequences together, so there is none to measure; "
+            "give a longer --output-len or more KV memory"
+        )
     return medians | {"runs": [{k: _rounded(v) for k, v in line.items()} for line in lines], "errors": errors}
 
 
@@ -175,18 +189,20 @@ def fractions(
     probe: Rates,
     *,
     cached: int,
+    integer: bool,
 ) -> dict[str, float | None]:
     """Parts of the probed limits that one run reached; None where it had no step of the kind.
 
     prefill: seconds to the last first token; mixed: tokens sampled until then, of which all but one for
     each sequence were decoded beside the prefill. cached: bytes that the cores' own caches hold; steps that
-    read no more than that never see the memory, and have no fraction of its bandwidth.
+    read no more than that never see the memory, and have no fraction of its bandwidth. integer: weights are
+    int8 or int4, for which the bf16 peak is no limit.
     """
     extra = mixed - work.batch_size
     needed = costs.macs(work.batch_size * work.input_len + extra, mixed)
     found: dict[str, float | None] = {
         "prefill_fraction_of_int8_peak": needed / prefill / (probe.int8_gmacs * 1e9),
-        "prefill_fraction_of_bf16_peak": needed / prefill / (probe.bf16_gmacs * 1e9),
+        "prefill_fraction_of_bf16_peak": None if integer else needed / prefill / (probe.bf16_gmacs * 1e9),
         "decode_fraction_of_bandwidth": None,
         "decode_fraction_of_int8_peak": None,
         "overhead_fraction": None,

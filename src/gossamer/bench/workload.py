@@ -63,8 +63,10 @@ def trace_lengths(path: Path, count: int | None = None) -> Lengths:
                 if prompt < 1 or output < 1:
                     raise ConfigError(f"trace {path} line {reader.line_num}: lengths must be at least 1")
                 lengths.append((prompt, output))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the trace {path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the trace {path} is not UTF-8 text") from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"trace {path} line {reader.line_num}: {error}") from None
     if not lengths:

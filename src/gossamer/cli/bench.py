@@ -16,9 +16,7 @@ from gossamer.errors import ConfigError
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    help="Measure latency or throughput against the limits of this machine.", no_args_is_help=True
-)
+app = typer.Typer(help="Measure latency or throughput against the limits of this machine.")
 _WORK = "Workload"
 
 
@@ -97,6 +95,7 @@ def _print(report: dict[str, Any]) -> None:
         ),
         ("", "decode_fraction_of_int8_peak", 100, "%", "of the int8 peak"),
         ("", "overhead_fraction", 100, "%", "of a step is outside the native program"),
+        ("processors", "cpu_share", 100, "%", "of their time was ours while the model ran"),
         ("load", "load_s", 1, "s", ""),
     ):
         value = report[name]

@@ -11,7 +11,7 @@ from gossamer.cli.models import model_context
 from gossamer.cli.options import flag
 from gossamer.cli.sampling_flags import SamplingFlags
 from gossamer.cli.show import emit_json, show_start, stderr
-from gossamer.errors import ConfigError, RequestError
+from gossamer.errors import ConfigError, ContextLengthError, RequestError
 
 if TYPE_CHECKING:
     from gossamer.engine.request import SamplingParams
@@ -67,13 +67,17 @@ def generate(
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise ConfigError("both --prompt and --prompt-file were given; give one")
-    if prompt_file is not None:
-        try:
+    try:
+        if prompt_file is not None:
             return prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the prompt from {prompt_file}: {error}") from None
-    if prompt == "-":
-        return sys.stdin.read()
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        if prompt is not None:
+            prompt.encode("utf-8")  # the shell may pass bytes that are no text
+    except OSError as error:
+        raise ConfigError(f"cannot read the prompt from {prompt_file}: {error.strerror}") from None
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8 text") from None
     if prompt is None:
         raise ConfigError("no prompt was given; pass --prompt TEXT, --prompt-file FILE, or --prompt -")
     return prompt
@@ -98,6 +102,12 @@ def _start(
     config = flags.config()
     context = model_context(flags)
     length = len(Tokenizer.load(resolve_model(config.model, config.revision)).encode(prompt))
+    limit = config.max_model_len or context
+    if length >= limit:
+        raise ContextLengthError(
+            f"the prompt has {length} tokens and the context holds {limit}, at least one for the output; "
+            "shorten the prompt" + (" or raise --max-model-len" if limit < context else "")
+        )
     sequences = flags.max_num_seqs or sampling["n"]
     config = flags.config(
         max_model_len=min(context, length + sampling["max_tokens"]),

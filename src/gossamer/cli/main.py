@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         if hasattr(error, "format_message"):  # click's own, wherever this version of typer keeps it
             context = getattr(error, "ctx", None)
             path = "gossamer" if context is None else context.command_path
-            return _say(f"{error.format_message()} See `{path} --help`.")
+            return _say(f"{error.format_message().rstrip('.')}; see `{path} --help`")
         import traceback
 
         traceback.print_exc()

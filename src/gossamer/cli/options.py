@@ -88,7 +88,7 @@ def verb(function: Callable[..., int | None]) -> Callable[..., int | None]:
 def _one_model(ctx: typer.Context, positional: str | None, option: str) -> None:
     source = ctx.get_parameter_source("model")
     if positional not in (None, option) and source is not None and source.name == "COMMANDLINE":
-        raise typer.BadParameter(f"two models were given, {positional!r} and {option!r}; give one.", ctx=ctx)
+        raise typer.BadParameter(f"two models were given, {positional!r} and {option!r}; give one", ctx=ctx)
 
 
 def _quiet_pipe() -> int:

@@ -19,9 +19,7 @@ __all__ = ["receipt_rows", "receipt_table"]
 
 @dataclass(slots=True)
 class _Sum:
-    nodes: int = 0
     calls: int = 0
-    rows: int = 0
     bytes: int = 0
     seconds: float = 0.0
 
@@ -48,22 +46,19 @@ def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
 
     sums: dict[tuple[str, str], _Sum] = {}
     for line in lines:
-        total = sums.setdefault((re.sub(r"\.\d+\.", ".*.", line.node), line.kernel), _Sum())
-        total.nodes += 1
+        total = sums.setdefault((re.sub(r"\.\d+\.", ".*.", line.node), line.kernel.partition(".")[2]), _Sum())
         total.calls += line.calls
-        total.rows += line.rows
-        total.bytes += line.weight_bytes * line.calls
+        total.bytes += line.weight_bytes
         total.seconds += line.seconds
     whole = sum(s.seconds for s in sums.values()) or 1.0
-    table = Table(box=box.SIMPLE_HEAD, title="receipt", title_justify="left")
+    isas = ", ".join(sorted({line.kernel.partition(".")[0] for line in lines}))
+    table = Table(box=box.SIMPLE_HEAD, title=f"receipt: {isas} kernels", title_justify="left", pad_edge=False)
     for name in ("node", "kernel"):
-        table.add_column(name, overflow="fold")
-    for name in ("nodes", "calls", "rows", "weight bytes read", "ms", "time"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("calls", "weights", "ms", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
     for (node, kernel), s in sorted(sums.items(), key=lambda item: -item[1].seconds):
         read = format_size(s.bytes) if s.bytes else ""
-        share = f"{100 * s.seconds / whole:.1f} %"
-        table.add_row(
-            node, kernel, str(s.nodes), str(s.calls), str(s.rows), read, f"{s.seconds * 1e3:.2f}", share
-        )
+        share = f"{100 * s.seconds / whole:.1f}"
+        table.add_row(node, kernel, str(s.calls), read, f"{s.seconds * 1e3:.2f}", share)
     return table

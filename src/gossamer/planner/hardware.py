@@ -13,10 +13,18 @@ import psutil
 from gossamer import _native
 from gossamer.errors import ConfigError
 
-__all__ = ["Cache", "Hardware", "Prober", "Rates", "hardware", "median_rates", "private_cache_bytes"]
+__all__ = [
+    "Cache",
+    "Hardware",
+    "Prober",
+    "Rates",
+    "hardware",
+    "median_rates",
+    "private_cache_bytes",
+    "probe_buffer_bytes",
+]
 
 _SECONDS = 0.15  # for each of the four figures
-_LEAST_BUFFER = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +96,10 @@ class Prober:
         self._pool = _native.Pool(threads or 0)
         self.threads = int(self._pool.size)
 
-    def measure(self, seconds: float = _SECONDS) -> Rates:
-        """All four limits, about `seconds` each.
-
-        The buffer that is read is far larger than the last cache, but no more than a quarter of the memory
-        there is, and gone on return.
-        """
-        largest = max((cache.bytes for cache in _caches(0)), default=0)
-        room = int(psutil.virtual_memory().available) // 4
-        buffer = min(max(_LEAST_BUFFER, 4 * largest), max(room, 64 << 20))
-        figures = _native.probe(self._pool, self.isa, seconds, buffer)
+    def measure(self, seconds: float | None = None) -> Rates:
+        """All four limits, about `seconds` (default 0.15) each. The buffer that is read is gone on return."""
+        buffer = probe_buffer_bytes()
+        figures = _native.probe(self._pool, self.isa, seconds or _SECONDS, buffer)
         read, int8, bf16, fp32 = (round(float(x), 3) for x in figures)
         return Rates(
             read_gb_s=read,
@@ -107,6 +109,13 @@ class Prober:
             threads=self.threads,
             isa=self.isa,
         )
+
+
+def probe_buffer_bytes() -> int:
+    """How much memory a probe reads: twice the last cache, 0.5 to 1 GiB, at most a quarter of what is free."""
+    largest = max((cache.bytes for cache in _caches(0)), default=0)
+    wanted = min(max(512 << 20, 2 * largest), 1 << 30)
+    return min(wanted, max(int(psutil.virtual_memory().available) // 4, 64 << 20))
 
 
 def private_cache_bytes() -> int:

@@ -1,0 +1,103 @@
+"""Flag before environment before file before default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gossamer.cli.sizes import format_size, parse_size
+from gossamer.errors import ConfigError
+from tests.cli.conftest import Cli
+
+SAY = ("-p", "Once upon a time", "--temperature", 0, "--json")
+
+
+def tokens(cli: Cli, *flags: object) -> int:
+    return len(cli("generate", *flags, *SAY).json["token_ids"])
+
+
+def test_precedence(cli: Cli, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "gossamer.toml"
+    file.write_text(f'model = "{stories}"\nkv-cache-dtype = "float32"\n[generate]\nmax-tokens = 5\n')
+    assert tokens(cli, "--config", file) == 5
+    monkeypatch.setenv("GOSSAMER_MAX_TOKENS", "4")
+    assert tokens(cli, "--config", file) == 4
+    assert tokens(cli, "--config", file, "--max-tokens", 3) == 3
+    monkeypatch.delenv("GOSSAMER_MAX_TOKENS")
+    monkeypatch.setenv("GOSSAMER_CONFIG", str(file))
+    assert tokens(cli) == 5
+    wide, narrow = (
+        cli("generate", *flags, *SAY).json["memory"]["kv_bytes"]
+        for flags in ((), ("--kv-cache-dtype", "bf16"))
+    )
+    assert wide == 2 * narrow
+
+
+def test_model_and_isa_from_the_environment(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_MODEL", str(stories))
+    monkeypatch.setenv("GOSSAMER_ISA", "scalar")
+    report = cli("generate", *SAY, "--max-tokens", 2, "--receipt").json
+    assert all(line["kernel"].startswith("scalar.") for line in report["receipt"])
+    monkeypatch.setenv("GOSSAMER_ISA", "mmx")
+    assert "mmx" in cli("generate", *SAY).complaint
+
+
+def test_isa_of_the_library_from_the_environment(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gossamer.llm import engine_config
+
+    monkeypatch.setenv("GOSSAMER_ISA", "scalar")
+    kernels = engine_config(str(stories)).hardware_kernels
+    assert kernels is not None and kernels.isa == "scalar"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("max-modle-len = 3", "did you mean 'max-model-len'"),
+        ("[generate]\nmax-tokns = 3", "did you mean 'max-tokens'"),
+        ("max-tokens = 3", "unknown key 'max-tokens'"),
+        ("[generat]\nmax-tokens = 3", "did you mean 'generate'"),
+        ("generate = 3", "must be a table"),
+        ("max-model-len = 'long'", "--max-model-len"),
+        ("max-model-len =", "not TOML"),
+    ],
+)
+def test_files_that_cannot_be(cli: Cli, stories: Path, tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "gossamer.toml"
+    file.write_text(content)
+    assert words in cli("generate", stories, "--config", file, *SAY).complaint
+
+
+def test_one_file_for_several_verbs(cli: Cli, stories: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gossamer.toml"
+    file.write_text(
+        f'model = "{stories}"\nthreads = 1\n[serve]\nport = 8080\n'
+        "[bench.latency]\noutput-len = 3\nnum-iters = 1\nnum-iters-warmup = 0\n"
+    )
+    report = cli("bench", "latency", "--config", file, "--input-len", 8, "--json").json
+    assert report["output_len"] == 3 and report["probe"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("123", 123), ("2GiB", 2 << 30), ("500M", 500_000_000), ("1.5 kb", 1500), ("1Ki", 1024), ("3 B", 3)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1e9", "0x10"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="2GiB"):
+        parse_size(text)
+
+
+def test_sizes_for_people() -> None:
+    assert [format_size(s) for s in (0, 2048, 3 << 20, 50 << 20, 5 << 30)] == [
+        "0 B",
+        "2.00 KiB",
+        "3.00 MiB",
+        "50.0 MiB",
+        "5.00 GiB",
+    ]

@@ -1,0 +1,175 @@
+"""Every mistake of a user's ends with 2 and one line that says what to do; nothing goes to stdout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+SAY = ("--prompt", "Once upon a time", "--max-tokens", "4", "--json")
+
+
+def short(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def cut_header(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def pickle_only(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def no_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def broken_config(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": ')
+
+
+def no_tokenizer(directory: Path) -> None:
+    for name in ("tokenizer.json", "tok512.model", "tokenizer.model"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def set_config(**fields: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (short, "model.safetensors"),
+        (cut_header, "model.safetensors"),
+        (pickle_only, "pickle"),
+        (no_weights, "safetensors"),
+        (no_config, "config.json"),
+        (broken_config, "not valid JSON"),
+        (no_tokenizer, "tokenizer"),
+        (set_config(architectures=["WhaleForCausalLM"]), "WhaleForCausalLM"),
+        (set_config(mystery=3), "--ignore-config-field mystery"),
+        (set_config(hidden_size=72), ""),
+    ],
+)
+def test_damaged_models(
+    cli: Cli, stories: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(stories, model)
+    damage(model)
+    assert words in cli("generate", model, *SAY).complaint
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--quantization", "int3"), "int4"),
+        (("--quantization", "int4", "--dtype", "bfloat16"), "give one"),
+        (("--dtype", "float12"), "bfloat16"),
+        (("--kv-cache-dtype", "int1"), "bf16"),
+        (("--load-format", "pickle"), "safetensors"),
+        (("--backend", "gpu"), "reference"),
+        (("--isa", "neon9"), "avx2"),
+        (("--threads", "0"), "at least 1"),
+        (("--page-size", "3"), "multiple of 16"),
+        (("--static-batching", "sometimes"), "ragged or padded"),
+        (("--static-batching", "ragged", "--prefill-chunk", "4"), "continuous"),
+        (("--temperature", "-1"), "temperature"),
+        (("--temperature", "nan"), "temperature"),
+        (("--temperature", "warm"), "--temperature"),
+        (("--top-p", "1.5"), "top_p"),
+        (("--min-p", "-0.1"), "min_p"),
+        (("--n", "0"), "n 0"),
+        (("--logprobs", "1000"), "logprobs"),
+        (("--stop", ""), "stop"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("--max-model-len", "4"), "context holds 4"),
+        (("--max-model-len", "0"), "max_model_len"),
+        (("--memory-budget", "100K"), "are needed"),
+        (("--memory-budget", "plenty"), "2GiB"),
+        (("--kv-bytes", "10"), "--kv-bytes"),
+        (("--bogus",), "--bogus"),
+        (("--model", "another"), "two models"),
+        (("--config", "/does/not/exist.toml"), "cannot read"),
+        (("--prompt-file", "x"), "give one"),
+        (("--revision",), "--revision"),
+    ],
+)
+def test_flags_that_cannot_be(cli: Cli, stories: Path, flags: tuple[str, ...], words: str) -> None:
+    assert words in cli("generate", stories, *SAY, *flags).complaint
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("generate", "MODEL"), "--prompt"),
+        (("generate", "MODEL", "-p", ""), "empty"),
+        (("generate", "MODEL", "-p", "\udcff"), "UTF-8"),
+        (("generate", "MODEL", "-p", "a b c " * 400), "context holds 512"),
+        (("generate", "MODEL", "--prompt-file", "/does/not/exist"), "/does/not/exist"),
+        (("generate", "-p", "x"), "no model"),
+        (("generate", "/does/not/exist", "-p", "x"), "/does/not/exist"),
+        (("chat", "MODEL"), "--chat-template"),
+        (("graph", "MODEL", "--after", "nonsense"), "nonsense"),
+        (("graph", "MODEL", "--scope", "layers.99"), "layers.99"),
+        (("bench",), "bench --help"),
+        (("bench", "latency", "MODEL", "--batch-size", "0"), "batch_size"),
+        (("bench", "throughput", "MODEL", "--num-prompts", "0"), "num_prompts"),
+        (("bench", "throughput", "MODEL", "--trace", "/does/not/exist"), "/does/not/exist"),
+        (("bench", "throughput", "MODEL", "--request-rate", "0"), "rate"),
+        (("serve", "MODEL", "--port", "99999"), "port"),
+        (("probe", "--isa", "mmx"), "mmx"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_lines_that_cannot_be(cli: Cli, stories: Path, arguments: tuple[str, ...], words: str) -> None:
+    line = [str(stories) if a == "MODEL" else a for a in arguments]
+    ran = cli(*line)
+    if arguments[0] == "chat":  # found out once the model is there: the memory table stands above
+        assert ran.code == 2 and words in ran.err.splitlines()[-1]
+    else:
+        assert words in ran.complaint
+
+
+def test_a_trace_must_have_its_columns(cli: Cli, stories: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    for content, words in (("a,b\n1,2\n", "ContextTokens"), ("", "none")):
+        trace.write_text(content)
+        assert words in cli("bench", "throughput", stories, "--trace", trace).complaint
+    trace.write_text("ContextTokens,GeneratedTokens\n4,many\n")
+    assert "line 2" in cli("bench", "throughput", stories, "--trace", trace).complaint
+
+
+def test_our_own_mistakes_show_a_traceback(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("gossamer.cli.stream.run_request", broken)
+    ran = cli("generate", stories, *SAY)
+    assert ran.code == 1 and "Traceback" in ran.err and "a bug" in ran.err
+
+
+def test_interrupted(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.cli.stream.run_request", stopped)
+    ran = cli("generate", stories, *SAY)
+    assert ran.code == 130 and "Traceback" not in ran.err

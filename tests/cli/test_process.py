@@ -1,0 +1,75 @@
+"""What only a process of its own can show: speed of --help, a closed pipe, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[2] / "src"
+GOSSAMER = [sys.executable, "-m", "gossamer"]
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SRC))
+
+
+def test_help_is_quick_and_names_every_verb() -> None:
+    times = []
+    for _ in range(3):
+        before = os.times()
+        ran = subprocess.run([*GOSSAMER, "--help"], capture_output=True, text=True, check=True)
+        after = os.times()
+        times.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    assert min(times) < 0.5  # processor time: the machine may be shared
+    for verb in ("demo", "generate", "chat", "serve", "bench", "probe", "graph"):
+        assert verb in ran.stdout
+
+
+def test_version() -> None:
+    ran = subprocess.run([*GOSSAMER, "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("gossamer ")
+
+
+def test_no_verb_loads_torch_or_numpy_for_its_help() -> None:
+    code = (
+        "import sys; from gossamer.cli.main import run; run(['generate', '--help'])\n"
+        "print(sorted({'torch', 'numpy', 'tokenizers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def start(stories: Path, *flags: str) -> subprocess.Popen[bytes]:
+    line = [*GOSSAMER, "generate", str(stories), "-p", "Once upon a time", "--ignore-eos", *flags]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_closed_pipe_is_no_error(stories: Path) -> None:
+    with start(stories, "-n", "500") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(8)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(30) in (0, 141)
+    assert "Traceback" not in err and "Error" not in err
+
+
+def test_ctrl_c(stories: Path) -> None:
+    with start(stories, "-n", "500", "--backend", "cpu", "--isa", "scalar", "--n", "64") as process:
+        assert process.stderr is not None
+        while b"resident" not in process.stderr.readline():
+            pass
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read().decode()
+        assert process.wait(30) == 130
+    assert "Traceback" not in err
