@@ -60,7 +60,7 @@ def generate(
             f"ended by {report['finish_reason']}[/]"
         )
         if receipt:
-            console.print(receipt_table(lines))
+            console.print(receipt_table(lines) if lines else "this backend keeps no receipt")
     return int(any(output["finish_reason"] == "error" for output in report["outputs"]))
 
 

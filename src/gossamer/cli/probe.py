@@ -47,7 +47,11 @@ def _print(machine: Hardware, rates: Rates) -> None:
     from gossamer.cli.sizes import format_size
 
     table = Table(
-        title=f"[bold]{machine.cpu}[/]", title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+        title=f"[bold]{machine.cpu}[/]",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
     )
     table.add_column(style="cyan")
     table.add_column()

@@ -52,7 +52,13 @@ def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
         total.seconds += line.seconds
     whole = sum(s.seconds for s in sums.values()) or 1.0
     isas = ", ".join(sorted({line.kernel.partition(".")[0] for line in lines}))
-    table = Table(box=box.SIMPLE_HEAD, title=f"receipt: {isas} kernels", title_justify="left", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"receipt: {isas} kernels",
+        title_justify="left",
+        title_style="",
+        pad_edge=False,
+    )
     for name in ("node", "kernel"):
         table.add_column(name, no_wrap=True)
     for name in ("calls", "weights", "ms", "%"):

@@ -55,6 +55,7 @@ def memory_table(started: Started) -> Table:
     table = Table(
         title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}, {threads}[/]",
         title_justify="left",
+        title_style="",
         box=box.SIMPLE_HEAD,
         show_header=False,
         pad_edge=False,

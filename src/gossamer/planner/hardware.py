@@ -112,7 +112,7 @@ class Prober:
 
 
 def probe_buffer_bytes() -> int:
-    """How much memory a probe reads: twice the last cache, 0.5 to 1 GiB, at most a quarter of what is free."""
+    """Bytes that a probe reads: twice the last cache, 0.5 to 1 GiB, at most a quarter of what is free."""
     largest = max((cache.bytes for cache in _caches(0)), default=0)
     wanted = min(max(512 << 20, 2 * largest), 1 << 30)
     return min(wanted, max(int(psutil.virtual_memory().available) // 4, 64 << 20))
