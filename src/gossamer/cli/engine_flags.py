@@ -44,6 +44,9 @@ class EngineFlags:
     ignore_config_field: Annotated[list[str] | None, flag(
         "--ignore-config-field", panel=_MODEL, metavar="NAME",
         help="Accept a config.json field that is not understood. Repeatable.")] = None
+    no_weight_cache: Annotated[bool, flag(
+        "--no-weight-cache", panel=_MODEL,
+        help="Do not keep packed weights on disk for the next start.")] = False
     max_model_len: Annotated[int | None, flag(
         "--max-model-len", "--ctx-size", "-c", panel=_MEMORY, metavar="TOKENS",
         help="Longest sequence, prompt and output together.")] = None
@@ -96,6 +99,7 @@ class EngineFlags:
             "kv_bytes": None if self.kv_bytes is None else parse_size(self.kv_bytes),
             "memory_budget": None if self.memory_budget is None else parse_size(self.memory_budget),
             "ignore_config_fields": tuple(self.ignore_config_field or ()),
+            "weight_cache": not self.no_weight_cache,
         }
         for name in _SUGGESTIONS:
             given = getattr(self, name)

@@ -32,6 +32,8 @@ class EngineConfig:
     """"dummy" builds deterministic random weights from config.json alone."""
     ignore_config_fields: tuple[str, ...] = ()
     """Fields of config.json to accept although no family here understands them."""
+    weight_cache: bool = True
+    """Whether weights in the native layout are kept on disk for the next start (64 MiB and up)."""
     backend: BackendName = "cpu"
     """"cpu" (native kernels) or "reference" (eager torch, the oracle)."""
 

@@ -91,6 +91,7 @@ class Builder:
         hidden: int,
         layers: int,
         max_positions: int,
+        reach: int | None = None,
         kv_groups: tuple[KVGroup, ...],
     ) -> Graph:
         """The graph. Raises GraphError when it is inconsistent."""
@@ -101,6 +102,7 @@ class Builder:
             hidden=hidden,
             layers=layers,
             max_positions=max_positions,
+            reach=max_positions if reach is None else reach,
             inputs=("ids", "positions", "rows"),
             outputs=outputs,
             nodes=tuple(self._nodes),

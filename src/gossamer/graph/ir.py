@@ -112,7 +112,7 @@ class Graph:
     inputs: "ids" [T] i32, "positions" [T] i32, "rows" [R] i32 (which tokens need logits).
     outputs: name -> value name; "logits" [R, vocab] always; "hidden.<layer>" where tapped.
     nodes: in execution order. kv_groups: in block-table order. max_positions: longest context the
-    model was made for.
+    model was made for; reach: the longest that its positions can serve (a rotary scaling stretches it).
     """
 
     name: str
@@ -121,6 +121,7 @@ class Graph:
     hidden: int
     layers: int
     max_positions: int
+    reach: int
     inputs: tuple[str, ...]
     outputs: Mapping[str, str]
     nodes: tuple[Node, ...]

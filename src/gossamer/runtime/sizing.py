@@ -50,11 +50,15 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
     """Pages for max_num_seqs sequences of max_model_len, within kv_bytes (default: an eighth of budget).
 
     A max_model_len that was asked for must fit at least once; the model's own is cut to what does.
-    Raises MemoryBudgetError with the numbers otherwise, ConfigError where learned positions end earlier.
+    Raises MemoryBudgetError with the numbers otherwise, ConfigError where the model's positions end earlier.
     """
     limit = config.kv_bytes if config.kv_bytes is not None else budget // 8
     wanted = config.max_model_len or graph.max_positions
-    _check_positions(graph, wanted)
+    if wanted > graph.reach:
+        raise ConfigError(
+            f"max_model_len {wanted} is beyond the {graph.reach} positions that this model serves; lower it, "
+            "or stretch them with rope_scaling in config.json where the model has rotary positions"
+        )
     if config.paged_attention is not None:
         size = config.paged_attention.page_size
         per_page = kv_page_bytes(graph, size, config.kv_dtype)
@@ -87,14 +91,3 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _check_positions(graph: Graph, wanted: int) -> None:
-    """Rotary positions go on for ever, learned ones are rows of a table."""
-    for node in graph.nodes:
-        if node.op == "embed" and node.inputs[0] == "positions":
-            rows = graph.weights[node.weights[0]].shape[0]
-            if wanted > rows:
-                raise ConfigError(
-                    f"max_model_len {wanted} is beyond the {rows} positions that this model learned; lower it"
-                )

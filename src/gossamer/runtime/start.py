@@ -103,7 +103,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             threads=1 if config.parallel_computing is None else config.parallel_computing.threads or 0,
             reuse=config.memory_reuse is not None,
             memory_budget=budget,
-            cache_dir=cache_directory() / "packed",
+            cache_dir=cache_directory() / "packed" if config.weight_cache else None,
             progress=progress,
         )
         executor, memory, isa, threads = (

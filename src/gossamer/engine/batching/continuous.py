@@ -48,11 +48,13 @@ class Continuous:
                     budget -= len(spans[-1].tokens)
 
         # Newcomers get pages for all they have so far; what they will produce grows on demand.
+        headroom = sum(_growth(state, seq) for seq in running) if budget and waiting else 0
         while budget and waiting and len(running) < state.max_num_seqs:
             seq = waiting.first()
-            if kv.pages(seq.length) + _headroom(state) > kv.free:
+            if kv.pages(seq.length) + headroom > kv.free:
                 break
             state.start(waiting.pop(), seq.length)
+            headroom += _growth(state, seq)
             spans.append(seq.prefill(self._most(budget)))
             budget -= len(spans[-1].tokens)
         return StepPlan(tuple(spans))
@@ -73,8 +75,6 @@ def _make_room(state: State, seq: Sequence) -> bool:
     return True
 
 
-def _headroom(state: State) -> int:
-    """Pages left free for those running to grow into; none where a page is a whole context."""
-    if state.limits.page_size >= state.limits.max_model_len:
-        return 0
-    return len(state.running) * HEADROOM_STEPS // state.limits.page_size
+def _growth(state: State, seq: Sequence) -> int:
+    """Pages that a running sequence will want within the next steps, to its end at most."""
+    return state.kv.pages(min(seq.limit, seq.length + HEADROOM_STEPS)) - len(seq.tables[0])

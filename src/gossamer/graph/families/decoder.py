@@ -79,6 +79,7 @@ def build_decoder(spec: Decoder) -> Graph:
         hidden=sizes.hidden,
         layers=sizes.layers,
         max_positions=sizes.max_positions,
+        reach=max(rotary.reach for rotary in spec.rotary),
         kv_groups=kv_groups(spec.windows, sizes.kv_heads, sizes.head_dim),
     )
 

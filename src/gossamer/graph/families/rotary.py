@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import pack, unpack
 from typing import Any
 
@@ -23,10 +23,12 @@ _KINDS = "linear, dynamic, yarn, llama3, longrope"
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """inv_freq: rotary/2 frequencies, exact in float32; magnitude: factor of cos and sin."""
+    """inv_freq: rotary/2 frequencies, exact in float32; magnitude: factor of cos and sin; reach: the
+    longest context that they serve (a scaling stretches it)."""
 
     inv_freq: tuple[float, ...]
     magnitude: float = 1.0
+    reach: int = 0
 
 
 def rotary(
@@ -76,7 +78,17 @@ def rotary(
             "gives no finite frequencies"
         ) from error
     read.finish()
-    return result
+    return replace(result, reach=_reach(read, max_positions))
+
+
+def _reach(read: _Reader, max_positions: int) -> int:
+    """Positions that a stretch by interpolation covers; the other kinds say so in config.json itself."""
+    if read.kind() in ("linear", "dynamic"):
+        return int(max_positions * read.number("factor"))
+    if read.kind() == "yarn":
+        original = read.number("original_max_position_embeddings", max_positions)
+        return max(max_positions, int(original * read.number("factor")))
+    return max_positions
 
 
 def _f32(x: float) -> float:
