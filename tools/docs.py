@@ -11,6 +11,7 @@ from gossamer.graph.ops import OPS
 from gossamer.passes.pipeline import PASSES, pass_names
 
 DOCS = Path(__file__).parent.parent / "docs"
+ENGINE_PANELS = ("Model", "Memory", "Batching", "Machine")
 VERBS = ("generate", "chat", "serve", "bench latency", "bench throughput", "probe", "graph", "demo")
 
 
@@ -30,9 +31,23 @@ def ops_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _own(lines: list[str]) -> list[str]:
+    """Help text without the panels of engine flags, which every verb that loads a model shares."""
+    out, skipping = [], False
+    for line in lines:
+        if line.startswith("╭─ "):
+            skipping = line.split()[1] in ENGINE_PANELS
+        if not skipping:
+            out.append(line)
+        if line.startswith("╰"):
+            skipping = False
+    return out
+
+
 def cli_page() -> str:
-    """Every verb's help text."""
+    """Every verb's help text; the flags that choose model, memory, batching and machine stand once."""
     parts = ["# The command line", "", "Made by `make docs` from the code.", ""]
+    parts += [f"The panels {', '.join(ENGINE_PANELS)} belong to every verb that loads a model.", ""]
     for verb in VERBS:
         done = subprocess.run(
             [sys.executable, "-m", "gossamer", *verb.split(), "--help"],
@@ -41,7 +56,8 @@ def cli_page() -> str:
             check=True,
             env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb", "PATH": ""},
         )
-        text = "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
+        lines = [line.rstrip() for line in done.stdout.splitlines()]
+        text = "\n".join(lines if verb == VERBS[0] else _own(lines)).strip("\n")
         parts += [f"## gossamer {verb}", "", "```", text, "```", ""]
     return "\n".join(parts)
 
