@@ -11,8 +11,8 @@ from gossamer.graph.families.rotary import Rotary, rotary
 __all__ = ["MOST_EXPERTS", "Sizes", "read_layer_windows", "read_rotary", "read_sizes", "split_heads"]
 
 # Beyond these a config.json is damaged or hostile, and its graph would fill the memory.
-MOST_LAYERS = 10_000
-MOST_EXPERTS = 10_000
+MOST_LAYERS = 1000
+MOST_EXPERTS = 100_000  # of all layers together
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
+from sys import float_info
 from typing import Any
 
 from gossamer.errors import UnsupportedModelError
@@ -75,7 +75,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number > 0."""
         value = self._or_default(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= float_info.max:
             raise self._wrong(name, value, "a number above 0")
         return float(value)
 

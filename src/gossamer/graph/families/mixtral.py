@@ -15,7 +15,7 @@ def build(f: Fields, name: str, context: int | None) -> Graph:
     sizes = read_sizes(f, max_positions=131072, kv_heads=8, eps=1e-5)
     rotary = read_rotary(f, sizes, context, theta=1e6)
     window = f.optional_size("sliding_window")
-    experts = f.size("num_local_experts", 8, most=MOST_EXPERTS)
+    experts = f.size("num_local_experts", 8, most=MOST_EXPERTS // sizes.layers)
     moe = MoE(
         experts=experts,
         k=f.size("num_experts_per_tok", 2, most=experts),

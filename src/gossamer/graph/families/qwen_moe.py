@@ -38,7 +38,7 @@ def build(f: Fields, name: str, context: int | None) -> Graph:
 
 def _read_layers(f: Fields, layers: int) -> tuple[MoE | None, ...]:
     """Every decoder_sparse_step-th layer has experts, unless mlp_only_layers lists it."""
-    experts = f.size("num_experts", 128, most=MOST_EXPERTS)
+    experts = f.size("num_experts", 128, most=MOST_EXPERTS // layers)
     moe = MoE(
         experts=experts,
         k=f.size("num_experts_per_tok", 8, most=experts),

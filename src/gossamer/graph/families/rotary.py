@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from struct import pack, unpack
+from sys import float_info
 from typing import Any
 
 from gossamer.errors import UnsupportedModelError
@@ -19,6 +20,7 @@ from gossamer.errors import UnsupportedModelError
 __all__ = ["Rotary", "rotary"]
 
 _KINDS = "linear, dynamic, yarn, llama3, longrope"
+_MOST_DIM = 1 << 16  # beyond it a config.json is damaged or hostile, and computing would not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,9 @@ def rotary(
     original: the length before stretching, where config.json itself states it (longrope).
     Raises UnsupportedModelError for a scaling that is unknown, incomplete or gives no finite numbers.
     """
-    if dim < 2 or dim % 2:
+    if not 2 <= dim <= _MOST_DIM or dim % 2:
         raise UnsupportedModelError(
-            f"config.json: head_dim lets {dim} elements rotate; an even number is right"
+            f"config.json: head_dim lets {dim} elements rotate; an even number up to {_MOST_DIM} is right"
         )
     read = _Reader(scaling or {"rope_type": "default"})
     context = context or max_positions
@@ -72,13 +74,14 @@ def rotary(
                 raise UnsupportedModelError(
                     f"config.json: rope scaling {kind!r} is unknown; known are {_KINDS}"
                 )
+        result = replace(result, reach=_reach(read, max_positions))
     except (OverflowError, ZeroDivisionError, ValueError) as error:
         raise UnsupportedModelError(
             f"config.json: rope_theta {theta} with rope_scaling {dict(scaling or {})} "
             "gives no finite frequencies"
         ) from error
     read.finish()
-    return replace(result, reach=_reach(read, max_positions))
+    return result
 
 
 def _reach(read: _Reader, max_positions: int) -> int:
@@ -224,4 +227,4 @@ class _Reader:
 
 
 def _positive(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= float_info.max
