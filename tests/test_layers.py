@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src"
-BASE = {"errors", "config"}
+BASE = {"errors", "config", "memory"}
 GRAPH = BASE | {"graph"}
 BACKENDS = GRAPH | {"passes", "checkpoint", "backends", "_native"}
 RUNTIME = BACKENDS | {"runtime", "engine.step", "engine.request"}  # the two files are the engine's contract
@@ -22,6 +22,7 @@ EVERYTHING = TECHNIQUES | FRONT | {"planner", "bench", "server", "cli"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": BASE,
+    "memory": set[str](),
     "graph": GRAPH,
     "passes": GRAPH | {"passes"},
     "checkpoint": GRAPH | {"checkpoint"},

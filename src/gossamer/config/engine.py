@@ -55,9 +55,11 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     """Most tokens in one step."""
     kv_bytes: int | None = None
-    """Size of the KV pool; None: max_num_seqs sequences of max_model_len, at most a quarter of memory."""
+    """Size of the KV pool; None: max_num_seqs sequences of max_model_len, at most an eighth of memory (but
+    one sequence of a max_model_len that was asked for)."""
     memory_budget: int | None = None
-    """Most bytes for weights, KV, arena and workspace; None: what the machine or its cgroup has free."""
+    """Most bytes for weights, KV, arena and workspace; never more than the machine and its control group
+    have free, which is what None means."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

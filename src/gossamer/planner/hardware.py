@@ -12,6 +12,7 @@ import psutil
 
 from gossamer import _native
 from gossamer.errors import ConfigError
+from gossamer.memory import available_memory, cgroup_limit
 
 __all__ = [
     "Cache",
@@ -40,7 +41,8 @@ class Cache:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """cores: processors this process may run on (its affinity); isas: instruction sets with kernels that
-    run here, slowest first. Memory in bytes; memory_limit: the cgroup's, None where there is none."""
+    run here, slowest first. Memory in bytes; memory_limit: that of the tightest control group around this
+    process, None where there is none."""
 
     cpu: str
     cores: int
@@ -77,7 +79,7 @@ def hardware() -> Hardware:
         caches=tuple(_caches(processors[0])),
         memory_total=int(memory.total),
         memory_available=int(memory.available),
-        memory_limit=_cgroup_limit(),
+        memory_limit=cgroup_limit(),
     )
 
 
@@ -112,10 +114,10 @@ class Prober:
 
 
 def probe_buffer_bytes() -> int:
-    """Bytes that a probe reads: twice the last cache, 0.5 to 1 GiB, at most a quarter of what is free."""
+    """Bytes that a probe reads: twice the last cache, 0.5 to 1 GiB, at most a quarter of what is left."""
     largest = max((cache.bytes for cache in _caches(0)), default=0)
     wanted = min(max(512 << 20, 2 * largest), 1 << 30)
-    return min(wanted, max(int(psutil.virtual_memory().available) // 4, 64 << 20))
+    return min(wanted, max(available_memory() // 4, 64 << 20))
 
 
 def private_cache_bytes() -> int:
@@ -174,14 +176,3 @@ def _listed(ranges: str) -> int:
         first, _, last = part.partition("-")
         count += int(last or first) - int(first) + 1
     return count
-
-
-def _cgroup_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 1 << 60:  # version 1 writes "unlimited" as a huge number
-            return int(text)
-    return None

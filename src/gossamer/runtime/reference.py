@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
 from gossamer.engine.request import TokenLogprob
 from gossamer.engine.step import ExecutorLimits, Handle, LastSampled, RowResult, Span, StepPlan, StepResult
-from gossamer.errors import NotBuiltError
+from gossamer.errors import MemoryBudgetError, NotBuiltError
 from gossamer.graph.ir import Graph
 from gossamer.graph.ops.attention import KVCache, KVState, SpanRows
 from gossamer.graph.ops.sampling import sample_row
@@ -125,9 +126,16 @@ class ReferenceExecutor:
 
 
 def start_reference(
-    graph: Graph, source: WeightSource, config: EngineConfig, kv: KVPlan
+    graph: Graph, source: WeightSource, config: EngineConfig, kv: KVPlan, budget: int
 ) -> tuple[ReferenceExecutor, MemoryReport, str, int]:
-    """A reference executor, its memory, and "torch" with its thread count."""
+    """A reference executor, its memory, and "torch" with its thread count. Raises MemoryBudgetError where
+    the weights in float32 alone are more than `budget` bytes."""
+    need = sum(4 * prod(w.shape) for w in graph.weights.values())
+    if need > budget:
+        raise MemoryBudgetError(
+            f"{need / 2**20:.0f} MiB are needed for weights, which the reference holds in float32, and "
+            f"{budget / 2**20:.0f} MiB are there; use --backend cpu"
+        )
     threads = 1 if config.parallel_computing is None else config.parallel_computing.threads
     if threads is not None:
         torch.set_num_threads(threads)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from gossamer.backends.cpu.program import kv_page_bytes
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
 
-__all__ = ["KVPlan", "available_memory", "plan_kv"]
+__all__ = ["KVPlan", "plan_kv"]
 
 _MIB = 1 << 20
 
@@ -25,25 +21,6 @@ class KVPlan:
     page_size: int
     pages: int
     max_model_len: int
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: the machine's available memory, its cgroup's rest, RLIMIT_AS."""
-    limits = [int(psutil.virtual_memory().available)]
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            text = Path(limit).read_text().strip()
-            if text.isdigit():
-                limits.append(max(0, int(text) - int(Path(usage).read_text())))
-        except (OSError, ValueError):
-            continue
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limits.append(max(0, soft - psutil.Process().memory_info().vms))
-    return min(limits)
 
 
 def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
@@ -59,31 +36,29 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
             f"max_model_len {wanted} is beyond the {graph.reach} positions that this model serves; lower it, "
             "or stretch them with rope_scaling in config.json where the model has rotary positions"
         )
+    asked = config.max_model_len is not None
+    unit = 16 if config.paged_attention is None else config.paged_attention.page_size
+    unit_bytes = kv_page_bytes(graph, unit, config.kv_dtype)
+    fits = limit // unit_bytes * unit
     if config.paged_attention is not None:
-        size = config.paged_attention.page_size
-        per_page = kv_page_bytes(graph, size, config.kv_dtype)
-        pages = min(limit // per_page, config.max_num_seqs * _ceil(wanted, size))
-        if config.max_model_len is not None and config.kv_bytes is None:
-            pages = max(pages, _ceil(wanted, size))
-        length = min(wanted, pages * size)
+        size, most = unit, config.max_num_seqs * _ceil(wanted, unit)
     else:
-        if config.max_model_len is None:
-            wanted = min(
-                wanted, limit // kv_page_bytes(graph, 16, config.kv_dtype) * 16 // config.max_num_seqs
-            )
-        size = max(16, _ceil(wanted, 16) * 16)
-        per_page = kv_page_bytes(graph, size, config.kv_dtype)
-        pages = min(max(1, limit // per_page), config.max_num_seqs)
-        length = min(wanted, size)
-    need = _ceil(wanted, size) * per_page
-    if pages < 1 or length < 1 or (config.max_model_len is not None and length < wanted):
+        if not asked:
+            wanted = min(wanted, max(1, fits // config.max_num_seqs))
+        size, most = _ceil(wanted, unit) * unit, config.max_num_seqs
+    pages = min(limit // (unit_bytes * size // unit), most)
+    if asked and config.kv_bytes is None:
+        pages = max(pages, _ceil(wanted, size))
+    length = min(wanted, pages * size)
+    if length < 1 or (asked and length < wanted):
+        need = _ceil(wanted, unit) * unit_bytes
         raise MemoryBudgetError(
             f"one sequence of {wanted} tokens needs {need / _MIB:.1f} MiB of {config.kv_dtype} KV memory and "
             f"{limit / _MIB:.1f} MiB are given; "
             + (
-                f"at most --max-model-len {pages * size} fits"
-                if pages * size >= 1
-                else "nothing fits: raise --kv-bytes"
+                f"at most --max-model-len {fits} fits"
+                if fits
+                else f"nothing fits: raise --kv-bytes to {unit_bytes} at least"
             )
         )
     return KVPlan(size, pages, length)

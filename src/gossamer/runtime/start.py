@@ -18,9 +18,10 @@ from gossamer.errors import DependencyError
 from gossamer.graph.families import build_graph
 from gossamer.graph.families.names import fit_names
 from gossamer.graph.ir import Graph
+from gossamer.memory import available_memory
 from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.local import LocalExecutor
-from gossamer.runtime.sizing import available_memory, plan_kv
+from gossamer.runtime.sizing import plan_kv
 
 __all__ = ["Started", "cache_directory", "load_graph", "start"]
 
@@ -74,7 +75,9 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     """
     graph, directory, source = load_graph(config)
     graph, passes = run_passes(graph, config)
-    budget = config.memory_budget if config.memory_budget is not None else available_memory()
+    budget = available_memory()
+    if config.memory_budget is not None:
+        budget = min(budget, config.memory_budget)
     kv = plan_kv(graph, config, budget)
     executor: Executor
     if config.backend == "reference":
@@ -85,7 +88,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
                 "the reference backend needs torch; install it with: pip install 'gossamer[torch]'"
             ) from error
 
-        executor, memory, isa, threads = start_reference(graph, source, config, kv)
+        executor, memory, isa, threads = start_reference(graph, source, config, kv, budget)
         receipt: Callable[[], list[ReceiptLine]] = list
     else:
         program = CpuProgram(

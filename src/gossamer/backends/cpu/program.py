@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from gossamer.checkpoint.weights import WeightSource
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
 from gossamer.passes.memory_reuse import plan_arena
+from gossamer.passes.quantization import auto_group
+from gossamer.passes.weight_formats import with_formats
 
 __all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes"]
 
@@ -98,11 +100,14 @@ class CpuProgram:
         self._offsets = arena.offsets
         places, block_bytes = layout(graph)
         kv_bytes = shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
-        _check_budget(memory_budget, weights=block_bytes, kv=kv_bytes, arena=arena.bytes)
-        self._block = _native.allocate(block_bytes)
+        try:  # nothing is touched yet, but a limit on address space counts what is merely reserved
+            self._block = _native.allocate(block_bytes)
+            self._allocate_kv()
+        except MemoryError:
+            sizes = {"weights": block_bytes, "kv": kv_bytes, "arena": arena.bytes}
+            raise _too_large(memory_budget or 0, graph, shape, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
-        self._allocate_kv()
         lowering = Lowering(
             graph=graph,
             program=self.program,
@@ -127,13 +132,10 @@ class CpuProgram:
             arena_separate=arena.separate,
             workspace=workspace + scratch + self._step_bytes,
         )
-        _check_budget(
-            memory_budget,
-            weights=self.memory.weights,
-            kv=kv_bytes,
-            arena=arena.bytes,
-            workspace=self.memory.workspace,
-        )
+        if memory_budget is not None and self.memory.total > memory_budget:
+            m = self.memory
+            parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
+            raise _too_large(memory_budget, graph, shape, **parts)
         self._arena, self._workspace, self._scratch = (
             _touched(_native.allocate(max(size, 64))) for size in (arena.bytes, workspace, scratch)
         )
@@ -247,12 +249,46 @@ def _touched(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return block
 
 
-def _check_budget(budget: int | None, **parts: int) -> None:
+def _too_large(budget: int, graph: Graph, shape: StepShape, **parts: int) -> MemoryBudgetError:
+    """The error for a program of these parts in a budget that is too small, with what would fit."""
     need = sum(parts.values())
-    if budget is not None and need > budget:
-        listed = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items())
-        raise MemoryBudgetError(
-            f"{need / 2**20:.0f} MiB are needed ({listed}) and {budget / 2**20:.0f} MiB are there; "
-            "lower --max-model-len, --max-num-seqs or --max-num-batched-tokens, or store weights in fewer "
-            "bits (--quantization int8 or int4)"
+    listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+    room = budget - (need - parts["weights"] - parts["kv"])
+    return MemoryBudgetError(
+        f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there; "
+        + _what_fits(graph, shape, room, parts["weights"])
+    )
+
+
+def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
+    """What to ask for instead. room: bytes that are there for weights and KV together."""
+    page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
+    pages = (room - weights) // page
+    if pages > 0:
+        return (
+            f"--kv-bytes {pages * page} fits, with a --max-model-len of at most {pages * shape.page_size}; "
+            "a lower --max-num-batched-tokens or --max-num-seqs leaves more for it"
         )
+    least = weights
+    for format in ("int8", "int4"):
+        least = min(least, _weights_in(graph, format))
+        pages = (room - least) // page
+        if pages > 0:
+            return (
+                f"--quantization {format} fits, which takes {_mib(least)} for weights, with --kv-bytes "
+                f"{pages * page} and a --max-model-len of at most {pages * shape.page_size}"
+            )
+    return (
+        f"nothing fits: weights take {_mib(least)} at least, one KV page {_mib(page)}; lower --max-num-seqs "
+        "and --max-num-batched-tokens or take a smaller model"
+    )
+
+
+def _weights_in(graph: Graph, format: str) -> int:
+    """Bytes of the graph's matrices in a quantized format."""
+    group = auto_group(graph) if format == "int4" else 0
+    return layout(with_formats(graph, lambda weight: replace(weight, format=format, group=group)))[1]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
