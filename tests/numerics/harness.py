@@ -115,7 +115,15 @@ def make_cpu(
 ) -> CpuProgram:
     """The graph compiled for steps of at most `tokens` tokens."""
     most = max(tokens, 1)
-    shape = StepShape(tokens=most, rows=most, spans=most, page_size=page_size, pages=pages, kv_dtype=kv_dtype)
+    shape = StepShape(
+        tokens=most,
+        rows=most,
+        spans=most,
+        page_size=page_size,
+        pages=pages,
+        table=pages,
+        kv_dtype=kv_dtype,
+    )
     return CpuProgram(graph, Arrays(arrays), shape, isa=isa, threads=threads)
 
 

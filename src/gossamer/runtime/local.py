@@ -66,9 +66,11 @@ class LocalExecutor:
                 raise NotBuiltError(
                     "KV pages cannot be swapped to a slower tier yet; preempt by recomputation"
                 )
-            self.program.copy_page(op.group, op.source, op.target)
-        tokens, rows, stride = self._pack(plan)
-        seconds = self.program.run(tokens, len(plan.spans), rows, stride)
+            self.program.copy_tokens(op.group, op.source, op.target, op.tokens)
+        seconds = 0.0
+        if plan.spans:
+            tokens, rows, stride = self._pack(plan)
+            seconds = self.program.run(tokens, len(plan.spans), rows, stride)
         self._next += 1
         self._results[self._next] = StepResult(self._unpack(plan), seconds)
         return self._next
@@ -138,8 +140,8 @@ class LocalExecutor:
                     logprob = TokenLogprob(tokens[row], float(program.logprob[row]), tuple(top))
                 results.append(RowResult(tokens[row], logprob, _BAD.get(bad[row], "")))
                 row += 1
-            if results:
-                self._last[span.sequence] = results[-1].token
+            if results:  # a bad row has no token: any stands in, for a step that nobody will use
+                self._last[span.sequence] = max(results[-1].token, 0)
                 self._last.move_to_end(span.sequence)
             out.append(results)
         while len(self._last) > _REMEMBERED:

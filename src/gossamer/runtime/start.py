@@ -100,6 +100,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
                 spans=config.max_num_seqs,
                 page_size=kv.page_size,
                 pages=kv.pages,
+                table=-(-kv.max_model_len // kv.page_size),
                 kv_dtype=config.kv_dtype,
             ),
             isa="scalar" if config.hardware_kernels is None else choose_isa(config.hardware_kernels.isa),

@@ -44,13 +44,15 @@ SAMPLE_ROW = np.dtype(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """The most that one step may hold, and the KV memory there is (pages of each KV group)."""
+    """The most that one step may hold, and the KV memory there is: pages of each KV group, of which one
+    sequence has at most `table`."""
 
     tokens: int
     rows: int
     spans: int
     page_size: int
     pages: int
+    table: int
     kv_dtype: str
 
 
@@ -76,7 +78,7 @@ class CpuProgram:
     """One program with its memory. Input arrays are filled in place, then `run` executes the step.
 
     ids, positions [T], rows [R] int32; spans [S, 4] int32 (row, count, start, table offset); tables int32
-    [groups, S, pages], flat; sample_rows of dtype SAMPLE_ROW. Outputs: token, logprob, top_ids,
+    [groups, S, table], flat; sample_rows of dtype SAMPLE_ROW. Outputs: token, logprob, top_ids,
     top_logprobs, bad, one line per row.
     """
 
@@ -181,7 +183,7 @@ class CpuProgram:
         self.ids, self.positions = (np.zeros(s.tokens, np.int32) for _ in range(2))
         self.rows = np.zeros(s.rows, np.int32)
         self.spans = np.zeros((s.spans, 4), np.int32)
-        self.tables = np.zeros(groups * s.spans * s.pages, np.int32)
+        self.tables = np.zeros(groups * s.spans * s.table, np.int32)
         if SAMPLE_ROW.itemsize != _native.sample_row_bytes:
             raise AssertionError("SAMPLE_ROW and csrc/api.h: SampleRow differ")
         self.sample_rows = np.zeros(s.rows, SAMPLE_ROW)
@@ -221,9 +223,15 @@ class CpuProgram:
         start = self._offsets[value.name]
         return self._arena[start : start + rows * width * 4].view(np.float32).reshape(rows, width)
 
-    def copy_page(self, group: int, source: int, target: int) -> None:
-        """Copies a page of every layer of a KV group."""
-        self.kv[group][:, target] = self.kv[group][:, source]
+    def copy_tokens(self, group: int, source: int, target: int, tokens: int) -> None:
+        """Copies the first tokens of a page to another in every layer of a KV group. Layout: csrc/api.h."""
+        g, size = self.graph.kv_groups[group], self.shape.page_size
+        elements = self.kv[group].view(f"u{_KV_BYTES[self.shape.kv_dtype]}")
+        pages = elements.reshape(len(g.layers), self.shape.pages, g.kv_heads, -1)
+        keys = pages[..., : g.head_dim * size].reshape(*pages.shape[:3], g.head_dim, size)
+        values = pages[..., g.head_dim * size :].reshape(*pages.shape[:3], size, -1)
+        keys[:, target, ..., :tokens] = keys[:, source, ..., :tokens]
+        values[:, target, :, :tokens] = values[:, source, :, :tokens]
 
     def receipt(self) -> list[ReceiptLine]:
         """What ran since the start, instruction by instruction."""

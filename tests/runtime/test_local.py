@@ -1,0 +1,96 @@
+"""The CPU executor against the contract of engine/step.py: what the engine does not ask for yet included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gossamer.config import EngineConfig
+from gossamer.engine.request import SamplingParams
+from gossamer.engine.step import Executor, KVOp, LastSampled, RowResult, Sampling, Span, StepPlan
+from gossamer.errors import NotBuiltError
+from gossamer.runtime.local import LocalExecutor
+from gossamer.runtime.start import start
+from tests.graph.small import llama_config
+
+PROMPT = tuple(range(3, 23))  # a page of 16 and 4 more
+
+
+@pytest.fixture(params=["f32", "bf16"])
+def executor(request: pytest.FixtureRequest, tmp_path: Path) -> LocalExecutor:
+    """Two KV groups, heads of 8: a page's tail and its padding are both there."""
+    fields = llama_config(architectures=["Qwen2ForCausalLM"], sliding_window=8, use_sliding_window=True)
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"max_window_layers": 1}))
+    config = EngineConfig(
+        model=str(tmp_path), load_format="dummy", max_model_len=64, max_num_seqs=4, kv_dtype=request.param
+    )
+    found = start(config).executor
+    assert isinstance(found, LocalExecutor)
+    assert len(found.limits.pages) == 2
+    return found
+
+
+def span(sequence: int, tokens: Sequence[Any], start: int, pages: list[int], **rest: Any) -> Span:
+    """A span whose last token is sampled, on the same pages in both groups."""
+    sampling = Sampling(SamplingParams(temperature=0, logprobs=3), 0, (), ())
+    return Span(sequence, tokens, start, (len(tokens) - 1,), (pages, pages), sampling, **rest)
+
+
+def run(executor: Executor, *spans: Span, **rest: Any) -> list[RowResult]:
+    result = executor.collect(executor.submit(StepPlan(spans, **rest)))
+    return [rows[0] for rows in result.rows]
+
+
+def copies(tokens: int, source: int, target: int) -> tuple[KVOp, ...]:
+    return tuple(KVOp("copy", group, source, target, tokens) for group in range(2))
+
+
+def test_copied_pages_serve_as_the_originals(executor: LocalExecutor) -> None:
+    run(executor, span(0, PROMPT, 0, [0, 1]))
+    moves = (*copies(16, 0, 5), *copies(4, 1, 3))
+    (copied,) = run(executor, span(1, (7,), 20, [5, 3]), kv_ops=moves)
+    (own,) = run(executor, span(0, (7,), 20, [0, 1]))
+    assert copied == own
+    assert run(executor, span(2, (7,), 20, [5, 2])) != [own]  # without the second page it is another
+
+
+def test_a_copy_takes_the_tokens_it_names_and_no_more(executor: LocalExecutor) -> None:
+    for pool in executor.program.kv:
+        pool[:] = np.random.default_rng(0).integers(0, 255, pool.shape, np.uint8)
+    before = [pool.copy() for pool in executor.program.kv]
+    assert run(executor, kv_ops=copies(0, 0, 1)) == []
+    assert all(np.array_equal(a, b) for a, b in zip(before, executor.program.kv, strict=True))
+    run(executor, kv_ops=copies(5, 0, 1))
+    changed = [(a != b).sum() for a, b in zip(before, executor.program.kv, strict=True)]
+    run(executor, kv_ops=copies(16, 0, 1))
+    whole = [(a != b).sum() for a, b in zip(before, executor.program.kv, strict=True)]
+    assert all(0 < a < b * 6 / 16 for a, b in zip(changed, whole, strict=True))
+    assert all(np.array_equal(p[:, 0], p[:, 1]) and p.size for p in executor.program.kv)
+
+
+def test_a_token_may_be_named_before_it_is_known(executor: LocalExecutor) -> None:
+    first = executor.submit(StepPlan((span(0, PROMPT, 0, [0, 1]),)))
+    second = executor.submit(StepPlan((span(0, (LastSampled(0),), 20, [0, 1]),)))  # both are in flight
+    token = executor.collect(first).rows[0][0].token
+    named = executor.collect(second).rows[0][0]
+    (known,) = run(executor, span(0, (token,), 20, [0, 1]))
+    assert named == known
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        StepPlan((span(0, (1,), 0, [0]),), program="draft"),
+        StepPlan((span(0, (1,), 0, [0], adapter=1),)),
+        StepPlan((span(0, (1, 2), 0, [0], parents=(-1, -1)),)),
+        StepPlan((), (KVOp("out", 0, 0, 0, 16),)),
+    ],
+)
+def test_what_it_cannot_do_it_refuses(executor: LocalExecutor, plan: StepPlan) -> None:
+    with pytest.raises(NotBuiltError):
+        executor.submit(plan)
