@@ -1,0 +1,133 @@
+"""The Python interface, and the story that a real model tells on both backends in every format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossamer import LLM, SamplingParams, _native
+from gossamer.engine.request import RequestOutput
+from gossamer.errors import ConfigError, RequestError, TokenizerError
+
+PROMPT = "Once upon a time"
+STORY = ", there was a little girl named Lily. She loved to play outside in the"
+GREEDY = SamplingParams(temperature=0, max_tokens=40, logprobs=1)
+
+
+def load(shared: Path, **options: Any) -> LLM:
+    return LLM(str(shared / "models" / "stories260K"), max_model_len=128, **options)
+
+
+@pytest.fixture(scope="module")
+def llm(shared: Path) -> LLM:
+    return load(shared, max_num_seqs=8)
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [o.outputs[0].text for o in outputs]
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        ({"dtype": "float32"}, "f32"),
+        ({"dtype": "bfloat16"}, "bf16"),
+        ({"dtype": "float16"}, "f16"),
+        ({"quantization": "int8"}, "int8"),
+        ({"quantization": "int4-g32"}, "int4"),
+        ({"quantization": "int4"}, "int4"),
+    ],
+    ids=lambda o: "-".join(o.values()) if isinstance(o, dict) else o,
+)
+def test_the_story_in_every_format(shared: Path, options: dict[str, Any], stored: str) -> None:
+    """Word for word the same on both, and told by the kernels that were promised."""
+    told = {}
+    for backend in ("cpu", "reference"):
+        llm = load(shared, backend=backend, max_num_seqs=1, kv_cache_dtype="float32", **options)
+        told[backend] = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0]
+        if backend == "cpu":
+            lines = {line.kernel: line for line in llm.receipt()}
+    assert told["cpu"].text.startswith(STORY)
+    assert told["cpu"].token_ids == told["reference"].token_ids
+    near = 1e-4 if stored in ("f32", "f16") else 0.05  # a last bit may round an activation the other way
+    for ours, theirs in zip(told["cpu"].logprobs or (), told["reference"].logprobs or (), strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=near)
+    isa = _native.best_isa()
+    linear = [line for kernel, line in lines.items() if kernel.partition(".")[2].startswith("linear")]
+    assert [line.kernel for line in linear] == [f"{isa}.linear_{stored}"]
+    assert linear[0].calls == 40 and linear[0].weight_bytes > 0
+    assert (f"{isa}.prepare" in lines) == (stored in ("bf16", "int8", "int4"))
+
+
+def test_prompts_of_every_kind_come_back_in_order(llm: LLM) -> None:
+    ids = list(llm.engine.encode(PROMPT))
+    params = SamplingParams(temperature=0, max_tokens=12)
+    (alone,) = texts(llm.generate(PROMPT, params, use_tqdm=False))
+    assert STORY.startswith(alone)
+    outputs = llm.generate(["The dog", PROMPT, ids], params, use_tqdm=False)
+    assert texts(outputs)[1:] == [alone, alone] and [o.prompt for o in outputs] == ["The dog", PROMPT, None]
+    assert texts(llm.generate(ids, params, use_tqdm=False)) == [alone]
+    assert all(o.finished and o.outputs[0].finish_reason == "length" for o in outputs)
+    assert llm.generate([], params, use_tqdm=False) == []
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    several = [
+        SamplingParams(temperature=1, seed=5, n=3, max_tokens=6),
+        SamplingParams(max_tokens=2, logprobs=1),
+    ]
+    first, second = llm.generate([PROMPT] * 2, several, use_tqdm=False)
+    assert [len(c.token_ids) for c in first.outputs] == [6, 6, 6]
+    assert len({c.text for c in first.outputs}) > 1
+    assert len(second.outputs[0].logprobs or ()) == 2 and first.outputs[0].logprobs is None
+    with pytest.raises(RequestError, match="2 prompts but 1"):
+        llm.generate([PROMPT] * 2, several[:1], use_tqdm=False)
+
+
+def test_a_bad_prompt_of_several_runs_none(llm: LLM) -> None:
+    for bad in ("", [], [10**6], PROMPT * 100):
+        with pytest.raises(RequestError):
+            llm.generate([PROMPT, bad], GREEDY, use_tqdm=False)
+        assert not llm.engine.has_work()
+    llm.engine.engine.check()
+
+
+def test_chat(shared: Path, llm: LLM) -> None:
+    with pytest.raises(TokenizerError, match="chat template"):
+        llm.chat([{"role": "user", "content": PROMPT}])
+    with pytest.raises(RequestError, match="empty"):
+        llm.chat([])
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    talker = load(shared, max_num_seqs=2, chat_template=template)
+    one = [{"role": "user", "content": PROMPT}]
+    assert STORY.startswith(texts(talker.chat(one, SamplingParams(temperature=0, max_tokens=9)))[0])
+    both = talker.chat([one, one], SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)
+    assert len(set(texts(both))) == 1
+
+
+def test_progress_goes_to_standard_error(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(PROMPT, GREEDY)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+
+
+def test_the_memory_is_that_of_the_plan(llm: LLM) -> None:
+    memory = llm.memory
+    assert memory.total == memory.weights + memory.kv + memory.arena + memory.workspace
+    assert memory.kv_tokens == 8 * 128 and memory.arena < memory.arena_separate
+
+
+def test_unknown_options_are_refused(shared: Path) -> None:
+    with pytest.raises(ConfigError, match="max_model_length"):
+        load(shared, max_model_length=3)
+
+
+def test_an_instruction_set_that_is_absent_is_an_error(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "isas", lambda: ["scalar", "avx2"])
+    with pytest.raises(ConfigError, match="cannot run avx512 kernels; it can run scalar, avx2"):
+        load(shared, isa="avx512")
+    monkeypatch.setenv("GOSSAMER_ISA", "avx512")
+    with pytest.raises(ConfigError, match="cannot run avx512"):
+        load(shared)
