@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
@@ -33,9 +34,18 @@ _KV_DTYPES = {
     "auto": "bf16", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "float32": "f32", "fp32": "f32",
 }  # fmt: skip
 
+_TEXTS = {"model", "revision", "dtype", "quantization", "kv_cache_dtype", "isa"}
+_COUNTS = {
+    "threads", "page_size", "prefill_chunk", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+    "kv_bytes", "memory_budget",
+}  # fmt: skip
+_NEEDED = {
+    "model", "dtype", "kv_cache_dtype", "page_size", "max_num_seqs", "max_num_batched_tokens",
+}  # fmt: skip
+
 
 def engine_config(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     dtype: str = "auto",
     quantization: str | None = None,
@@ -54,6 +64,12 @@ def engine_config(
     ConfigError for anything else, and CheckpointError where config.json cannot be read.
     """
     half = None
+    model = str(model) if isinstance(model, os.PathLike) else model
+    _check_types(
+        {"model": model, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+        | {"isa": isa, "threads": threads, "page_size": page_size, "prefill_chunk": prefill_chunk}
+        | options
+    )
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     if quantization is not None and dtype != "auto":
@@ -78,6 +94,17 @@ def engine_config(
         raise ConfigError(f"{error}".replace("EngineConfig.__init__()", "the engine")) from None
 
 
+def _check_types(given: Mapping[str, Any]) -> None:
+    for name in _TEXTS | _COUNTS:
+        value = given.get(name)
+        if value is None and (name not in given or name not in _NEEDED):
+            continue
+        if isinstance(value, bool) or not isinstance(value, str if name in _TEXTS else int):
+            raise ConfigError(
+                f"{name} is {value!r}; a {'text' if name in _TEXTS else 'whole number'} is right"
+            )
+
+
 def _checkpoint_dtype(model: str, revision: str | None) -> str | None:
     from gossamer.checkpoint.hub import read_config, resolve_model
 
@@ -94,7 +121,12 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, chat_template: str | None = None, progress: bool = False, **options: Any
+        self,
+        model: str | os.PathLike[str],
+        *,
+        chat_template: str | None = None,
+        progress: bool = False,
+        **options: Any,
     ):
         config = engine_config(model, **options)
         with loading_bar(progress) as bar:
@@ -150,6 +182,10 @@ class LLM:
             sampling_params = self.engine.default_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence) or not all(
+            isinstance(params, SamplingParams) for params in sampling_params
+        ):
+            raise RequestError("sampling_params is not a SamplingParams, nor a list with one for each prompt")
         if len(sampling_params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters")
         outputs: dict[str, RequestOutput] = {}
@@ -177,8 +213,12 @@ class LLM:
 def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise RequestError(
+            f"prompts are {type(prompts).__name__}; give a text, a list of token ids, or a list of such"
+        )
     listed = list(prompts)
-    if listed and all(isinstance(p, int) for p in listed):
+    if listed and all(isinstance(p, Integral) for p in listed):
         return [listed]  # type: ignore[list-item]
     return listed  # type: ignore[return-value]
 

@@ -16,7 +16,7 @@ from gossamer.checkpoint.generation_config import GenerationDefaults, read_gener
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
 from gossamer.engine.engine import Engine, Update
-from gossamer.engine.request import FinishReason, Request, SamplingParams, TokenLogprob
+from gossamer.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, token_ids
 from gossamer.errors import RequestError, TokenizerError
 from gossamer.runtime.start import Started, start
 
@@ -134,7 +134,7 @@ class TextEngine:
                 raise RequestError("the prompt is empty; give at least one character or one token id")
             ids = tuple(self._need_tokenizer().encode(prompt, add_special_tokens))
         else:
-            ids = tuple(prompt)
+            ids = token_ids("prompt", prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one character or one token id")
         return ids

@@ -19,7 +19,20 @@ def test_a_directory_is_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["./absent", "/absent", "~/absent", "a/b/c", "..", "../x", "", "a b", "x/..", "-x", "m.safetensors"],
+    [
+        "./absent",
+        "/absent",
+        "~/absent",
+        "~nobody-of-that-name/x",
+        "a/b/c",
+        "..",
+        "../x",
+        "",
+        "a b",
+        "x/..",
+        "-x",
+        "m.safetensors",
+    ],
 )
 def test_local_looking_names_never_reach_the_network(model: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
@@ -29,6 +42,11 @@ def test_local_looking_names_never_reach_the_network(model: str, tmp_path: Path,
         return
     with pytest.raises(CheckpointError, match="no model directory at"):
         resolve_model(model)
+
+
+def test_a_name_beyond_what_file_systems_take_is_an_error_of_ours() -> None:
+    with pytest.raises(CheckpointError, match="name too long; check the path"):
+        resolve_model("x" * 5000)
 
 
 def test_files_are_not_models(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _RANGES: Mapping[str, tuple[float, float, bool, bool]] = {
     "top_k": (-1, 2**31 - 1, True, False),
     "top_p": (0, 1, False, True),
     "min_p": (0, 1, False, False),
-    "repetition_penalty": (0, 100, False, True),
+    "repetition_penalty": (0.01, 100, False, False),
     "max_new_tokens": (1, 2**31 - 1, True, False),
 }
 

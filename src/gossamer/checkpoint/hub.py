@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -27,11 +28,14 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises CheckpointError when there is no such
     model, NotBuiltError for a .gguf file.
     """
-    path = Path(model).expanduser()
-    if model and path.is_dir():  # Path("") would be the working directory
-        return path
-    if path.is_file():
-        raise _not_a_directory(path)
+    path = Path(os.path.expanduser(model))  # Path's own raises where there is no such user
+    try:
+        if model and path.is_dir():  # Path("") would be the working directory
+            return path
+        if path.is_file():
+            raise _not_a_directory(path)
+    except OSError as error:  # a name beyond what file systems take, or a folder closed to us
+        raise CheckpointError(f"cannot look at {model[:80]!r}: {error.strerror}; check the path") from None
     if model == POCKET:
         return _pocket()
     if _looks_local(model):

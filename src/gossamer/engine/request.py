@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 from gossamer.errors import RequestError
 
-__all__ = ["Completion", "FinishReason", "Request", "RequestOutput", "SamplingParams", "TokenLogprob"]
+__all__ = [
+    "Completion",
+    "FinishReason",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprob",
+    "token_ids",
+]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOPS = 64
+MAX_STOP_LENGTH = 4096  # characters; while a text may begin one, it is held back
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,41 +55,105 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _check("n", self.n, 1, MAX_N)
-        _check("temperature", self.temperature, 0, 100)
-        _check("top_p", self.top_p, 0, 1, open_low=True)
-        _check("top_k", self.top_k, -1, 2**31 - 1)
-        _check("min_p", self.min_p, 0, 1)
-        _check("presence_penalty", self.presence_penalty, -2, 2)
-        _check("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
-        if self.max_tokens is not None:
-            _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        for name, (low, high, open_low) in _NUMBERS.items():
+            self._set(name, _number(name, getattr(self, name), low, high, open_low=open_low))
+        for name, (least, most, optional) in _WHOLE.items():
+            value = getattr(self, name)
+            if not (optional and value is None):
+                self._set(name, _whole(name, value, least, most))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
-        if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.seed is not None:
-            _check("seed", self.seed, -(2**63), 2**64 - 1)
-        if len(self.stop) > MAX_STOPS or any(not s for s in self.stop):
-            raise RequestError(f"stop takes at most {MAX_STOPS} strings, none of them empty")
-        if len(self.logit_bias) > 1024:
-            raise RequestError(f"logit_bias has {len(self.logit_bias)} entries; at most 1024 are allowed")
-        for token, bias in self.logit_bias.items():
-            if token < 0 or not -100 <= bias <= 100:
-                raise RequestError(f"logit_bias {token}: {bias} needs an id >= 0 and a bias in -100..100")
+        self._set("stop", _stops(self.stop))
+        self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids or ()))
+        self._set("logit_bias", _biases(self.logit_bias))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
 
-def _check(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} {value!r} is not a finite number")
+# name -> (lowest, highest, lowest itself is excluded)
+_NUMBERS: Mapping[str, tuple[float, float, bool]] = {
+    "temperature": (0, 100, False),
+    "top_p": (0, 1, True),
+    "min_p": (0, 1, False),
+    "presence_penalty": (-2, 2, False),
+    "frequency_penalty": (-2, 2, False),
+    "repetition_penalty": (0.01, 100, False),  # logits over less are no numbers in float32
+}
+# name -> (lowest, highest, may be None)
+_WHOLE: Mapping[str, tuple[int, int, bool]] = {
+    "n": (1, MAX_N, False),
+    "top_k": (-1, 2**31 - 1, False),
+    "max_tokens": (1, 2**31 - 1, True),
+    "min_tokens": (0, 2**31 - 1, False),
+    "logprobs": (0, MAX_LOGPROBS, True),
+    "seed": (-(2**63), 2**64 - 1, True),
+}
+
+
+def token_ids(name: str, value: Iterable[int]) -> tuple[int, ...]:
+    """A tuple of whole numbers (numpy's too). Raises RequestError, which begins with the name."""
+    ids = (
+        None if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) else tuple(value)
+    )
+    if ids is None or not all(type(token) is int or _is(Integral, token) for token in ids):
+        raise RequestError(f"{name} {_short(value)} is not a list of token ids; give whole numbers")
+    return tuple(map(int, ids))
+
+
+def _number(name: str, value: float, low: float, high: float, *, open_low: bool) -> float:
+    if not _is(Real, value) or value != value:
+        raise RequestError(f"{name} {_short(value)} is not a finite number")
     if value < low or value > high or (open_low and value == low):
-        raise RequestError(f"{name} {value} is outside {'(' if open_low else '['}{low}, {high}]")
+        raise RequestError(f"{name} {_short(value)} is outside {'(' if open_low else '['}{low}, {high}]")
+    return float(value)
+
+
+def _whole(name: str, value: int, low: int, high: int) -> int:
+    if not _is(Integral, value):
+        raise RequestError(f"{name} {_short(value)} is not a whole number")
+    if not low <= value <= high:
+        raise RequestError(f"{name} {_short(value)} is outside [{low}, {high}]")
+    return int(value)
+
+
+def _stops(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        value = () if value is None else (value,)
+    stops = tuple(value)
+    if len(stops) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
+        raise RequestError(
+            f"stop {_short(stops)} is not a string or a list of at most {MAX_STOPS}, each of 1 to "
+            f"{MAX_STOP_LENGTH} characters"
+        )
+    return stops
+
+
+def _biases(value: Mapping[int, float] | None) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RequestError(f"logit_bias {_short(value)} is not a mapping from token ids to biases")
+    if len(value) > MAX_BIASES:
+        raise RequestError(f"logit_bias has {len(value)} entries; at most {MAX_BIASES} are allowed")
+    for token, bias in value.items():
+        if not (_is(Integral, token) and token >= 0 and _is(Real, bias) and -100 <= bias <= 100):
+            raise RequestError(
+                f"logit_bias {_short(token)}: {_short(bias)} needs an id >= 0 and a bias in -100..100"
+            )
+    return {int(token): float(bias) for token, bias in value.items()}
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    """For a message: of a value that may be of any size, the beginning."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"of {value.bit_length()} bits"
+    text = repr(value[:64] if isinstance(value, str | bytes | list | tuple) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
