@@ -87,10 +87,10 @@ struct AttentionArgs {
   int64_t ldo;
   const void* pool;  // the layer's pages
   KvLayout kv;
-  int32_t heads;     // query heads; a multiple of kv.kv_heads
-  float scale;       // scores = scale * q.k
-  float softcap;     // > 0: scores = softcap * tanh(scores / softcap)
-  int32_t window;    // > 0: a token sees the last `window` tokens, itself included
+  int32_t heads;   // query heads; a multiple of kv.kv_heads
+  float scale;     // scores = scale * q.k
+  float softcap;   // > 0: scores = softcap * tanh(scores / softcap)
+  int32_t window;  // > 0: a token sees the last `window` tokens, itself included
   const int32_t* block_table;
 };
 
@@ -102,10 +102,10 @@ struct AttentionArgs {
 // temperature 0 takes the argmax of the treated logits, the lowest id among equals.
 struct SampleRow {
   float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
-  int32_t top_k;         // 0: all
-  int32_t logprobs;      // -1: none; n: the chosen token's and the n largest
+  int32_t top_k;     // 0: all
+  int32_t logprobs;  // -1: none; n: the chosen token's and the n largest
   uint64_t seed;
-  int32_t output_index;  // how many tokens this request has produced before
+  int32_t output_index;              // how many tokens this request has produced before
   int32_t prompt_begin, prompt_end;  // ranges in `history`: ids of the prompt and of the output so far,
   int32_t output_begin, output_end;  // given only where a penalty needs them
   int32_t bias_begin, bias_end;      // range in bias_ids / bias_values
@@ -125,7 +125,7 @@ struct SampleArgs {
   float* logprob;         // [rows] log-softmax of the *untreated* logits at the chosen id
   int32_t* top_ids;       // [rows][max_logprobs], largest first
   float* top_logprobs;
-  uint8_t* bad;           // [rows] 1: NaN or +Inf among the logits, 2: nothing allowed
+  uint8_t* bad;  // [rows] 1: NaN or +Inf among the logits, 2: nothing allowed
 };
 
 // ---- kernels -------------------------------------------------------------------------------------
@@ -138,9 +138,10 @@ struct Kernels {
   const char* isa;
 
   // linear ------------------------------------------------------------------------------------------
-  // Makes rows [r0, r1) of x ready inside `out` (as laid out by activations_over; nothing to do for f32, f16).
-  void (*prepare)(Format format, int32_t group, int64_t k, const float* x, int64_t ldx, const Activations& out,
-                  int64_t r0, int64_t r1);
+  // Makes rows [r0, r1) of x ready inside `out` (as laid out by activations_over; nothing to do for f32,
+  // f16).
+  void (*prepare)(Format format, int32_t group, int64_t k, const float* x, int64_t ldx,
+                  const Activations& out, int64_t r0, int64_t r1);
   // out_MN[:, 16*p0 .. min(16*p1, n)) = act . weight^T (+ bias[n], when not null) for all rows of `act`.
   void (*linear)(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
                  int64_t p0, int64_t p1, void* scratch);
@@ -151,8 +152,8 @@ struct Kernels {
 
   // norms, elementwise ---------------------------------------------------------------------------------
   void (*rms_norm)(const float* x, const float* w, float eps, float* y, int64_t d, int64_t r0, int64_t r1);
-  void (*layer_norm)(const float* x, const float* w, const float* b, float eps, float* y, int64_t d, int64_t r0,
-                     int64_t r1);
+  void (*layer_norm)(const float* x, const float* w, const float* b, float eps, float* y, int64_t d,
+                     int64_t r0, int64_t r1);
   void (*add)(const float* a, const float* b, float* y, int64_t i0, int64_t i1);
   void (*scale)(const float* x, float factor, float* y, int64_t i0, int64_t i1);
   void (*softcap)(const float* x, float cap, float* y, int64_t i0, int64_t i1);
@@ -166,8 +167,8 @@ struct Kernels {
   // attention ------------------------------------------------------------------------------------------
   // Writes rows [r0, r1) of one span (relative to it) of k and v, leading dimension kv_heads * head_dim, into
   // its pages. block_table is the whole group's; the span says where its own entries begin.
-  void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span, const float* k,
-                   const float* v, int64_t r0, int64_t r1);
+  void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
+                   const float* k, const float* v, int64_t r0, int64_t r1);
   // Attention of query rows [r0, r1) of one span (relative to it) under one kv head.
   void (*attention)(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
                     void* scratch);

@@ -66,7 +66,8 @@ void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, 
   const Format f = Format(format);
   if (rows.ndim() != 2 || int64_t(rows.shape(1)) != k) throw nb::value_error("rows must be [rows, k]");
   const int64_t n1 = n0 + int64_t(rows.shape(0));
-  if (n0 % kPanel || n1 > n || (n1 % kPanel && n1 != n)) throw nb::value_error("rows do not cover whole panels");
+  if (n0 % kPanel || n1 > n || (n1 % kPanel && n1 != n))
+    throw nb::value_error("rows do not cover whole panels");
   if (int64_t(data.size()) < packed_data_bytes(f, group, n, k) ||
       int64_t(scales.size()) < packed_scale_bytes(f, group, n, k))
     throw nb::value_error("packed buffers are too small");
@@ -102,7 +103,8 @@ struct Runner {
   }
 
   void emit(int op, int rows, const std::vector<int64_t>& in, const std::vector<int64_t>& out,
-            const std::vector<int>& weights, const std::vector<int64_t>& ints, const std::vector<double>& reals) {
+            const std::vector<int>& weights, const std::vector<int64_t>& ints,
+            const std::vector<double>& reals) {
     Instruction instruction{};
     instruction.op = Op(op);
     instruction.rows = Rows(rows);
@@ -184,7 +186,8 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets whose kernels this machine can run, slowest first.");
   m.def("padded_k", [](int f, int group, int64_t k) { return padded_k(Format(f), group, k); });
   m.def("packed_bytes", [](int f, int group, int64_t n, int64_t k) {
-    return std::make_tuple(packed_data_bytes(Format(f), group, n, k), packed_scale_bytes(Format(f), group, n, k));
+    return std::make_tuple(packed_data_bytes(Format(f), group, n, k),
+                           packed_scale_bytes(Format(f), group, n, k));
   });
   m.def("kv_page_elements", [](int kv_heads, int head_dim, int page_size) {
     return KvLayout{Format::f32, kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size}.page_elements();
@@ -212,7 +215,8 @@ NB_MODULE(_native, m) {
       .def("emit", &Runner::emit)
       .def("begin_segment", [](Runner& r) { r.program.begin_segment(); })
       .def("workspace_bytes", &Runner::workspace_bytes)
-      .def("scratch_bytes", [](Runner& r, int64_t vocab) { return r.program.scratch_bytes(vocab) * r.pool->size(); })
+      .def("scratch_bytes",
+           [](Runner& r, int64_t vocab) { return r.program.scratch_bytes(vocab) * r.pool->size(); })
       .def("set_memory", &Runner::set_memory)
       .def("bind_step", &Runner::bind_step)
       .def("bind_sampling", &Runner::bind_sampling)

@@ -17,7 +17,8 @@ uint8_t* map_memory(int64_t bytes) {
   uint8_t* start = static_cast<uint8_t*>(raw);
   if (!slack) return start;
   // Keep the aligned middle and give both ends back: a huge page must start at a multiple of its size.
-  uint8_t* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge);
+  uint8_t* aligned =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge);
   if (aligned > start) munmap(start, aligned - start);
   const int64_t tail = start + slack - aligned;
   const int64_t page = 4096, kept = (bytes + page - 1) / page * page;

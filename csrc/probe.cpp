@@ -4,14 +4,11 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "memory.h"
 
 namespace gossamer {
 namespace {
@@ -48,32 +45,18 @@ double peak_gmacs(Pool& pool, int64_t (*loop)(int64_t steps), double seconds) {
   return median(rates);
 }
 
-// Memory as the weights have it: huge pages where the system grants them.
+// Memory as the weights have it.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) : bytes_(size_t(bytes)) {
-#ifdef __linux__
-    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data_ == MAP_FAILED) throw std::bad_alloc();
-    madvise(data_, bytes_, MADV_HUGEPAGE);  // advice only
-#else
-    data_ = ::operator new(bytes_, std::align_val_t(64));
-#endif
-  }
-  ~Buffer() {
-#ifdef __linux__
-    munmap(data_, bytes_);
-#else
-    ::operator delete(data_, std::align_val_t(64));
-#endif
-  }
+  explicit Buffer(int64_t bytes) : bytes_(bytes), data_(map_memory(bytes)) {}
+  ~Buffer() { unmap_memory(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  char* data() { return static_cast<char*>(data_); }
+  char* data() { return reinterpret_cast<char*>(data_); }
 
  private:
-  size_t bytes_;
-  void* data_;
+  int64_t bytes_;
+  uint8_t* data_;
 };
 
 typedef uint32_t Words __attribute__((vector_size(16)));

@@ -6,8 +6,8 @@
 namespace gossamer {
 
 struct Probe {
-  double read_gb_s;    // DRAM streaming read, over a buffer far larger than the caches
-  double int8_gmacs;   // int8 multiply-accumulates with this ISA's best instruction
+  double read_gb_s;   // DRAM streaming read, over a buffer far larger than the caches
+  double int8_gmacs;  // int8 multiply-accumulates with this ISA's best instruction
   double bf16_gmacs;
   double fp32_gmacs;
 };

@@ -58,7 +58,8 @@ ExpertSpace expert_space(const PackedWeight& gate, const PackedWeight& down, int
 
 }  // namespace
 
-Program::Program(const Kernels* kernels, std::shared_ptr<Pool> pool) : kernels_(kernels), pool_(std::move(pool)) {
+Program::Program(const Kernels* kernels, std::shared_ptr<Pool> pool)
+    : kernels_(kernels), pool_(std::move(pool)) {
   segments_.emplace_back();
 }
 
@@ -162,8 +163,8 @@ void Program::execute(const Instruction& in, const StepBuffers& buffers, const S
     case Op::rms_norm: {  // in: x; out: y; weights: gain; ints: size, runs per row; reals: eps
       const int64_t d = in.ints[0], runs = m * in.ints[1];
       return over_rows(runs, d, [&](int64_t r0, int64_t r1, int) {
-        kernels_->rms_norm(at(in.in[0]), weights_[in.weights[0]].vector, float(in.reals[0]), at(in.out[0]), d, r0,
-                           r1);
+        kernels_->rms_norm(at(in.in[0]), weights_[in.weights[0]].vector, float(in.reals[0]), at(in.out[0]), d,
+                           r0, r1);
       });
     }
     case Op::layer_norm: {  // in: x; out: y; weights: gain, bias; ints: size; reals: eps
@@ -193,7 +194,8 @@ void Program::execute(const Instruction& in, const StepBuffers& buffers, const S
       return over_rows(m * in.ints[0], 4, [&](int64_t i0, int64_t i1, int) {
         kernels_->act_mul(Act(in.ints[1]), at(in.in[0]), at(in.in[1]), at(in.out[0]), i0, i1);
       });
-    case Op::rope: {  // in: x; out: y; weights: inverse frequencies; ints: heads, head size, rotary; reals: magnitude
+    case Op::rope: {  // in: x; out: y; weights: inverse frequencies; ints: heads, head size, rotary; reals:
+                      // magnitude
       return over_rows(m, in.ints[0] * in.ints[1] * 4, [&](int64_t r0, int64_t r1, int) {
         kernels_->rope(at(in.in[0]), buffers.positions, weights_[in.weights[0]].vector, float(in.reals[0]),
                        at(in.out[0]), in.ints[0], in.ints[1], in.ints[2], r0, r1);
@@ -201,13 +203,15 @@ void Program::execute(const Instruction& in, const StepBuffers& buffers, const S
     }
     case Op::kv_write:  // in: k, v; ints: KV layer
       return write_kv(in, buffers, counts);
-    case Op::attention:  // in: q; out: y; ints: KV layer, heads, window (0: none); reals: scale, softcap (0: none)
+    case Op::attention:  // in: q; out: y; ints: KV layer, heads, window (0: none); reals: scale, softcap (0:
+                         // none)
       return attend(in, buffers, counts);
     case Op::take_rows: {  // in: x; out: y; ints: width
       const int64_t width = in.ints[0];
       return over_rows(m, width, [&](int64_t r0, int64_t r1, int) {
         for (int64_t r = r0; r < r1; r++)
-          std::memcpy(at(in.out[0]) + r * width, at(in.in[0]) + buffers.rows[r] * width, width * sizeof(float));
+          std::memcpy(at(in.out[0]) + r * width, at(in.in[0]) + buffers.rows[r] * width,
+                      width * sizeof(float));
       });
     }
     case Op::top_k_experts: {  // in: logits; out: ids, weights; ints: experts, k, renormalise
@@ -216,7 +220,8 @@ void Program::execute(const Instruction& in, const StepBuffers& buffers, const S
                                 at(in.out[1]), r0, r1);
       });
     }
-    case Op::experts:  // in: x, ids, gains; out: y; weights: first of the gates, ups, downs; ints: experts, k, act
+    case Op::experts:  // in: x, ids, gains; out: y; weights: first of the gates, ups, downs; ints: experts,
+                       // k, act
       return experts(in, m);
   }
 }
@@ -286,8 +291,8 @@ void Program::experts(const Instruction& in, int64_t m) {
   const PackedWeight &gate = gates->packed, &down = downs->packed;
   const int64_t hidden = gate.k, width = gate.n;
   const ExpertSpace space = expert_space(gate, down, count, rows);
-  int32_t* order = reinterpret_cast<int32_t*>(workspace_ + space.order);   // sorted row -> token * k + slot
-  int32_t* place = reinterpret_cast<int32_t*>(workspace_ + space.slot);    // token * k + slot -> sorted row
+  int32_t* order = reinterpret_cast<int32_t*>(workspace_ + space.order);  // sorted row -> token * k + slot
+  int32_t* place = reinterpret_cast<int32_t*>(workspace_ + space.slot);   // token * k + slot -> sorted row
   int32_t* starts = reinterpret_cast<int32_t*>(workspace_ + space.starts);
   float* gathered = reinterpret_cast<float*>(workspace_ + space.gathered);
   float* gated = reinterpret_cast<float*>(workspace_ + space.gate);
@@ -326,7 +331,7 @@ void Program::experts(const Instruction& in, int64_t m) {
   const auto project = [&](const Weight* weights, const Activations& act, float* out) {
     const PackedWeight& first = weights->packed;
     const int64_t panels = ceil_div(first.n, kPanel);
-    const int64_t step = std::max<int64_t>(2, ceil_div(panels, 8) * 2 / 2 * 2);
+    const int64_t step = 2 * ceil_div(panels, 8);  // even, since wide kernels take panels in pairs
     const int64_t per_expert = ceil_div(panels, step);
     pool_->parallel(int64_t(used.size()) * per_expert, [&](int64_t tile, int worker) {
       const int32_t e = used[tile / per_expert];

@@ -19,7 +19,11 @@ class Pool {
 
   template <class F>
   void parallel(int64_t tiles, F&& f) {
-    run(tiles, [](void* c, int64_t tile, int worker) { (*static_cast<std::remove_reference_t<F>*>(c))(tile, worker); },
+    run(
+        tiles,
+        [](void* c, int64_t tile, int worker) {
+          (*static_cast<std::remove_reference_t<F>*>(c))(tile, worker);
+        },
         &f);
   }
 

@@ -6,8 +6,8 @@
 //   kUnit            inputs that one step of the tile takes
 //   kBlock           inputs per L1 block (a multiple of every group)
 //   tile<MR, P>(t)   adds inputs [t.k0, t.k1) to MR rows x P panels; partial sums travel through t.acc
-//   Narrow           the variant that reads packed panels once, for few rows (F itself where nothing is
-//   unpacked) kUnpackedBytes   0, or bytes per input and panel that unpack(w, panel, k0, k1, to) writes
+//   Narrow           the variant that reads packed panels once, for few rows (F where nothing is unpacked)
+//   kUnpackedBytes   0, or bytes per input and panel that unpack(w, panel, k0, k1, to) writes
 // A value depends on the order of the inputs alone, which is the same in all of these.
 #pragma once
 #include "api.h"
