@@ -138,8 +138,7 @@ struct Kernels {
   const char* isa;
 
   // linear ------------------------------------------------------------------------------------------
-  // Makes rows [r0, r1) of x ready inside `out` (as laid out by activations_over; nothing to do for f32,
-  // f16).
+  // Makes rows [r0, r1) of x ready inside `out`, as laid out by activations_over; nothing to do for f32, f16.
   void (*prepare)(Format format, int32_t group, int64_t k, const float* x, int64_t ldx,
                   const Activations& out, int64_t r0, int64_t r1);
   // out_MN[:, 16*p0 .. min(16*p1, n)) = act . weight^T (+ bias[n], when not null) for all rows of `act`.
@@ -177,7 +176,7 @@ struct Kernels {
 
   // experts ---------------------------------------------------------------------------------------------
   // Routing: softmax over all experts, the k largest (lowest id among equals), renormalised if asked.
-  // mode 0: softmax then top-k. ids_Tk, weights_Tk.
+  // ids_Tk, weights_Tk.
   void (*top_k_experts)(const float* logits, int64_t experts, int64_t k, bool renormalise, int32_t* ids,
                         float* weights, int64_t r0, int64_t r1);
 
