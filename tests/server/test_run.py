@@ -121,6 +121,32 @@ def test_health_says_503_while_the_model_loads_and_stopping_then_is_in_order(mod
         assert server.wait(10) == 0
 
 
+def test_loading_is_left_off_when_told_to_stop(tmp_path: Path) -> None:
+    script = """
+import sys, time
+from gossamer.cli.main import run
+from gossamer.text_engine import TextEngine
+
+def start(config, *, chat_template, progress):
+    for done in range(10**6):
+        print("loading", flush=True)
+        time.sleep(0.05)
+        progress(done, 10**6)
+
+TextEngine.start = start
+sys.exit(run(["serve", sys.argv[1], "--dtype", "float32", "--port", "0"]))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stderr is not None
+        assert server.stdout.readline() == "loading\n"
+        while "Listening on" not in server.stderr.readline():
+            pass
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=20)
+        assert server.returncode == 0 and "Traceback" not in said
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with process(tmp_path) as server:

@@ -116,7 +116,10 @@ class EngineWorker:
             engine = self.engine = self._factory()
         except BaseException as error:
             # Whatever it is (SystemExit too): kept for whoever started us, or it would end in this thread.
-            self._fail(error)
+            if self.stopping:  # then it is the answer to that, and no failure
+                self.state = State.STOPPED
+            else:
+                self._fail(error)
             return
         self.stats = engine.engine.stats()
         self.state = State.READY
