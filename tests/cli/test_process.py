@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -73,3 +74,11 @@ def test_ctrl_c(stories: Path) -> None:
         err = process.stderr.read().decode()
         assert process.wait(30) == 130
     assert "Traceback" not in err
+
+
+def test_a_process_holds_little_beyond_the_plan(stories: Path) -> None:
+    line = [*GOSSAMER, "generate", str(stories), "-p", "Once upon a time", "--json"]
+    ran = subprocess.run(line, capture_output=True, text=True, check=True)
+    memory = json.loads(ran.stdout)["memory"]
+    planned = sum(memory[f"{name}_bytes"] for name in ("weights", "kv", "arena"))
+    assert memory["resident_bytes"] <= planned + 250e6

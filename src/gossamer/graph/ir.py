@@ -4,7 +4,8 @@ A `Graph` is a list of coarse ops (`Node`) over named `Value`s whose shapes are 
 `Dim`s. It holds no tensors: weights are `WeightExpr`s over checkpoint tensors, evaluated elsewhere.
 
 Dims: T tokens in the step, S sequences, R rows that need logits, C KV tokens read, A query-key pairs,
-E expected distinct experts. Shapes use T, S and R; costs use all six.
+E expected distinct experts. Shapes use T, S and R; costs are sums over whichever of the six an op depends on
+(none does on S alone yet).
 """
 
 from __future__ import annotations
