@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,3 +133,11 @@ def test_an_instruction_set_that_is_absent_is_an_error(shared: Path, monkeypatch
     monkeypatch.setenv("GOSSAMER_ISA", "avx512")
     with pytest.raises(ConfigError, match="cannot run avx512"):
         load(shared)
+
+
+def test_what_the_model_s_makers_advise_is_the_default(shared: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared / "models" / "stories260K", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 7}')
+    llm = LLM(str(tmp_path), max_model_len=64, max_num_seqs=1)
+    told = llm.generate(PROMPT, use_tqdm=False)[0].outputs[0]
+    assert len(told.token_ids) == 7 and STORY.startswith(told.text)

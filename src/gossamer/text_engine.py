@@ -84,16 +84,14 @@ class TextEngine:
     tokenizer is None for a model that has none (shapes with dummy weights): prompts are then token ids.
     """
 
-    def __init__(
-        self, started: Started, *, chat_template: str | None = None, skip_tokenizer: bool = False
-    ) -> None:
+    def __init__(self, started: Started, *, chat_template: str | None = None) -> None:
         self.started = started
         config = started.config
         batching = config.continuous_batching or config.static_batching
         assert batching is not None  # EngineConfig sees to it
         self.engine = Engine(started.executor, batching=batching, max_num_seqs=config.max_num_seqs)
         self.defaults: GenerationDefaults = read_generation_config(started.directory)
-        self.tokenizer = None if skip_tokenizer else _tokenizer(started)
+        self.tokenizer = _tokenizer(started)
         special = self.tokenizer.special_tokens if self.tokenizer is not None else {}
         self.chat_template = ChatTemplate.load(started.directory, special, chat_template)
         eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.defaults.eos_token_ids
@@ -124,6 +122,8 @@ class TextEngine:
             for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
             if (value := getattr(self.defaults, name)) is not None
         }
+        if self.defaults.max_new_tokens is not None:
+            advised["max_tokens"] = self.defaults.max_new_tokens
         return SamplingParams(**(advised | {k: v for k, v in given.items() if v is not None}))
 
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> tuple[int, ...]:

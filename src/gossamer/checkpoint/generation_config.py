@@ -39,7 +39,6 @@ class GenerationDefaults:
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
 
@@ -62,11 +61,8 @@ def read_generation_config(directory: Path) -> GenerationDefaults:
         values["temperature"] = 0.0
     places = ((advice, path), (config, config_path), (text_config, config_path))
     ends = [_ids(source, "eos_token_id", file) for source, file in places]
-    begins = [_ids(source, "bos_token_id", file) for source, file in places]
-    begin = next((ids for ids in begins if ids), ())
     return GenerationDefaults(
         **values,
-        bos_token_id=begin[0] if begin else None,
         eos_token_ids=next((ids for ids in ends if ids), ()),
     )
 
