@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gossamer.backends.cpu.formats import KV_ITEM
 from gossamer.backends.cpu.packing import layout
 from gossamer.graph.ir import Graph, R
 from gossamer.graph.ops.base import node_cost
 
 __all__ = ["ExpertBytes", "StepCosts", "step_costs"]
-
-_KV_ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def step_costs(graph: Graph, kv_dtype: str) -> StepCosts:
         lookup_bytes=lookups,
         experts=tuple(experts),
         kv=tuple(
-            (len(g.layers) * 2 * g.kv_heads * g.head_dim * _KV_ITEM[kv_dtype], g.window)
+            (len(g.layers) * 2 * g.kv_heads * g.head_dim * KV_ITEM[kv_dtype], g.window)
             for g in graph.kv_groups
         ),
     )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gossamer import _native
 from gossamer.backends.base import MemoryReport, ReceiptLine
-from gossamer.backends.cpu.formats import FORMATS
+from gossamer.backends.cpu.formats import FORMATS, KV_ITEM
 from gossamer.backends.cpu.lower import Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
 from gossamer.checkpoint.weights import WeightSource
@@ -24,7 +24,6 @@ from gossamer.passes.weight_formats import with_formats
 
 __all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes"]
 
-_KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _MAX_LOGPROBS = 20
 
 SAMPLE_ROW = np.dtype(
@@ -69,7 +68,7 @@ def choose_isa(wanted: str | None) -> str:
 def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:
     """Bytes of one page of every KV group together, all layers."""
     return sum(
-        len(g.layers) * _native.kv_page_elements(g.kv_heads, g.head_dim, page_size) * _KV_BYTES[kv_dtype]
+        len(g.layers) * _native.kv_page_elements(g.kv_heads, g.head_dim, page_size) * KV_ITEM[kv_dtype]
         for g in graph.kv_groups
     )
 
@@ -96,7 +95,7 @@ class CpuProgram:
         progress: Progress | None = None,
     ) -> None:
         self.graph, self.shape, self.isa = graph, shape, isa
-        self.pool = _native.Pool(threads)
+        self.pool = _start_pool(threads)
         self.threads = int(self.pool.size)
         arena = plan_arena(graph, {"T": shape.tokens, "R": shape.rows, "S": shape.spans}, reuse=reuse)
         self._offsets = arena.offsets
@@ -157,7 +156,7 @@ class CpuProgram:
 
     def _allocate_kv(self) -> None:
         """kv[group]: [layers of the group, pages, bytes of a page]."""
-        item = _KV_BYTES[self.shape.kv_dtype]
+        item = KV_ITEM[self.shape.kv_dtype]
         self.kv: list[npt.NDArray[np.uint8]] = []
         for group in self.graph.kv_groups:
             page = _native.kv_page_elements(group.kv_heads, group.head_dim, self.shape.page_size) * item
@@ -226,7 +225,7 @@ class CpuProgram:
     def copy_tokens(self, group: int, source: int, target: int, tokens: int) -> None:
         """Copies the first tokens of a page to another in every layer of a KV group. Layout: csrc/api.h."""
         g, size = self.graph.kv_groups[group], self.shape.page_size
-        elements = self.kv[group].view(f"u{_KV_BYTES[self.shape.kv_dtype]}")
+        elements = self.kv[group].view(f"u{KV_ITEM[self.shape.kv_dtype]}")
         pages = elements.reshape(len(g.layers), self.shape.pages, g.kv_heads, -1)
         keys = pages[..., : g.head_dim * size].reshape(*pages.shape[:3], g.head_dim, size)
         values = pages[..., g.head_dim * size :].reshape(*pages.shape[:3], size, -1)
@@ -249,6 +248,16 @@ class CpuProgram:
                 )
             )
         return lines
+
+
+def _start_pool(threads: int) -> _native.Pool:
+    try:
+        return _native.Pool(threads)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"{threads or 'as many'} threads {'' if threads else 'as processors '}could not be started "
+            f"({error}); lower --threads or raise the limits on processes and memory"
+        ) from None
 
 
 def _touched(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
