@@ -36,6 +36,11 @@ def test_generate_writes_the_story_alone_on_stdout(cli: Cli, stories: Path) -> N
         assert word in ran.err
 
 
+def test_the_memory_table_of_the_reference_says_what_it_holds(cli: Cli, stories: Path) -> None:
+    ran = cli("generate", stories, "-p", "Once", "-n", 1, "-q", "int8", "--backend", "reference")
+    assert "f32, holding int8 values" in ran.err and "tokens (f32) in 1 page of 16" in ran.err
+
+
 def test_generate_several_with_logprobs_stop_and_receipt(cli: Cli, stories: Path) -> None:
     report = cli(
         "generate", stories, "-p", "Once upon a time", "--seed", 3, "--n", 2, "--logprobs", 2, "--stop", ".",

@@ -50,7 +50,10 @@ def memory_table(started: Started) -> Table:
         stored = str(config.quantization)
     else:
         stored = "f32" if config.mixed_precision is None else config.mixed_precision.dtype
-    place = "reference" if config.backend == "reference" else started.isa
+    reference = config.backend == "reference"
+    place, kv_dtype = ("reference", "f32") if reference else (started.isa, config.kv_dtype)
+    if reference and stored != "f32":
+        stored = f"f32, holding {stored} values"
     threads = f"{started.threads} thread{'s' if started.threads != 1 else ''}"
     table = Table(
         title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}, {threads}[/]",
@@ -68,8 +71,8 @@ def memory_table(started: Started) -> Table:
     table.add_row(
         "KV pages" if paged else "KV slots",
         format_size(memory.kv),
-        f"{memory.kv_tokens:,} tokens ({config.kv_dtype}) in {pages:,} {'pages' if paged else 'slots'} "
-        f"of {size:,}",
+        f"{memory.kv_tokens:,} tokens ({kv_dtype}) in {pages:,} {'page' if paged else 'slot'}"
+        f"{'s' if pages != 1 else ''} of {size:,}",
     )
     table.add_row("context", f"{started.max_model_len:,}", "tokens, the longest sequence")
     reuse = f"{format_size(memory.arena_separate)} without reuse" if config.memory_reuse else "no reuse"
