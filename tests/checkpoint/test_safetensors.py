@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -205,17 +206,25 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
 
 
 def test_content_key_follows_bytes_not_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = set()
-    for n, (where, value) in enumerate((("one", 1), ("two", 1), ("three", 2))):
-        (tmp_path / where).mkdir()
+    places = [tmp_path / name / "model.safetensors" for name in ("one", "two", "three")]
+    for path, value in zip(places, (1, 1, 2), strict=True):
+        path.parent.mkdir()
         tensor = np.zeros(50_000, np.float32)
-        tensor[n and 25_000] = 0
         tensor[-1] = value
-        write_safetensors(tmp_path / where / "model.safetensors", {"a": tensor})
-        keys.add(Checkpoint(tmp_path / where).content_key())
-    assert len(keys) == 2
+        write_safetensors(path, {"a": tensor})
+        os.utime(path, (0, 0))
+
+    def keys() -> list[str]:
+        return [Checkpoint(path.parent).content_key() for path in places]
+
+    one, two, three = keys()
+    assert one == two != three
+    # Of large files only samples are hashed, so the time of the last change counts too.
     monkeypatch.setattr("gossamer.checkpoint.safetensors._HASH_WHOLE", 0)
-    assert len({Checkpoint(tmp_path / where).content_key() for where in ("one", "two", "three")}) == 2
+    one, two, three = keys()
+    assert one == two != three
+    os.utime(places[0], (1, 1))
+    assert keys()[0] != two == keys()[1]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ transformers = pytest.importorskip(
     "transformers", reason="parity needs transformers (pip install gossamer[dev])"
 )
 
+from gossamer import _native  # noqa: E402
+from gossamer.backends.cpu.program import CpuProgram, StepShape  # noqa: E402
 from gossamer.backends.reference import ReferenceModel, export_tensors  # noqa: E402
 from gossamer.checkpoint.safetensors import Checkpoint  # noqa: E402
 from gossamer.checkpoint.weights import check_tensors  # noqa: E402
@@ -125,6 +127,34 @@ def test_prefill_then_decode_step_by_step(pair: Pair) -> None:
             if len(ours):
                 close(ours[0], pair.logits[i][at[i]])
                 at[i] += 1
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+def test_the_cpu_backend_prefilled_in_chunks(pair: Pair, isa: str) -> None:
+    """Both sequences side by side, in chunks that pages and windows do not divide."""
+    graph, chunk = pair.model.graph, 7
+    shape = StepShape(
+        tokens=2 * chunk, rows=2 * chunk, spans=2, page_size=16, pages=8, table=4, kv_dtype="f32"
+    )
+    program = CpuProgram(graph, Checkpoint(pair.directory), shape, isa=isa, threads=2)
+    for start in range(0, max(pair.case.lengths), chunk):
+        row, spans = 0, []
+        for i, ids in enumerate(pair.prompts):
+            part = ids[start : start + chunk].numpy()
+            if not len(part):
+                continue
+            program.ids[row : row + len(part)] = part
+            program.positions[row : row + len(part)] = range(start, start + len(part))
+            program.rows[row : row + len(part)] = range(row, row + len(part))
+            program.spans[len(spans)] = (row, len(part), start, 4 * len(spans))
+            spans.append((i, row, len(part)))
+            row += len(part)
+        tables = [page for i, _, _ in spans for page in range(4 * i, 4 * i + 4)] * len(graph.kv_groups)
+        program.tables[: len(tables)] = tables
+        program.run(row, len(spans), row, 4 * len(spans), sample=False)
+        ours = torch.from_numpy(program.value("logits", row).copy())
+        for i, first, count in spans:
+            close(ours[first : first + count], pair.logits[i][start : start + count])
 
 
 def test_rotary_frequencies_agree_to_the_last_bit_or_nearly(pair: Pair) -> None:
