@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -127,6 +128,8 @@ struct Pool::State {
     caller_sleeps.store(false);
   }
 
+  void end();  // stops the workers and waits for them
+
   void work(int worker, int cpu) {
     if (cpu >= 0) pin_to(cpu);
     for (uint64_t seen = 0; !stop.load();) {
@@ -137,6 +140,12 @@ struct Pool::State {
   }
 };
 
+void Pool::State::end() {
+  stop.store(true);
+  announce();
+  for (std::thread& thread : threads) thread.join();
+}
+
 Pool::Pool(int threads) : state_(new State) {
   const std::vector<int> cpus = allowed_processors();
   const int processors = cpus.empty() ? int(std::thread::hardware_concurrency()) : int(cpus.size());
@@ -144,15 +153,16 @@ Pool::Pool(int threads) : state_(new State) {
   for (int worker = 1; worker < state_->size; worker++) {
     // With more workers than processors there is nothing to gain from pinning.
     const int cpu = state_->size <= int(cpus.size()) ? cpus[size_t(worker)] : -1;
-    state_->threads.emplace_back([state = state_.get(), worker, cpu] { state->work(worker, cpu); });
+    try {
+      state_->threads.emplace_back([state = state_.get(), worker, cpu] { state->work(worker, cpu); });
+    } catch (const std::system_error&) {
+      state_->end();  // those that run would otherwise be waited for without end
+      throw;
+    }
   }
 }
 
-Pool::~Pool() {
-  state_->stop.store(true);
-  state_->announce();
-  for (std::thread& thread : state_->threads) thread.join();
-}
+Pool::~Pool() { state_->end(); }
 
 int Pool::size() const { return state_->size; }
 

@@ -9,6 +9,7 @@ namespace gossamer {
 class Pool {
  public:
   // threads <= 0: one per processor of the process's affinity mask. Workers spin briefly, then sleep.
+  // Throws std::system_error where the system refuses a thread.
   explicit Pool(int threads);
   ~Pool();
   int size() const;

@@ -87,8 +87,12 @@ def test_damaged_models(
         (("--load-format", "pickle"), "safetensors"),
         (("--backend", "gpu"), "reference"),
         (("--isa", "neon9"), "avx2"),
-        (("--threads", "0"), "at least 1"),
+        (("--threads", "0"), "threads 0 must be 1"),
         (("--page-size", "3"), "multiple of 16"),
+        (("--page-size", "1600000000000"), "16 to 65536"),
+        (("--threads", "99999999999"), "1 to 4096"),
+        (("--max-num-batched-tokens", "99999999999999"), "at most 1048576"),
+        (("--revision", "main"), "is a directory; leave it out"),
         (("--static-batching", "sometimes"), "ragged or padded"),
         (("--static-batching", "ragged", "--prefill-chunk", "4"), "continuous"),
         (("--temperature", "-1"), "temperature"),
@@ -173,3 +177,11 @@ def test_interrupted(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("gossamer.cli.stream.run_request", stopped)
     ran = cli("generate", stories, *SAY)
     assert ran.code == 130 and "Traceback" not in ran.err
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch, cli: Cli, stories: Path) -> None:
+    def none_left(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("gossamer.cli.generate._start", none_left, raising=True)
+    assert "memory ran out" in cli("generate", stories, *SAY).complaint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -82,3 +83,13 @@ def test_a_process_holds_little_beyond_the_plan(stories: Path) -> None:
     memory = json.loads(ran.stdout)["memory"]
     planned = sum(memory[f"{name}_bytes"] for name in ("weights", "kv", "arena"))
     assert memory["resident_bytes"] <= planned + 250e6
+
+
+def test_threads_that_the_system_refuses_are_a_mistake_and_no_hang(stories: Path) -> None:
+    def little_address_space() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+
+    line = [*GOSSAMER, "generate", str(stories), "-p", "Once", "--threads", "4000"]
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=60, preexec_fn=little_address_space)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert "4000 threads could not be started" in ran.stderr and "lower --threads" in ran.stderr

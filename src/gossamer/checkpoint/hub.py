@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.checkpoint.json_file import read_json_object
-from gossamer.errors import CheckpointError, NotBuiltError
+from gossamer.errors import CheckpointError, ConfigError, NotBuiltError
 
 __all__ = ["POCKET", "read_config", "resolve_model"]
 
@@ -26,11 +26,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     model: a directory, "gossamer/pocket" (the model shipped in the package), or a hub id such as
     "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on the hub. Without a network (or with
     HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises CheckpointError when there is no such
-    model, NotBuiltError for a .gguf file.
+    model, NotBuiltError for a .gguf file, ConfigError for a revision of a directory.
     """
     path = Path(os.path.expanduser(model))  # Path's own raises where there is no such user
     try:
         if model and path.is_dir():  # Path("") would be the working directory
+            if revision is not None:
+                raise ConfigError(
+                    f"revision {revision!r} belongs to a hub id, {model[:80]!r} is a directory; leave it out"
+                )
             return path
         if path.is_file():
             raise _not_a_directory(path)

@@ -68,6 +68,11 @@ def run(arguments: Sequence[str]) -> int:
         return int(leave.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except MemoryError:
+        return _say(
+            "memory ran out, within what limits (ulimit -v, control groups) leave of it; raise them or take "
+            "less with --memory-budget"
+        )
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own, wherever this version of typer keeps it
             context = getattr(error, "ctx", None)

@@ -18,6 +18,7 @@ from gossamer.errors import ConfigError
 BackendName = Literal["cpu", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVType = Literal["f32", "f16", "bf16"]
+_MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,8 @@ class EngineConfig:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} {number} must be at least 1")
+            if number is not None and number > _MOST.get(name, number):
+                raise ConfigError(f"{name} {number} must be at most {_MOST[name]}")
         if self.quantization is not None and self.mixed_precision is not None:
             raise ConfigError(
                 f"quantization {self.quantization} and mixed precision {self.mixed_precision.dtype} both say "

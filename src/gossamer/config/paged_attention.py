@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from gossamer.errors import ConfigError
 
+MOST_PAGE = 1 << 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedAttention:
@@ -15,5 +17,5 @@ class PagedAttention:
     page_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.page_size < 16 or self.page_size % 16:
-            raise ConfigError(f"page size {self.page_size} is not a positive multiple of 16")
+        if not 16 <= self.page_size <= MOST_PAGE or self.page_size % 16:
+            raise ConfigError(f"page size {self.page_size} is not a multiple of 16 from 16 to {MOST_PAGE}")

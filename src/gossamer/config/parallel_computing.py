@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from gossamer.errors import ConfigError
 
+MOST_THREADS = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelComputing:
@@ -15,5 +17,5 @@ class ParallelComputing:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads {self.threads} must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"threads {self.threads} must be 1 to {MOST_THREADS}")
