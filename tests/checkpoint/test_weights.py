@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 
 from gossamer import _native
 from gossamer.backends.cpu import packing
+from gossamer.checkpoint.safetensors import Checkpoint
+from gossamer.checkpoint.safetensors_writer import write_safetensors
 from gossamer.checkpoint.weights import DummySource, check_tensors, evaluate, gather, invert
 from gossamer.errors import CheckpointError
 from gossamer.graph.families import build_graph
@@ -173,6 +178,30 @@ def packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-
         return block, packing.fill_block(graph, source, pool, block, places, cache_dir=tmp_path)
 
     return fill
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_loading_holds_one_tensor_beside_the_weights(tmp_path: Path, architecture: str) -> None:
+    sizes = {"n_embd": 256, "n_head": 4, "n_layer": 3, "vocab_size": 4096, "n_positions": 64}
+    llama = CONFIG | {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096}
+    config = llama if architecture.startswith("Llama") else sizes
+    graph = build_graph(config | {"architectures": [architecture]})
+    made = DummySource(graph)
+    shapes = {leaf.name: leaf.shape for w in graph.weights.values() for leaf in leaves(w.expr)}
+    tensors = {name: made.read(name).astype(ml_dtypes.bfloat16) for name in shapes}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    del tensors
+    source, pool = Checkpoint(tmp_path), _native.Pool(1)
+    places, size = packing.layout(graph)
+    block = _native.allocate(size)
+    tracemalloc.start()
+    try:
+        packing.fill_block(graph, source, pool, block, places)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    largest = 4 * max(math.prod(shape) for shape in shapes.values())
+    assert largest / 2 < peak < largest + (1 << 20) < size
 
 
 def test_cache_serves_the_same_bytes(packed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
