@@ -229,6 +229,15 @@ def test_a_damaged_cache_is_made_again(packed, tmp_path: Path, damage: str) -> N
     assert packed()[1]
 
 
+def test_what_a_killed_writer_left_is_swept_away(packed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    packed()
+    assert not old.exists() and new.exists()
+
+
 def test_an_unwritable_cache_costs_only_the_cache(packed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the directory should be")

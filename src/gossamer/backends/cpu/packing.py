@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _LAYOUT = 1  # raise when the packed layout changes
 _CHUNK = 16 << 20  # bytes of float32 rows packed at a time
 _CACHE_FROM = 64 << 20  # smaller models pack faster than a cache is worth
 _PANEL = 16
+_ABANDONED = 24 * 3600  # seconds after which no writer can still be at a file
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -202,10 +204,13 @@ def _read_cache(path: Path, block: Bytes) -> bool:
 
 
 def _write_cache(path: Path, block: Bytes) -> None:
-    """Writes aside, then renames: concurrent writers and kills leave only whole files behind.
+    """Writes aside, then renames: a file of that name is whole, whoever else writes and whoever is killed.
     A full or read-only disk costs the cache, not the run."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("*.tmp"):  # by a writer that was killed
+            if left.stat().st_mtime < time.time() - _ABANDONED:
+                left.unlink()
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
