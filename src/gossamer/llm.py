@@ -72,9 +72,10 @@ def engine_config(
     )
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
-    if quantization is not None and dtype != "auto":
+    if quantization is not None and _DTYPES.get(dtype):
         raise ConfigError(
-            f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one of them"
+            f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one of them "
+            "(float32 goes with quantization: all that is not quantized is float32)"
         )
     if quantization is None:
         half = _checkpoint_dtype(model, options.get("revision")) if dtype == "auto" else _DTYPES[dtype]
