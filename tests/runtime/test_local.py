@@ -94,3 +94,19 @@ def test_a_token_may_be_named_before_it_is_known(executor: LocalExecutor) -> Non
 def test_what_it_cannot_do_it_refuses(executor: LocalExecutor, plan: StepPlan) -> None:
     with pytest.raises(NotBuiltError):
         executor.submit(plan)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_vocabulary_smaller_than_the_logprobs_asked_for(backend: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama_config(vocab_size=2)))
+    executor = start(
+        EngineConfig(
+            model=str(tmp_path), load_format="dummy", max_model_len=32, max_num_seqs=1, backend=backend
+        )
+    ).executor
+    sampling = Sampling(SamplingParams(temperature=0, logprobs=20), 0, (), ())
+    pages = tuple([0] for _ in executor.limits.pages)
+    (result,) = run(executor, Span(0, (0, 1), 0, (1,), pages, sampling))
+    assert result.logprob is not None
+    assert sorted(token for token, _ in result.logprob.top) == [0, 1]
+    assert all(np.isfinite(logprob) for _, logprob in result.logprob.top)

@@ -132,6 +132,7 @@ class LocalExecutor:
                 wanted = span.sampling.params.logprobs
                 logprob = None
                 if wanted is not None and not bad[row]:
+                    wanted = min(wanted, program.graph.vocab)
                     top = zip(
                         program.top_ids[row, :wanted].tolist(),
                         program.top_logprobs[row, :wanted].tolist(),

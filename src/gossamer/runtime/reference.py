@@ -118,7 +118,7 @@ class ReferenceExecutor:
         logprob = None
         if p.logprobs is not None and not bad:
             logs = torch.from_numpy(logits).log_softmax(-1)
-            top = logs.topk(p.logprobs)
+            top = logs.topk(min(p.logprobs, len(logs)))
             logprob = TokenLogprob(
                 token, float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             )
