@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,12 @@ def test_numpy_arrays_are_prompts(llm: LLM, prompts: Any) -> None:
 def test_options_of_wrong_types_are_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         engine_config(**({"model": "anything"} | {name: value}))
+
+
+def test_threads_that_share_a_model_take_turns(llm: LLM) -> None:
+    def tell(first: int) -> list[int]:
+        return llm.generate([[first, 300]], FEW, use_tqdm=False)[0].outputs[0].token_ids
+
+    alone = [tell(i) for i in range(3, 11)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(tell, range(3, 11))) == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -117,8 +118,8 @@ def _checkpoint_dtype(model: str, revision: str | None) -> str | None:
 class LLM:
     """A model in this process.
 
-    Arguments: those of `engine_config`. Raises GossamerError for anything a user can mend; memory is
-    checked before any is taken.
+    Threads may share it; their calls take turns. Arguments: those of `engine_config`. Raises
+    GossamerError for anything a user can mend; memory is checked before any is taken.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class LLM:
         config = engine_config(model, **options)
         with loading_bar(progress) as bar:
             self.engine = TextEngine.start(config, chat_template=chat_template, progress=bar)
+        self._turn = threading.Lock()
 
     @property
     def memory(self) -> MemoryReport:
@@ -190,24 +192,25 @@ class LLM:
         if len(sampling_params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters")
         outputs: dict[str, RequestOutput] = {}
-        try:
-            for (prompt, ids), params in zip(prompts, sampling_params, strict=True):
-                request_id = self.engine.new_id()
-                self.engine.submit(request_id, ids, params)
-                completions = [
-                    Completion(index=i, logprobs=None if params.logprobs is None else [])
-                    for i in range(params.n)
-                ]
-                text = prompt if isinstance(prompt, str) else None
-                outputs[request_id] = RequestOutput(request_id, ids, completions, text)
-            with token_bar(show, len(outputs)) as advance:
-                for update in self.engine.run():
-                    _add(outputs[update.request_id], update)
-                    advance(len(update.tokens), int(outputs[update.request_id].finished))
-        except BaseException:
-            for request_id in outputs:
-                self.engine.abort(request_id)
-            raise
+        with self._turn:
+            try:
+                for (prompt, ids), params in zip(prompts, sampling_params, strict=True):
+                    request_id = self.engine.new_id()
+                    self.engine.submit(request_id, ids, params)
+                    completions = [
+                        Completion(index=i, logprobs=None if params.logprobs is None else [])
+                        for i in range(params.n)
+                    ]
+                    text = prompt if isinstance(prompt, str) else None
+                    outputs[request_id] = RequestOutput(request_id, ids, completions, text)
+                with token_bar(show, len(outputs)) as advance:
+                    for update in self.engine.run():
+                        _add(outputs[update.request_id], update)
+                        advance(len(update.tokens), int(outputs[update.request_id].finished))
+            except BaseException:
+                for request_id in outputs:
+                    self.engine.abort(request_id)
+                raise
         return list(outputs.values())
 
 

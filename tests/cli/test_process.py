@@ -93,3 +93,24 @@ def test_threads_that_the_system_refuses_are_a_mistake_and_no_hang(stories: Path
     ran = subprocess.run(line, capture_output=True, text=True, timeout=60, preexec_fn=little_address_space)
     assert ran.returncode == 2 and ran.stdout == ""
     assert "4000 threads could not be started" in ran.stderr and "lower --threads" in ran.stderr
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+
+
+def test_closed_streams_are_nothing_to_trip_over(stories: Path) -> None:
+    line = f"{sys.executable} -m gossamer generate {stories} --max-tokens 2 --temperature 0 --prompt"
+    ran = shell(f"{line} - <&-")
+    assert ran.returncode == 2 and "prompt is empty" in ran.stderr
+    ran = shell(f"{line} Once >&- 2>&-")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    ran = shell(f"{line} Once --json 2>&-")
+    assert ran.returncode == 0 and json.loads(ran.stdout)["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("flags", ["", "--json"])
+def test_a_full_disk_is_one_line(stories: Path, flags: str) -> None:
+    ran = shell(f"{sys.executable} -m gossamer generate {stories} --prompt Once {flags} >/dev/full")
+    assert ran.returncode == 2 and "No space left on device" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr and "ignored" not in ran.stderr

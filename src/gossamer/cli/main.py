@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 ours (a
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,7 +15,7 @@ import typer
 
 from gossamer import __version__
 from gossamer.cli import bench, chat, demo, generate, graph, probe, serve
-from gossamer.cli.options import verb
+from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
 
 __all__ = ["app", "main", "run"]
@@ -68,6 +70,11 @@ def run(arguments: Sequence[str]) -> int:
         return int(leave.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _ours()
+        quiet_output()
+        return _say(f"cannot write: {error.strerror}; make room, or write elsewhere")
     except MemoryError:
         return _say(
             "memory ran out, within what limits (ulimit -v, control groups) leave of it; raise them or take "
@@ -78,10 +85,14 @@ def run(arguments: Sequence[str]) -> int:
             context = getattr(error, "ctx", None)
             path = "gossamer" if context is None else context.command_path
             return _say(f"{error.format_message().rstrip('.')}; see `{path} --help`")
-        import traceback
+        return _ours()
 
-        traceback.print_exc()
-        return 1
+
+def _ours() -> int:
+    import traceback
+
+    traceback.print_exc()
+    return 1
 
 
 def _say(message: str) -> int:
@@ -89,6 +100,17 @@ def _say(message: str) -> int:
     return 2
 
 
+def _open_standard_streams() -> None:
+    """Points streams that the caller closed at nothing: a file opened later would take their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def main() -> None:
     """The entry point of the `gossamer` command."""
+    _open_standard_streams()
     sys.exit(run(sys.argv[1:]))

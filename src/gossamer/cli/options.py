@@ -13,7 +13,7 @@ import typer
 
 from gossamer.cli.config_file import apply_config_file
 
-__all__ = ["flag", "verb"]
+__all__ = ["flag", "quiet_output", "verb"]
 
 
 def flag(*names: str, help: str, panel: str | None = None, **options: Any) -> Any:
@@ -73,7 +73,8 @@ def verb(function: Callable[..., int | None]) -> Callable[..., int | None]:
         try:
             return function(**given)
         except BrokenPipeError:
-            raise typer.Exit(_quiet_pipe()) from None
+            quiet_output()
+            raise typer.Exit(141) from None  # as the shell reports a program that SIGPIPE ended
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -91,10 +92,9 @@ def _one_model(ctx: typer.Context, positional: str | None, option: str) -> None:
         raise typer.BadParameter(f"two models were given, {positional!r} and {option!r}; give one", ctx=ctx)
 
 
-def _quiet_pipe() -> int:
+def quiet_output() -> None:
     """Points standard output at nothing, so that Python's last flush is silent too."""
     import os
     import sys
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141  # as the shell reports a program that SIGPIPE ended

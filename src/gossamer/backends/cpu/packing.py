@@ -178,6 +178,8 @@ def _read_cache(path: Path, block: Bytes) -> bool:
     Reading into huge pages beats mapping the file: its pages would be 4 KiB, and every token would pay
     for the lookups.
     """
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return False
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline(4096))
@@ -216,6 +218,8 @@ def _write_cache(path: Path, block: Bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(json.dumps(_header(block)).encode() + b"\n")
                 file.write(block.data)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut after the rename leaves zeros under its name
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
