@@ -7,6 +7,8 @@ import random
 import shutil
 import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -324,3 +326,15 @@ def test_sentencepiece_absent_or_damaged(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(DependencyError, match=r"pip install 'gossamer\[sentencepiece\]'"):
         Tokenizer.load(tmp_path)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(shared: Path) -> None:
+    tokenizer = ours(shared / "models/stories260K")
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(tokenizer.encode, "a" * 300_000)
+        turns = 0
+        while not running.done():
+            time.sleep(0.001)
+            turns += 1
+    assert len(running.result()) > 100_000
+    assert turns > 10  # one, had encoding held the interpreter

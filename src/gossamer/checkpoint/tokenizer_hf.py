@@ -90,7 +90,9 @@ class HfEncoder:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of a text; add_special_tokens runs the file's post-processor."""
-        return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
+        # The batch call alone lets other threads run meanwhile: a long text would stop a server.
+        (found,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     def piece(self, token: int) -> str | None:
         """Spelling of a token in the vocabulary."""
