@@ -91,7 +91,7 @@ def test_fractions() -> None:
     )
     work = LatencyWorkload(input_len=5, output_len=4, batch_size=2)
     decodes = [Step(0.0, wall, 0.75 * wall, 2, (6, 7), True) for wall in (40.0, 50.0, 60.0)]
-    found = fractions(work, 100.0, 3, decodes, costs, RATES, cached=0, integer=False)
+    found = fractions(work, 100.0, 3, decodes, costs, RATES, caches=(0, 0), integer=False)
     # 10 prompt tokens, one decoded beside them, 3 sampled: 11 * 3 + 3 * 2 MACs in 100 s of 4 a second.
     assert found["prefill_fraction_of_int8_peak"] == pytest.approx(39 / 100 / 4)
     assert found["prefill_fraction_of_bf16_peak"] == pytest.approx(39 / 100 / 1)
@@ -104,14 +104,18 @@ def test_fractions() -> None:
 def test_fractions_that_mean_nothing_are_none() -> None:
     costs = StepCosts(macs_per_token=3, macs_per_row=2, matrix_bytes=10, lookup_bytes=1, experts=(), kv=())
     work = LatencyWorkload(input_len=5, output_len=1, batch_size=1)
-    found = fractions(work, 1.0, 1, [], costs, RATES, cached=0, integer=True)
+    found = fractions(work, 1.0, 1, [], costs, RATES, caches=(0, 0), integer=True)
     assert found["decode_fraction_of_bandwidth"] is None and found["overhead_fraction"] is None
     assert found["prefill_fraction_of_bf16_peak"] is None
     step = Step(0.0, 1.0, 1.0, 1, (6,), True)
-    assert (
-        fractions(work, 1.0, 1, [step], costs, RATES, cached=99, integer=True)["decode_fraction_of_bandwidth"]
-        is None
-    )
+
+    def of_bandwidth(*caches: int) -> float | None:
+        found = fractions(work, 1.0, 1, [step], costs, RATES, caches=(caches[0], caches[1]), integer=True)
+        return found["decode_fraction_of_bandwidth"]
+
+    assert of_bandwidth(99, 99) is None  # the cores' own caches hold all of it
+    assert of_bandwidth(0, 99) is None  # the shared one may, and it was faster than the memory is
+    assert of_bandwidth(0, 0) == pytest.approx(5.5)  # nothing explains it: an error for the caller
 
 
 def test_median_of_probes() -> None:

@@ -20,7 +20,7 @@ from gossamer.bench.memory import memory_figures
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
 from gossamer.errors import ConfigError
-from gossamer.planner.hardware import Prober, Rates, median_rates, private_cache_bytes
+from gossamer.planner.hardware import Prober, Rates, cache_bytes, median_rates
 from gossamer.runtime.start import start
 from gossamer.text_engine import TextEngine
 
@@ -98,8 +98,8 @@ def bench_latency(
         runs.append(once())
         rates.append(prober.measure())
     probe = median_rates(rates)
-    cached, integer = private_cache_bytes(), config.quantization is not None
-    return _report(work, runs, costs, probe, cached=cached, integer=integer) | {
+    report = _report(work, runs, costs, probe, caches=cache_bytes(), integer=config.quantization is not None)
+    return report | {
         "memory": memory_figures(started.memory),
         "probe": asdict(probe),
         "load_s": round(load_s, 3),
@@ -141,7 +141,13 @@ def _run(
 
 
 def _report(
-    work: LatencyWorkload, runs: list[_Run], costs: StepCosts, probe: Rates, *, cached: int, integer: bool
+    work: LatencyWorkload,
+    runs: list[_Run],
+    costs: StepCosts,
+    probe: Rates,
+    *,
+    caches: tuple[int, int],
+    integer: bool,
 ) -> dict[str, Any]:
     lines = []
     for run in runs:
@@ -156,7 +162,7 @@ def _report(
                 "decode_tokens_per_s": run.decode_tokens / run.decode if run.decode_tokens else None,
                 "step_ms_median": median(s.wall for s in decodes) * 1e3 if decodes else None,
                 **fractions(
-                    work, run.prefill, run.mixed, decodes, costs, probe, cached=cached, integer=integer
+                    work, run.prefill, run.mixed, decodes, costs, probe, caches=caches, integer=integer
                 ),
             }
         )
@@ -188,14 +194,15 @@ def fractions(
     costs: StepCosts,
     probe: Rates,
     *,
-    cached: int,
+    caches: tuple[int, int],
     integer: bool,
 ) -> dict[str, float | None]:
     """Parts of the probed limits that one run reached; None where it had no step of the kind.
 
     prefill: seconds to the last first token; mixed: tokens sampled until then, of which all but one for
-    each sequence were decoded beside the prefill. cached: bytes that the cores' own caches hold; steps that
-    read no more than that never see the memory, and have no fraction of its bandwidth. integer: weights are
+    each sequence were decoded beside the prefill. caches: bytes that the cores' own caches hold, and the last
+    one; steps that read less than the first never see the memory and have no fraction of its bandwidth, nor
+    have those that fit into the last and were faster than the memory is. integer: weights are
     int8 or int4, for which the bf16 peak is no limit.
     """
     extra = mixed - work.batch_size
@@ -209,9 +216,11 @@ def fractions(
     }
     if decodes:
         read = [costs.weight_bytes(s.tokens) + costs.kv_bytes(s.contexts) for s in decodes]
-        if median(read) > cached:
-            rates = [size / s.wall for size, s in zip(read, decodes, strict=True)]
-            found["decode_fraction_of_bandwidth"] = median(rates) / (probe.read_gb_s * 1e9)
+        own, last = caches
+        rates = [size / s.wall for size, s in zip(read, decodes, strict=True)]
+        fraction = median(rates) / (probe.read_gb_s * 1e9)
+        if median(read) > (last if fraction > 1 else own):
+            found["decode_fraction_of_bandwidth"] = fraction
         found["decode_fraction_of_int8_peak"] = median(
             costs.macs(s.tokens, s.tokens) / s.wall for s in decodes
         ) / (probe.int8_gmacs * 1e9)

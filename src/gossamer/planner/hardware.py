@@ -19,9 +19,9 @@ __all__ = [
     "Hardware",
     "Prober",
     "Rates",
+    "cache_bytes",
     "hardware",
     "median_rates",
-    "private_cache_bytes",
     "probe_buffer_bytes",
 ]
 
@@ -120,11 +120,12 @@ def probe_buffer_bytes() -> int:
     return min(wanted, max(available_memory() // 4, 64 << 20))
 
 
-def private_cache_bytes() -> int:
-    """Bytes of the largest cache that one core has for itself, over all processors this process may use."""
+def cache_bytes() -> tuple[int, int]:
+    """Bytes of the largest cache that one core has for itself, over all processors this process may use;
+    and of the last level, whoever shares it."""
     here = hardware()
-    own = [c.bytes // c.shared_by for c in here.caches if c.level <= 2]
-    return max(own, default=0) * here.cores
+    own = max((c.bytes // c.shared_by for c in here.caches if c.level <= 2), default=0) * here.cores
+    return own, max((c.bytes for c in here.caches), default=0)
 
 
 def median_rates(rates: Sequence[Rates]) -> Rates:
