@@ -75,7 +75,7 @@ def engine_config(
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     if quantization is not None and _DTYPES.get(dtype):
         raise ConfigError(
-            f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one of them "
+            f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one "
             "(float32 goes with quantization: all that is not quantized is float32)"
         )
     if quantization is None:
