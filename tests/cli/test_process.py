@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import interruptible
+
 SRC = Path(__file__).parents[2] / "src"
 GOSSAMER = [sys.executable, "-m", "gossamer"]
 
@@ -52,7 +54,7 @@ def test_no_verb_loads_torch_or_numpy_for_its_help() -> None:
 
 def start(stories: Path, *flags: str) -> subprocess.Popen[bytes]:
     line = [*GOSSAMER, "generate", str(stories), "-p", "Once upon a time", "--ignore-eos", *flags]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible)
 
 
 def test_a_closed_pipe_is_no_error(stories: Path) -> None:

@@ -27,6 +27,7 @@ from gossamer.llm import engine_config
 from gossamer.runtime.local import LocalExecutor
 from gossamer.server.run import serve
 from gossamer.server.settings import ServerSettings
+from tests.processes import interruptible
 
 model, load, step, timeout = sys.argv[1], *map(float, sys.argv[2:])
 quick = LocalExecutor.submit
@@ -49,7 +50,9 @@ def process(
     model: Path | str, *, load: float = 0.0, step: float = 0.0, timeout: float = 10.0
 ) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", SCRIPT, str(model), str(load), str(step), str(timeout)]
-    made = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    made = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     try:
         yield made
     finally:
