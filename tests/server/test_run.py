@@ -19,6 +19,7 @@ from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, TokenizerError
 from gossamer.server.run import serve
 from gossamer.server.settings import ServerSettings
+from tests.processes import interruptible
 from tests.server.serving import STORY, wait_for
 
 SCRIPT = """
@@ -27,7 +28,6 @@ from gossamer.llm import engine_config
 from gossamer.runtime.local import LocalExecutor
 from gossamer.server.run import serve
 from gossamer.server.settings import ServerSettings
-from tests.processes import interruptible
 
 model, load, step, timeout = sys.argv[1], *map(float, sys.argv[2:])
 quick = LocalExecutor.submit
