@@ -193,7 +193,8 @@ class DummySource:
         block = first // self._BLOCK
         while block * self._BLOCK < last:
             offset = block * self._BLOCK
-            values = np.random.Generator(np.random.SFC64([seed, block])).random(self._BLOCK, np.float32)
+            count = min(self._BLOCK, math.prod(shape) - offset)
+            values = np.random.Generator(np.random.SFC64([seed, block])).random(count, np.float32)
             low, high = max(first, offset), min(last, offset + self._BLOCK)
             out[low - first : high - first] = values[low - offset : high - offset]
             block += 1
