@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cli.conftest import Cli
@@ -185,3 +188,23 @@ def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch, cli: 
 
     monkeypatch.setattr("gossamer.cli.generate._start", none_left, raising=True)
     assert "memory ran out" in cli("generate", stories, *SAY).complaint
+
+
+def test_a_model_that_computes_nan_is_an_error_that_says_so(shared: Path, tmp_path: Path) -> None:
+    from gossamer.checkpoint.safetensors import Checkpoint
+    from gossamer.checkpoint.safetensors_writer import write_safetensors
+
+    directory = tmp_path / "nan"
+    shutil.copytree(shared / "models/stories260K", directory, copy_function=shutil.copyfile)
+    checkpoint = Checkpoint(directory)
+    tensors = {name: np.array(checkpoint.read(name)) for name in checkpoint.names()}
+    tensors["model.norm.weight"][:] = np.nan
+    write_safetensors(directory / "model.safetensors", tensors)
+    done = subprocess.run(
+        [sys.executable, "-m", "gossamer", "generate", str(directory), "-p", "hello", "-n", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "NaN" in done.stderr and "Traceback" not in done.stderr

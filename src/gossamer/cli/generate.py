@@ -61,7 +61,13 @@ def generate(
         )
         if receipt:
             console.print(receipt_table(lines) if lines else "this backend keeps no receipt")
-    return int(any(output["finish_reason"] == "error" for output in report["outputs"]))
+    if any(output["finish_reason"] == "error" for output in report["outputs"]):
+        stderr().print(
+            "[bold red]error:[/] the model computed NaN or infinity, so there is no next token: its weights "
+            "are damaged, or the storage format cannot hold its values (try --dtype float32)"
+        )
+        return 2
+    return 0
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
