@@ -15,6 +15,7 @@ import typer
 
 from gossamer import __version__
 from gossamer.cli import bench, chat, demo, generate, graph, probe, serve
+from gossamer.cli.later import not_built
 from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
 
@@ -84,7 +85,8 @@ def run(arguments: Sequence[str]) -> int:
         if hasattr(error, "format_message"):  # click's own, wherever this version of typer keeps it
             context = getattr(error, "ctx", None)
             path = "gossamer" if context is None else context.command_path
-            return _say(f"{error.format_message().rstrip('.')}; see `{path} --help`")
+            message = error.format_message().rstrip(".")
+            return _say(not_built(arguments, message) or f"{message}; see `{path} --help`")
         return _ours()
 
 
