@@ -141,3 +141,9 @@ def test_what_the_model_s_makers_advise_is_the_default(shared: Path, tmp_path: P
     llm = LLM(str(tmp_path), max_model_len=64, max_num_seqs=1)
     told = llm.generate(PROMPT, use_tqdm=False)[0].outputs[0]
     assert len(told.token_ids) == 7 and STORY.startswith(told.text)
+
+
+@pytest.mark.parametrize("options", [{"isa": "scalar"}, {"memory_reuse": None}])
+def test_the_reference_refuses_what_it_would_ignore(shared: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="reference"):
+        load(shared, backend="reference", **options)
