@@ -27,7 +27,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.installed  ## this machine's limits, then the embedded model against them
 	$(BIN)/gossamer probe
-	$(BIN)/gossamer bench latency gossamer/pocket --quantization int4 --input-len 512 --output-len 128 --batch-size 1
+	$(BIN)/gossamer bench latency gossamer/pocket --quantization int4 --input-len 256 --output-len 128 --batch-size 1
 	$(BIN)/gossamer bench throughput gossamer/pocket --quantization int4 --num-prompts 64
 
 docs: $(VENV)/.installed  ## write the pages of docs/ that are made from the code
@@ -41,6 +41,7 @@ $(VENV)/bin/python:
 
 # Editable: Python changes need no reinstall, native ones are rebuilt by these rules.
 $(VENV)/.installed: $(NATIVE) | $(VENV)/bin/python
+	@echo "installing into $(VENV): compiling the kernels takes a minute or two the first time"
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 

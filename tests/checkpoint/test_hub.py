@@ -58,7 +58,8 @@ def test_files_are_not_models(tmp_path: Path) -> None:
 
 def test_pocket_is_found_in_the_package_or_said_to_be_missing(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gossamer.checkpoint.hub.files", lambda _: tmp_path)
+    assert (resolve_model(POCKET) / "model.safetensors").is_file()  # as it is installed here
+    monkeypatch.setattr("gossamer.checkpoint.hub._PACKAGE", tmp_path)
     with pytest.raises(CheckpointError, match="install gossamer again"):
         resolve_model(POCKET)
     (tmp_path / "models" / "pocket").mkdir(parents=True)

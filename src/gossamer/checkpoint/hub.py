@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.resources import files
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from gossamer.errors import CheckpointError, ConfigError, NotBuiltError
 __all__ = ["POCKET", "read_config", "resolve_model"]
 
 POCKET = "gossamer/pocket"
+# Not importlib.resources: under an editable install its path is of two directories at once.
+_PACKAGE = Path(__file__).resolve().parents[1]
 MAX_CONFIG = 4 << 20  # bytes; real ones have a few kilobytes
 # Pickle is never even downloaded; folders (original/, onnx/) and consolidated.* hold second copies.
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
@@ -72,12 +74,16 @@ def _not_a_directory(path: Path) -> CheckpointError | NotBuiltError:
 
 
 def _pocket() -> Path:
-    directory = Path(str(files("gossamer"))) / "models" / "pocket"
+    directory = _PACKAGE / "models" / "pocket"
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{POCKET} is missing from this installation (looked in {directory}); install gossamer again"
         )
     return directory
+
+
+def _close_to_pocket(model: str) -> bool:
+    return bool(get_close_matches(model.lower(), (POCKET, "pocket"), 1, 0.75))
 
 
 def _looks_local(model: str) -> bool:
@@ -113,9 +119,10 @@ def _from_hub(model: str, revision: str | None) -> Path:
         ) from None
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{name} is no directory here, is not in the local cache and the hub cannot be reached; "
-            f"connect (and unset HF_HUB_OFFLINE), or download it elsewhere with `hf download {model}` "
-            "and pass its directory"
+            f"{name} is not a directory here, is not in the local cache and the hub cannot be reached; "
+            + (f"did you mean {POCKET}? Else " if _close_to_pocket(model) else "")
+            + f"connect{' (and unset HF_HUB_OFFLINE)' if os.environ.get('HF_HUB_OFFLINE') else ''}, or "
+            f"download it elsewhere with `hf download {model}` and pass its directory"
         ) from None
     except Exception as cause:  # its HTTP library differs by version, and so do the errors it lets through
         raise CheckpointError(f"cannot download {name}: {cause}; try again or pass a directory") from None
