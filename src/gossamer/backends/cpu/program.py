@@ -278,26 +278,33 @@ def _too_large(budget: int, graph: Graph, shape: StepShape, **parts: int) -> Mem
 
 
 def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
-    """What to ask for instead. room: bytes that are there for weights and KV together."""
+    """What to ask for instead, never more than was asked for. room: bytes that are there for weights and
+    KV together."""
     page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
-    pages = (room - weights) // page
-    if pages > 0:
+
+    def kv(left: int) -> tuple[str, str]:
+        pages = min(left // page, shape.pages)
+        return f"--kv-bytes {pages * page}", f"{min(pages * shape.page_size, graph.reach)}"
+
+    if room - weights >= page:
+        size, length = kv(room - weights)
         return (
-            f"--kv-bytes {pages * page} fits, with a --max-model-len of at most {pages * shape.page_size}; "
+            f"{size} fits, with a --max-model-len of at most {length}; "
             "a lower --max-num-batched-tokens or --max-num-seqs leaves more for it"
         )
     least = weights
     for format in ("int8", "int4"):
         least = min(least, _weights_in(graph, format))
-        pages = (room - least) // page
-        if pages > 0:
-            return (
-                f"--quantization {format} fits, which takes {_mib(least)} for weights, with --kv-bytes "
-                f"{pages * page} and a --max-model-len of at most {pages * shape.page_size}"
+        if room - least >= page:
+            size, length = kv(room - least)
+            whole = (room - least) // page >= shape.pages
+            return f"--quantization {format} fits, which takes {_mib(least)} for weights" + (
+                "" if whole else f", with {size} and a --max-model-len of at most {length}"
             )
-    return (
-        f"nothing fits: weights take {_mib(least)} at least, one KV page {_mib(page)}; lower --max-num-seqs "
-        "and --max-num-batched-tokens or take a smaller model"
+    return f"nothing fits: weights take {_mib(least)} at least, one KV page {_mib(page)}; " + (
+        "take a smaller model"
+        if room < least
+        else "lower --max-num-seqs and --max-num-batched-tokens or take a smaller model"
     )
 
 
@@ -308,4 +315,4 @@ def _weights_in(graph: Graph, format: str) -> int:
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
