@@ -56,7 +56,18 @@ def test_isa_of_the_library_from_the_environment(stories: Path, monkeypatch: pyt
     [
         ("max-modle-len = 3", "did you mean 'max-model-len'"),
         ("[generate]\nmax-tokns = 3", "did you mean 'max-tokens'"),
-        ("max-tokens = 3", "unknown key 'max-tokens'"),
+        ("max-tokns = 3", "did you mean 'max-tokens'"),
+        ("batch-sise = 3", "did you mean 'batch-size'"),
+        ("zzz = 3", "unknown key 'zzz'; known: backend, "),
+        ("config = 'other.toml'", "unknown key 'config'"),
+        ("[serve]\nprot = 3", "did you mean 'port'"),
+        ("[bench]\nbatch-size = 3", "[bench.latency] or [bench.throughput]"),
+        ("[bench.latency]\nstop = 'x'", "unknown key 'stop'"),
+        ("ignore-config-field = 5", "ignore-config-field must be text or a list of texts"),
+        ("stop = ['x', 5]", "stop must be text or a list of texts"),
+        ("ignore-eos = 'yes'", "ignore-eos must be true or false"),
+        ("max-tokens = true", "max-tokens must be text or a number"),
+        ("max-tokens = 1.5", "--max-tokens"),
         ("[generat]\nmax-tokens = 3", "did you mean 'generate'"),
         ("generate = 3", "must be a table"),
         ("max-model-len = 'long'", "--max-model-len"),
@@ -77,6 +88,21 @@ def test_one_file_for_several_verbs(cli: Cli, stories: Path, tmp_path: Path) -> 
     )
     report = cli("bench", "latency", "--config", file, "--input-len", 8, "--json").json
     assert report["output_len"] == 3 and report["probe"]["threads"] == 1
+
+
+def test_the_flags_of_every_verb_may_stand_at_the_top(cli: Cli, stories: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gossamer.toml"
+    file.write_text(
+        f'model = "{stories}"\nport = 8080\nmax_tokens = 3\nctx-size = 64\nkv-bytes = 1000000\n'
+        "batch-size = 2\noutput-len = 3\nnum-iters = 1\nstop = 'x'\n"
+    )
+    assert tokens(cli, "--config", file) == 3
+    report = cli("bench", "latency", "--config", file, "--input-len", 8, "--json").json
+    assert (report["batch_size"], report["output_len"]) == (2, 3)
+    file.write_text(f'model = "{stories}"\nmax-tokens = 30\nport = 99999\njson = true\nstop = "."\n')
+    report = cli("generate", "--config", file, "-p", "Once upon a time", "--temperature", 0).json
+    assert report["finish_reason"] == "stop" and report["text"].endswith("named Lily")
+    assert "port" in cli("serve", "--config", file).complaint
 
 
 @pytest.mark.parametrize(
