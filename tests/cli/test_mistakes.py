@@ -220,3 +220,20 @@ def test_a_model_that_computes_nan_is_an_error_that_says_so(shared: Path, tmp_pa
 )
 def test_what_is_not_built_says_so(cli: Cli, line: list[str]) -> None:
     assert "not built yet" in cli(*line).complaint
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--gpu-memory-utilization", "0.9"), "--memory-budget"),
+        (("--enable-chunked-prefill",), "always on; --prefill-chunk"),
+        (("--trust-remote-code",), "never run"),
+        (("--tokenizer=x",), "the model's directory"),
+        (("-ngl", "99"), "GPUs are not built yet"),
+        (("--ctx", "4096"), "--max-model-len"),
+    ],
+)
+def test_flags_of_other_engines_say_what_to_use(cli: Cli, flags: tuple[str, ...], words: str) -> None:
+    for line in (("generate", "gossamer/pocket"), ("serve", "gossamer/pocket"), ("bench", "latency", "x")):
+        complaint = cli(*line, *flags).complaint
+        assert words in complaint and complaint.startswith(f"gossamer: {flags[0].split('=')[0]}: ")

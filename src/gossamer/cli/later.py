@@ -1,32 +1,71 @@
-"""Verbs and flags that the plan of the house has and this version has not: asked for, they say so."""
+"""Verbs and flags known from the plan or from other engines that this version has not: what to do instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["not_built"]
+__all__ = ["known_elsewhere"]
 
-_LATER = {
-    "--tensor-parallel-size": "tensor parallelism; --threads uses the cores of this machine",
-    "--tp": "tensor parallelism; --threads uses the cores of this machine",
-    "--pipeline-parallel-size": "pipeline parallelism",
-    "--speculative-config": "speculative decoding",
-    "--enable-prefix-caching": "the prefix cache",
-    "--itl-goal-ms": "dynamic batching",
-    "--device": "other devices than the CPU",
-    "plan": "the planner; `gossamer probe` and `gossamer graph --costs` show what it will stand on",
-    "ablate": "the ledger of techniques; `gossamer bench` measures configurations one by one",
-    "techniques": "the list of techniques; ARCHITECTURE.md has the map",
-    "compress": "offline compression; --quantization quantizes at load",
-    "eval": "the measurement of quality",
-    "export": "export to other formats",
+_GPU = "GPUs are not built yet; the processors do all the work"
+_LOGGED = "prompts and outputs are never logged; leave it out"
+_PARALLEL = "tensor parallelism is not built yet; --threads uses the cores of this machine"
+_SPECULATIVE = "speculative decoding is not built yet"
+
+_INSTEAD = {
+    # from the plan
+    "--tensor-parallel-size": _PARALLEL,
+    "--tp": _PARALLEL,
+    "--pipeline-parallel-size": "pipeline parallelism is not built yet",
+    "--speculative-config": _SPECULATIVE,
+    "--enable-prefix-caching": "the prefix cache is not built yet",
+    "--itl-goal-ms": "dynamic batching is not built yet",
+    "--device": "other devices than the CPU are not built yet",
+    "plan": "the planner is not built yet; `gossamer probe` and `gossamer graph --costs` show what it will "
+    "stand on",
+    "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
+    "techniques": "the list of techniques is not built yet; ARCHITECTURE.md has the map",
+    "compress": "offline compression is not built yet; --quantization quantizes at load",
+    "eval": "the measurement of quality is not built yet",
+    "export": "export to other formats is not built yet",
+    # from vLLM
+    "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
+    "--kv-bytes the KV pool",
+    "--kv-cache-memory-bytes": "--kv-bytes sets the size of the KV pool",
+    "--swap-space": "nothing is swapped, a request that finds no KV memory is computed again; --kv-bytes "
+    "gives more",
+    "--block-size": "--page-size sets the tokens of a KV page",
+    "--enable-chunked-prefill": "always on; --prefill-chunk sets its size",
+    "--enforce-eager": "there are no CUDA graphs to turn off; --backend reference runs eager torch",
+    "--trust-remote-code": "code from a checkpoint is never run; leave it out",
+    "--download-dir": "HF_HOME says where the hub cache is",
+    "--tokenizer": "the tokenizer is the one in the model's directory",
+    "--speculative-model": _SPECULATIVE,
+    "--max-logprobs": "a request may ask for up to 20 log-probabilities; leave it out",
+    "--disable-log-requests": _LOGGED,
+    "--enable-log-requests": _LOGGED,
+    "--num-gpu-blocks-override": "--kv-bytes sets the size of the KV pool",
+    # from llama.cpp
+    "--n-gpu-layers": _GPU,
+    "--gpu-layers": _GPU,
+    "-ngl": _GPU,
+    "--ctx": "--max-model-len (or --ctx-size, -c) sets the context",
+    "--n-predict": "--max-tokens (or -n) sets the length of the output",
+    "--predict": "--max-tokens (or -n) sets the length of the output",
+    "--temp": "--temperature it is",
+    "--repeat-penalty": "--repetition-penalty it is",
+    "--cache-type-k": "--kv-cache-dtype sets the type of keys and values",
+    "--cache-type-v": "--kv-cache-dtype sets the type of keys and values",
+    "--parallel": "--max-num-seqs (or -np) sets how many sequences run at once",
+    "--file": "--prompt-file takes the prompt from a file",
+    "--alias": "--served-model-name sets the name that clients use",
 }
 
 
-def not_built(arguments: Sequence[str], message: str) -> str | None:
+def known_elsewhere(arguments: Sequence[str], message: str) -> str | None:
     """What to say of a command line that was refused with `message`; None where it is plainly wrong."""
     for argument in arguments:
         name = argument.split("=", 1)[0]
-        if name in _LATER and name in message:
-            return f"{name} is not built yet: {_LATER[name]}"
+        # -ngl reads as -n gl, so the complaint is about another flag.
+        if name in _INSTEAD and (name == "-ngl" or name in message):
+            return f"{name}: {_INSTEAD[name]}"
     return None

@@ -15,7 +15,7 @@ import typer
 
 from gossamer import __version__
 from gossamer.cli import bench, chat, demo, generate, graph, probe, serve
-from gossamer.cli.later import not_built
+from gossamer.cli.later import known_elsewhere
 from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
 
@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
             context = getattr(error, "ctx", None)
             path = "gossamer" if context is None else context.command_path
             message = error.format_message().rstrip(".")
-            return _say(not_built(arguments, message) or f"{message}; see `{path} --help`")
+            return _say(known_elsewhere(arguments, message) or f"{message}; see `{path} --help`")
         return _ours()
 
 
