@@ -138,6 +138,11 @@ def test_flags_that_cannot_be(cli: Cli, stories: Path, flags: tuple[str, ...], w
         (("graph", "MODEL", "--scope", "layers.99"), "layers.99"),
         (("bench",), "bench --help"),
         (("bench", "latency", "MODEL", "--batch-size", "0"), "batch_size"),
+        (
+            ("bench", "latency", "MODEL", "--input-len", "512"),
+            "--input-len 512 + --output-len 64 = 576 tokens, but this model serves 512; lower one of them",
+        ),
+        (("bench", "latency", "MODEL", "-c", "64"), "but --max-model-len is 64"),
         (("bench", "throughput", "MODEL", "--num-prompts", "0"), "num_prompts"),
         (("bench", "throughput", "MODEL", "--trace", "/does/not/exist"), "/does/not/exist"),
         (("bench", "throughput", "MODEL", "--request-rate", "0"), "rate"),

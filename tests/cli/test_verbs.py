@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,32 @@ def test_bench_latency(cli: Cli, stories: Path) -> None:
     assert set(report["probe"]) == {"read_gb_s", "int8_gmacs", "bf16_gmacs", "fp32_gmacs", "threads", "isa"}
     assert len(report["runs"]) == 1 and report["load_s"] >= 0
     assert report["memory"]["resident_bytes"] > report["memory"]["weights_bytes"]
+
+
+def test_bench_latency_for_people(cli: Cli, stories: Path) -> None:
+    work = ("--input-len", 40, "--output-len", 8, "--batch-size", 2, "--num-iters", 1)
+    text = cli("bench", "latency", stories, *work).out
+    assert "40 tokens in, 8 out, batch of 2" in text and "one run" in text
+    assert "int8" not in text
+    assert "of the int8 peak" in cli("bench", "latency", stories, "-q", "int8", *work).out
+
+
+@pytest.mark.parametrize("share, said", [(0.95, False), (0.42, True)])
+def test_bench_latency_says_when_others_used_the_machine(
+    cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch, share: float, said: bool
+) -> None:
+    from gossamer.bench import latency
+
+    def measured(*arguments: Any, **options: Any) -> dict[str, Any]:
+        cached = {"decode_fraction_of_bandwidth": None}
+        return bench(*arguments, **options) | cached | {"cpu_share": share, "overhead_fraction": 0.1}
+
+    bench = latency.bench_latency
+    monkeypatch.setattr(latency, "bench_latency", measured)
+    text = cli("bench", "latency", stories, "--output-len", 4, "--num-iters", 1).out
+    assert ("(our processors were ours 42 % of the time): do not compare" in text) == said
+    assert ("other programs used this machine" in text) == said
+    assert "of the read bandwidth: weights fit into the caches" in text
 
 
 def test_bench_throughput(cli: Cli, stories: Path, tmp_path: Path) -> None:

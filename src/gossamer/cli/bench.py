@@ -18,6 +18,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Measure latency or throughput against the limits of this machine.")
 _WORK = "Workload"
+_SHARED = 0.9  # where we got less than this part of the processor time we wanted, others had the rest
 
 
 def latency(
@@ -42,6 +43,7 @@ def latency(
         runs=num_iters,
         warmups=num_iters_warmup,
     )
+    _check_context(engine, input_len, output_len)
     config = engine.config(
         max_model_len=input_len + output_len,
         max_num_seqs=batch_size,
@@ -54,54 +56,73 @@ def latency(
     if json:
         emit_json(report)
     else:
-        _print(report)
+        _print(report, integer=config.quantization is not None, native=config.backend == "cpu")
     return _errors(report)
 
 
-def _print(report: dict[str, Any]) -> None:
+def _check_context(engine: EngineFlags, input_len: int, output_len: int) -> None:
+    context = model_context(engine)
+    total = input_len + output_len
+    said = f"--input-len {input_len} + --output-len {output_len} = {total} tokens, but"
+    if total > context:
+        raise ConfigError(f"{said} this model serves {context}; lower one of them")
+    if engine.max_model_len is not None and total > engine.max_model_len > 0:
+        raise ConfigError(f"{said} --max-model-len is {engine.max_model_len}; raise it or lower one of them")
+
+
+def _print(report: dict[str, Any], *, integer: bool, native: bool) -> None:
+    """integer: weights are int8 or int4; of others the int8 peak is no limit. native: the native kernels
+    ran, whose threads are all busy."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    probe = report["probe"]
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    probe, runs = report["probe"], len(report["runs"])
+    table = Table(
+        title=f"[bold]{report['input_len']} tokens in, {report['output_len']} out, "
+        f"batch of {report['batch_size']}[/]  [dim]{f'medians of {runs} runs' if runs > 1 else 'one run'}[/]",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+    )
     table.add_column(style="cyan")
     table.add_column(justify="right", style="bold")
     table.add_column()
-    for label, name, scale, unit, against in (
-        ("prefill", "prefill_tokens_per_s", 1, "tok/s", ""),
-        (
-            "",
-            "prefill_fraction_of_int8_peak",
-            100,
-            "%",
-            f"of the int8 peak, {probe['int8_gmacs']:.0f} GMAC/s",
-        ),
-        (
-            "",
-            "prefill_fraction_of_bf16_peak",
-            100,
-            "%",
-            f"of the bf16 peak, {probe['bf16_gmacs']:.0f} GMAC/s",
-        ),
-        ("decode", "decode_tokens_per_s", 1, "tok/s", "all sequences together"),
-        ("", "step_ms_median", 1, "ms", "a step"),
-        (
-            "",
-            "decode_fraction_of_bandwidth",
-            100,
-            "%",
-            f"of the read bandwidth, {probe['read_gb_s']:.1f} GB/s",
-        ),
-        ("", "decode_fraction_of_int8_peak", 100, "%", "of the int8 peak"),
-        ("", "overhead_fraction", 100, "%", "of a step is outside the native program"),
-        ("processors", "cpu_share", 100, "%", "of their time was ours while the model ran"),
-        ("load", "load_s", 1, "s", ""),
-    ):
-        value = report[name]
-        if value is not None:
-            table.add_row(label, f"{value * scale:.1f}", f"{unit} {against}")
-    Console(highlight=False).print(table)
+
+    def row(label: str, name: str, scale: float, text: str) -> None:
+        if report[name] is not None:
+            table.add_row(label, f"{report[name] * scale:.1f}", text)
+
+    row("prefill", "prefill_tokens_per_s", 1, "tok/s")
+    if integer:
+        row("", "prefill_fraction_of_int8_peak", 100, f"% of the int8 peak, {probe['int8_gmacs']:.0f} GMAC/s")
+    row("", "prefill_fraction_of_bf16_peak", 100, f"% of the bf16 peak, {probe['bf16_gmacs']:.0f} GMAC/s")
+    row("decode", "decode_tokens_per_s", 1, "tok/s all sequences together")
+    row("", "step_ms_median", 1, "ms a step")
+    row(
+        "",
+        "decode_fraction_of_bandwidth",
+        100,
+        f"% of the read bandwidth, {probe['read_gb_s']:.1f} GB/s",
+    )
+    if report["step_ms_median"] is not None and report["decode_fraction_of_bandwidth"] is None:
+        table.add_row("", "-", "of the read bandwidth: weights fit into the caches")
+    if integer:
+        row("", "decode_fraction_of_int8_peak", 100, "% of the int8 peak")
+    row("", "overhead_fraction", 100, "% of a step is outside the native program")
+    row("processors", "cpu_share", 100, "% of their time was ours while the model ran")
+    row("load", "load_s", 1, "s")
+    console = Console(highlight=False)
+    console.print(table)
+    # Outside the native program one thread works, the rest sleep: that part was left by us, not taken.
+    asleep = (report["overhead_fraction"] or 0) * (1 - 1 / probe["threads"])
+    if native and report["cpu_share"] < _SHARED * (1 - asleep):
+        console.print(
+            "[yellow]other programs used this machine[/] (our processors were ours "
+            f"{100 * report['cpu_share']:.0f} % of the time): do not compare these numbers",
+            soft_wrap=True,
+        )
 
 
 def _errors(report: dict[str, Any]) -> int:
