@@ -37,6 +37,13 @@ def test_generate_writes_the_story_alone_on_stdout(cli: Cli, stories: Path) -> N
         assert word in ran.err
 
 
+def test_generate_says_why_it_ended(cli: Cli, stories: Path) -> None:
+    say = ("generate", stories, "-p", "Once upon a time", "--temperature", 0, "--ignore-eos")
+    assert "the context of 32 tokens is full" in cli(*say, "-c", 32).err
+    assert "the context of 512 tokens is full" in cli(*say, "-n", 4000).err
+    assert "ended by length" in cli(*say, "-n", 4).err
+
+
 def test_the_memory_table_of_the_reference_says_what_it_holds(cli: Cli, stories: Path) -> None:
     ran = cli("generate", stories, "-p", "Once", "-n", 1, "-q", "int8", "--backend", "reference")
     assert "f32, holding int8 values" in ran.err and "tokens (f32) in 1 page of 16" in ran.err

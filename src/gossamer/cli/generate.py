@@ -44,6 +44,8 @@ def generate(
     from gossamer.cli.receipt import receipt_rows, receipt_table
     from gossamer.cli.stream import run_request
 
+    if not (engine.model or engine.model_flag or prompt is not None or prompt_file):
+        raise ConfigError("no model and no prompt were given; say `gossamer generate MODEL --prompt TEXT`")
     text = _prompt(prompt, prompt_file)
     given = sampling.given() | {"max_tokens": max_tokens, "n": n, "logprobs": logprobs}
     running, ids, params = _start(engine, text, given)
@@ -53,11 +55,15 @@ def generate(
     if json:
         emit_json(report | ({"receipt": receipt_rows(lines)} if receipt else {}))
     else:
-        timing, console = report["timing"], stderr()
+        timing, console, context = report["timing"], stderr(), running.started.max_model_len
+        ended = f"ended by {report['finish_reason']}"
+        if report["finish_reason"] == "length" and len(report["token_ids"]) < max_tokens:
+            ended = f"the context of {context:,} tokens is full"
         rate = f", then {timing['decode_tokens_per_s']:.1f} tok/s" if timing["decode_tokens_per_s"] else ""
         console.print(
             f"[dim]{len(ids)} prompt tokens; first token after {timing['ttft_ms'] or 0:.0f} ms{rate}; "
-            f"ended by {report['finish_reason']}[/]"
+            f"{ended}[/]",
+            soft_wrap=True,
         )
         if receipt:
             console.print(receipt_table(lines) if lines else "this backend keeps no receipt")

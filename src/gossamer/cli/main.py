@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,11 +84,25 @@ def run(arguments: Sequence[str]) -> int:
         )
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own, wherever this version of typer keeps it
-            context = getattr(error, "ctx", None)
-            path = "gossamer" if context is None else context.command_path
             message = error.format_message().rstrip(".")
-            return _say(known_elsewhere(arguments, message) or f"{message}; see `{path} --help`")
+            return _say(known_elsewhere(arguments, message) or _advised(message, getattr(error, "ctx", None)))
         return _ours()
+
+
+def _advised(message: str, context: Any) -> str:
+    """The parser's complaint, and what to try."""
+    path = "gossamer" if context is None else context.command_path
+    command: Any = getattr(context, "command", None)
+    extra = re.search(r"unexpected extra arguments?(?:\(s\))? \((.*)\)$", message, re.DOTALL)
+    if extra and any(p.name == "prompt" for p in command.params):
+        text = extra[1].replace("'", "'\\''")
+        return f"{message}; did you mean --prompt '{text}'?"
+    if message.endswith("?"):  # the parser has found something near
+        return f"{message} See `{path} --help`"
+    verbs = getattr(command, "commands", {})
+    if verbs and message.startswith("No such command") and command is not context.find_root().command:
+        return f"{message}; say " + " or ".join(f"`{path} {verb} MODEL`" for verb in verbs)
+    return f"{message}; see `{path} --help`"
 
 
 def _ours() -> int:
