@@ -77,15 +77,18 @@ def _story(
 ) -> tuple[dict[str, Any], list[int]]:
     """The continuation's report, and the token ids of prompt and continuation."""
     from gossamer.cli.stream import run_request
+    from gossamer.cli.word_wrap import terminal_wrap
 
     ids = side.engine.encode(prompt)
     params = side.engine.default_params(
         temperature=temperature, max_tokens=max_tokens, seed=seed, ignore_eos=False
     )
+    wrap = terminal_wrap()
     if live:
         console.rule("[bold]1[/] a story, written live", align="left", style="dim")
-        console.print(prompt, style="bold", end="", markup=False)
-    report = run_request(side.engine, ids, params, live=live)
+        shown = wrap.feed(prompt) + wrap.flush()
+        console.print(shown, style="bold", end="", markup=False, soft_wrap=True)
+    report = run_request(side.engine, ids, params, live=live, wrap=wrap)
     if live:
         timing = report["timing"]
         console.print(

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from gossamer.bench.memory import memory_figures
+from gossamer.cli.word_wrap import WordWrap, terminal_wrap
 from gossamer.engine.request import SamplingParams
 from gossamer.text_engine import TextEngine
 
@@ -17,12 +18,19 @@ __all__ = ["run_request", "token_timing"]
 
 
 def run_request(
-    engine: TextEngine, ids: tuple[int, ...], params: SamplingParams, *, live: bool
+    engine: TextEngine,
+    ids: tuple[int, ...],
+    params: SamplingParams,
+    *,
+    live: bool,
+    wrap: WordWrap | None = None,
 ) -> dict[str, Any]:
     """Runs a request and gives its report for JSON.
 
     live: write the text to standard output, of a single output as it comes, of several when all are done.
+    wrap: what broke the text that stands before it on the line; a new one if the line is empty.
     """
+    wrap = wrap or terminal_wrap()
     outputs: list[dict[str, Any]] = [
         {"index": i, "text": "", "token_ids": [], "finish_reason": None} for i in range(params.n)
     ]
@@ -48,15 +56,16 @@ def run_request(
             output["finish_reason"] = update.finish_reason
             times = dict(update.times)
             if live and params.n == 1:
-                sys.stdout.write(update.text)
+                sys.stdout.write(wrap.feed(update.text))
                 sys.stdout.flush()
     finally:
         engine.abort(request)
         if live and params.n == 1:
-            sys.stdout.write("\n")
+            sys.stdout.write(wrap.flush() + "\n")
     if live and params.n > 1:
         for output in outputs:
-            print(f"[{output['index'] + 1}] {output['text']}\n")
+            text = wrap.feed(f"[{output['index'] + 1}] {output['text']}\n")
+            print(text)
     return {
         "text": outputs[0]["text"],
         "token_ids": outputs[0]["token_ids"],
