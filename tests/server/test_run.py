@@ -113,7 +113,7 @@ def test_health_says_503_while_the_model_loads_and_stopping_then_is_in_order(mod
         port = 0
         while not port:
             line = server.stderr.readline()
-            port = int(line.rsplit(":", 1)[1]) if "Listening on" in line else 0
+            port = int(line.rsplit(":", 1)[1]) if "listening on" in line else 0
         url = f"http://127.0.0.1:{port}"
         response = httpx.get(f"{url}/health")
         assert (response.status_code, response.json()) == (503, {"status": "loading"})
@@ -143,7 +143,7 @@ sys.exit(run(["serve", sys.argv[1], "--dtype", "float32", "--port", "0"]))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None and server.stderr is not None
         assert server.stdout.readline() == "loading\n"
-        while "Listening on" not in server.stderr.readline():
+        while "listening on" not in server.stderr.readline():
             pass
         server.send_signal(signal.SIGTERM)
         _, said = server.communicate(timeout=20)

@@ -62,6 +62,7 @@ def serve(
                 made = TextEngine.start(engine, chat_template=settings.chat_template, progress=loaded)
             if on_ready is not None:
                 on_ready(made, url)
+            logger.info("Serving %s on %s/v1", settings.served_model_name or engine.model, url)
             return made
 
         frontend = Frontend(load, settings.served_model_name or engine.model, settings)
@@ -102,7 +103,7 @@ class _Server(uvicorn.Server):
         """Begins to answer."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        logger.info("Listening on %s", self._url)
+        logger.info("Loading the model (/health says when it is ready); listening on %s", self._url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to end; a second Ctrl-C does not wait for anybody."""
