@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from gossamer.graph.ir import Graph
     from gossamer.runtime.start import Started
 
 __all__ = ["emit_json", "memory_table", "show_start", "stderr"]
@@ -47,7 +48,7 @@ def memory_table(started: Started) -> Table:
     pages = started.executor.limits.pages[0]
     size = started.executor.limits.page_size
     if config.quantization is not None:
-        stored = str(config.quantization)
+        stored = _quantized(started.graph)
     else:
         stored = "f32" if config.mixed_precision is None else config.mixed_precision.dtype
     reference = config.backend == "reference"
@@ -82,3 +83,14 @@ def memory_table(started: Started) -> Table:
     table.add_row("total", format_size(memory.total), "", style="bold")
     table.add_row("resident", format_size(resident_bytes()), "the whole process, now")
     return table
+
+
+def _quantized(graph: Graph) -> str:
+    """The format that matrices are stored in: for int4 with the group that was chosen, and what it pads."""
+    matrices = [w for w in graph.weights.values() if w.format in ("int8", "int4")]
+    group = max(w.group for w in matrices)
+    if not group:
+        return matrices[0].format
+    odd = sorted({w.shape[-1] for w in matrices if w.shape[-1] % group})
+    padded = f"; rows of {', '.join(map(str, odd))} are padded" if odd else ""
+    return f"int4, groups of {group}{padded}"
