@@ -48,7 +48,7 @@ class EngineConfig:
     static_batching: StaticBatching | None = None
 
     kv_dtype: KVType = "bf16"
-    """What keys and values are stored in."""
+    """What keys and values are stored in (the reference backend keeps f32, and its memory table says so)."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together; None: the model's own, cut to what memory holds."""
     max_num_seqs: int = 32
