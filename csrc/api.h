@@ -132,6 +132,16 @@ struct SampleArgs {
 
 enum class Act : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
 
+// What happens to a tile of a linear layer's outputs while it is in cache, in this order:
+// y = act(gate) * y, or act(y) where there is no gate; then y = residual + y.
+struct Finish {
+  int32_t act;        // Act, or -1: none
+  const float* gate;  // null: none
+  int64_t ldg;
+  const float* residual;  // null: none
+  int64_t ldr;
+};
+
 // One table per ISA. r0, r1: rows. Functions marked scratch get a per-thread buffer of at least the bytes
 // that the matching *_scratch function says.
 struct Kernels {
@@ -145,6 +155,8 @@ struct Kernels {
   void (*linear)(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
                  int64_t p0, int64_t p1, void* scratch);
   int64_t (*linear_scratch)(Format format, int32_t group, int64_t k);
+  // Finishes out[rows][columns]; gate and residual point at the tile's first element.
+  void (*finish)(const Finish& finish, float* out, int64_t ldo, int64_t rows, int64_t columns);
   // out[r] = scale * weight[ids[r], :] (dequantized), rows [r0, r1)
   void (*embed)(const PackedWeight& w, const int32_t* ids, float scale, float* out, int64_t ldo, int64_t r0,
                 int64_t r1);
@@ -159,15 +171,16 @@ struct Kernels {
   void (*activation)(Act act, const float* x, float* y, int64_t i0, int64_t i1);
   void (*act_mul)(Act act, const float* gate, const float* up, float* y, int64_t i0, int64_t i1);
   // Rotates pairs (i, i + rotary/2) of the first `rotary` elements of each head; others are copied.
-  // x_T(HD) -> y_T(HD), leading dimension heads * head_dim. magnitude multiplies cos and sin.
-  void (*rope)(const float* x, const int32_t* positions, const float* inv_freq, float magnitude, float* y,
-               int64_t heads, int64_t head_dim, int64_t rotary, int64_t r0, int64_t r1);
+  // x_T(HD) -> y_T(HD), leading dimensions ldx and ldy. magnitude multiplies cos and sin.
+  void (*rope)(const float* x, int64_t ldx, const int32_t* positions, const float* inv_freq, float magnitude,
+               float* y, int64_t ldy, int64_t heads, int64_t head_dim, int64_t rotary, int64_t r0,
+               int64_t r1);
 
   // attention ------------------------------------------------------------------------------------------
-  // Writes rows [r0, r1) of one span (relative to it) of k and v, leading dimension kv_heads * head_dim, into
-  // its pages. block_table is the whole group's; the span says where its own entries begin.
+  // Writes rows [r0, r1) of one span (relative to it) into its pages; k and v point at row r0, leading
+  // dimensions ldk and ldv. block_table is the whole group's; the span says where its own entries begin.
   void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
-                   const float* k, const float* v, int64_t r0, int64_t r1);
+                   const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t r0, int64_t r1);
   // Attention of query rows [r0, r1) of one span (relative to it) under one kv head.
   void (*attention)(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
                     void* scratch);

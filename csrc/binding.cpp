@@ -2,6 +2,7 @@
 // over must outlive the program (gossamer.backends.cpu keeps them).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 
 #include "memory.h"
 #include "probe.h"
@@ -102,29 +104,22 @@ struct Runner {
     return program.add_kv({layout, pool_bytes.data(), group});
   }
 
-  void emit(int op, int rows, const std::vector<int64_t>& in, const std::vector<int64_t>& out,
-            const std::vector<int>& weights, const std::vector<int64_t>& ints,
-            const std::vector<double>& reals) {
+  // Operands are (offset, bytes per row or 0).
+  using Operands = std::vector<std::pair<int64_t, int64_t>>;
+  void emit(int op, int rows, const Operands& in, const Operands& out, const std::vector<int>& weights,
+            const std::vector<int64_t>& ints, const std::vector<double>& reals) {
     Instruction instruction{};
     instruction.op = Op(op);
     instruction.rows = Rows(rows);
-    if (in.size() > 4 || out.size() > 2 || weights.size() > 4 || ints.size() > 8 || reals.size() > 4)
+    if (in.size() > 4 || out.size() > 2 || weights.size() > 8 || ints.size() > 8 || reals.size() > 4)
       throw nb::value_error("too many operands");
-    std::copy(in.begin(), in.end(), instruction.in);
-    std::copy(out.begin(), out.end(), instruction.out);
+    for (size_t i = 0; i < in.size(); i++) std::tie(instruction.in[i], instruction.in_row[i]) = in[i];
+    for (size_t i = 0; i < out.size(); i++) std::tie(instruction.out[i], instruction.out_row[i]) = out[i];
     std::fill(std::begin(instruction.weights), std::end(instruction.weights), -1);
     std::copy(weights.begin(), weights.end(), instruction.weights);
     std::copy(ints.begin(), ints.end(), instruction.ints);
     std::copy(reals.begin(), reals.end(), instruction.reals);
     program.emit(instruction);
-  }
-
-  int64_t workspace_bytes(int64_t tokens, int64_t sampled) {
-    int64_t most = 64;
-    for (const auto& segment : program.segments())
-      for (const auto& in : segment)
-        most = std::max(most, program.workspace_bytes(in, in.rows == Rows::tokens ? tokens : sampled));
-    return most;
   }
 
   void set_memory(Bytes arena, Bytes workspace, Bytes scratch) {
@@ -173,7 +168,7 @@ struct Runner {
   std::vector<std::tuple<int64_t, int64_t, int64_t>> receipt() {
     std::vector<std::tuple<int64_t, int64_t, int64_t>> lines;
     for (const auto& segment : program.segments())
-      for (const auto& in : segment) lines.emplace_back(in.calls, in.nanoseconds, in.rows_done);
+      for (const auto& in : segment.instructions) lines.emplace_back(in.calls, in.nanoseconds, in.rows_done);
     return lines;
   }
 };
@@ -188,6 +183,9 @@ NB_MODULE(_native, m) {
   m.def("packed_bytes", [](int f, int group, int64_t n, int64_t k) {
     return std::make_tuple(packed_data_bytes(Format(f), group, n, k),
                            packed_scale_bytes(Format(f), group, n, k));
+  });
+  m.def("activation_bytes", [](int f, int group, int64_t rows, int64_t k) {
+    return activation_bytes(Format(f), group, rows, k);
   });
   m.def("kv_page_elements", [](int kv_heads, int head_dim, int page_size) {
     return KvLayout{Format::f32, kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size}.page_elements();
@@ -214,9 +212,16 @@ NB_MODULE(_native, m) {
       .def("add_kv", &Runner::add_kv)
       .def("emit", &Runner::emit)
       .def("begin_segment", [](Runner& r) { r.program.begin_segment(); })
-      .def("workspace_bytes", &Runner::workspace_bytes)
+      .def("begin_unit", [](Runner& r, int64_t rows) { r.program.begin_unit(rows); })
+      .def("end_unit", [](Runner& r) { r.program.end_unit(); })
+      .def("set_tuning", [](Runner& r, int64_t tiles_per_worker,
+                            int64_t block_rows) { r.program.set_tuning({tiles_per_worker, block_rows}); })
+      .def("workspace_bytes",
+           [](Runner& r, int64_t tokens, int64_t rows) { return r.program.workspace_bytes(tokens, rows); })
       .def("scratch_bytes",
-           [](Runner& r, int64_t vocab) { return r.program.scratch_bytes(vocab) * r.pool->size(); })
+           [](Runner& r, int64_t vocab, int64_t tokens, int64_t rows) {
+             return r.program.scratch_bytes(vocab, tokens, rows) * r.pool->size();
+           })
       .def("set_memory", &Runner::set_memory)
       .def("bind_step", &Runner::bind_step)
       .def("bind_sampling", &Runner::bind_sampling)

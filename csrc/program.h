@@ -1,5 +1,6 @@
 // A model lowered to a list of instructions over one arena; run() executes a whole step in one call.
 #pragma once
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,8 @@ enum class Op : int32_t {
   embed,
   rms_norm,
   layer_norm,
+  norm_prepare,
+  norm_add,
   add,
   scale,
   softcap,
@@ -21,6 +24,7 @@ enum class Op : int32_t {
   act_mul,
   rope,
   kv_write,
+  qkv_write,
   attention,
   take_rows,
   top_k_experts,
@@ -30,17 +34,32 @@ enum class Op : int32_t {
 // Which of the step's counts an instruction's rows follow.
 enum class Rows : int32_t { tokens, sampled };
 
-// Offsets are bytes into the arena. What the fields mean per op stands beside its body in program.cpp.
+// Where a linear instruction finds its activations.
+enum class Source : int32_t { floats, workspace, prepared };
+
+// Offsets are bytes into the arena. What the fields mean per op stands beside its body in ops.cpp.
+// in_row, out_row: bytes from one row to the next where the operand holds every row of the step; 0 where it
+// holds the rows of the running tile only (a value inside a unit).
 struct Instruction {
   Op op;
   Rows rows;
-  int64_t in[4];
-  int64_t out[2];
-  int32_t weights[4];
+  int64_t in[4], in_row[4];
+  int64_t out[2], out_row[2];
+  int32_t weights[8];
   int64_t ints[8];
   double reals[4];
   // Receipt.
   int64_t calls = 0, nanoseconds = 0, rows_done = 0;
+};
+
+// Instructions [first, last) of a segment, run from first to last over at most `rows` rows before the next.
+struct Unit {
+  int64_t first, last, rows;
+};
+
+struct Segment {
+  std::vector<Instruction> instructions;
+  std::vector<Unit> units;  // in order, disjoint
 };
 
 // One layer's keys and values.
@@ -64,6 +83,12 @@ struct StepCounts {
   int64_t tokens, spans, rows, table_stride;  // table_stride: entries of `tables` per group
 };
 
+// How work is cut; no choice changes a bit of any result.
+struct Tuning {
+  int64_t tiles_per_worker = 6;  // of a linear layer: more even out cores of unequal speed, fewer cost less
+  int64_t block_rows = 256;      // rows that share one sweep over a layer's weights
+};
+
 class Program {
  public:
   Program(const Kernels* kernels, std::shared_ptr<Pool> pool);
@@ -73,21 +98,24 @@ class Program {
   int32_t add_kv(const KvLayer& layer);
   void set_arena(uint8_t* arena) { arena_ = arena; }
   void set_workspace(uint8_t* workspace) { workspace_ = workspace; }
-  void emit(const Instruction& instruction) { segments_.back().push_back(instruction); }
+  void set_tuning(const Tuning& tuning) { tuning_ = tuning; }
+  void emit(const Instruction& instruction) { segments_.back().instructions.push_back(instruction); }
   // Later instructions form a new segment; run() executes segments [first, last).
   void begin_segment() { segments_.emplace_back(); }
-  // Bytes of scratch that each worker needs, over all instructions emitted so far.
-  int64_t scratch_bytes(int64_t vocab) const;
-  void set_scratch(uint8_t* scratch, int64_t bytes_per_worker);
+  // The instructions emitted between the two run as one unit over tiles of at most `rows` rows.
+  void begin_unit(int64_t rows);
+  void end_unit();
 
-  // Bytes of shared workspace an instruction needs for at most `rows` rows.
-  int64_t workspace_bytes(const Instruction& instruction, int64_t rows) const;
+  // Bytes for steps of at most so many rows: shared workspace, and scratch of each worker.
+  int64_t workspace_bytes(int64_t tokens, int64_t sampled) const;
+  int64_t scratch_bytes(int64_t vocab, int64_t tokens, int64_t sampled) const;
+  void set_scratch(uint8_t* scratch, int64_t bytes_per_worker);
 
   void run(const StepBuffers& buffers, const StepCounts& counts, int64_t first_segment, int64_t last_segment);
   // Chooses tokens for the step's sampled rows from the logits at this arena offset.
   void sample(const StepBuffers& buffers, int64_t rows, int64_t logits_offset);
 
-  std::vector<std::vector<Instruction>>& segments() { return segments_; }
+  const std::vector<Segment>& segments() const { return segments_; }
   const Kernels& kernels() const { return *kernels_; }
   Pool& pool() { return *pool_; }
 
@@ -96,29 +124,82 @@ class Program {
     PackedWeight packed;
     const float* vector;
   };
-  void execute(const Instruction& instruction, const StepBuffers& buffers, const StepCounts& counts);
-  void linear(const Instruction& in, int64_t m);
-  void attend(const Instruction& in, const StepBuffers& buffers, const StepCounts& counts);
-  void write_kv(const Instruction& in, const StepBuffers& buffers, const StepCounts& counts);
-  void experts(const Instruction& in, int64_t m);
+  // The rows an instruction works on now, and the spans that lie in them, counted from the first.
+  struct Window {
+    int64_t first, count;
+    const Span* spans;
+    int64_t span_count;
+  };
+
+  void run_unit(Segment& segment, const Unit& unit, const StepBuffers& buffers, const StepCounts& counts);
+  void timed(Instruction& in, const Window& window, const StepBuffers& buffers, const StepCounts& counts);
+  void execute(const Instruction& in, const Window& window, const StepBuffers& buffers,
+               const StepCounts& counts);
+  void prepare(const Instruction& in, const Window& w);
+  void norm_prepare(const Instruction& in, const Window& w);
+  void linear(const Instruction& in, const Window& w);
+  void write_kv(const Instruction& in, const Window& w, const StepBuffers& buffers, const StepCounts& counts);
+  void write_qkv(const Instruction& in, const Window& w, const StepBuffers& buffers,
+                 const StepCounts& counts);
+  void attend(const Instruction& in, const Window& w, const StepBuffers& buffers, const StepCounts& counts);
+  void experts(const Instruction& in, const Window& w);
+
+  int64_t panels_per_tile(int64_t panels, int64_t rows, bool gated) const;
+  int64_t instruction_workspace(const Instruction& in, int64_t rows) const;
+  int64_t instruction_scratch(const Instruction& in, int64_t rows) const;
+  // What fn(instruction, most rows it runs over) gives at most.
+  template <class F>
+  int64_t most(int64_t tokens, int64_t sampled, F&& fn) const;
 
   template <class T = float>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(arena_ + offset);
+  T* input(const Instruction& in, int i, const Window& w) const {
+    return reinterpret_cast<T*>(arena_ + in.in[i] + w.first * in.in_row[i]);
   }
-  void* scratch(int worker) const { return scratch_ + worker * scratch_stride_; }
+  template <class T = float>
+  T* output(const Instruction& in, int i, const Window& w) const {
+    return reinterpret_cast<T*>(arena_ + in.out[i] + w.first * in.out_row[i]);
+  }
+  const float* vector(const Instruction& in, int i) const {
+    return in.weights[i] < 0 ? nullptr : weights_[in.weights[i]].vector;
+  }
+  uint8_t* scratch(int worker) const { return scratch_ + worker * scratch_stride_; }
+  // body(r0, r1, worker) over row ranges that are worth waking a thread for.
   template <class F>
   void over_rows(int64_t rows, int64_t work_per_row, F&& body);
+  // body(span, r0, r1, worker): rows [r0, r1) of a span, relative to it, at most `step` (a multiple of 16
+  // slots wherever the span allows it).
+  template <class F>
+  void over_spans(const Window& w, int64_t work_per_row, F&& body);
 
   const Kernels* kernels_;
   std::shared_ptr<Pool> pool_;
+  Tuning tuning_;
   std::vector<Weight> weights_;
   std::vector<KvLayer> kv_;
-  std::vector<std::vector<Instruction>> segments_;
+  std::vector<Segment> segments_;
+  std::vector<Span> clipped_;  // spans of the running tile
   uint8_t* arena_ = nullptr;
   uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;
   int64_t scratch_stride_ = 0;
 };
+
+// ---- shared by the bodies of the ops ---------------------------------------------------------------
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
+
+constexpr int64_t kTileWork = 16384;  // elements below which waking another thread costs more than it saves
+
+// Rows [r0, r1) of prepared activations.
+Activations rows_of(const Activations& a, const PackedWeight& w, int64_t r0, int64_t r1);
+
+template <class F>
+void Program::over_rows(int64_t rows, int64_t work_per_row, F&& body) {
+  const int64_t step = std::max<int64_t>(1, kTileWork / std::max<int64_t>(1, work_per_row));
+  pool_->parallel(ceil_div(rows, step), [&](int64_t tile, int worker) {
+    body(tile * step, std::min(rows, (tile + 1) * step), worker);
+  });
+}
 
 }  // namespace gossamer

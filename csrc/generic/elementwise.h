@@ -65,3 +65,15 @@ inline void activation(Act act, const float* x, float* y, int64_t i0, int64_t i1
 inline void act_mul(Act act, const float* gate, const float* up, float* y, int64_t i0, int64_t i1) {
   with_act(act, [=](auto a) { map(gate, up, y, i0, i1, [a](vf g, vf u) { return a(g) * u; }); });
 }
+
+// One row at a time: a tile's rows lie apart.
+inline void finish(const Finish& f, float* out, int64_t ldo, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++) {
+    float* y = out + r * ldo;
+    if (f.gate)
+      act_mul(Act(f.act), f.gate + r * f.ldg, y, y, 0, columns);
+    else if (f.act >= 0)
+      activation(Act(f.act), y, y, 0, columns);
+    if (f.residual) add(f.residual + r * f.ldr, y, y, 0, columns);
+  }
+}

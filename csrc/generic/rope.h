@@ -1,11 +1,12 @@
 // Rotary embedding in the half-split layout. Angles are computed once per row and shared by its heads.
 
-inline void rope(const float* x, const int32_t* positions, const float* inv_freq, float magnitude, float* y,
-                 int64_t heads, int64_t head_dim, int64_t rotary, int64_t r0, int64_t r1) {
-  const int64_t half = rotary / 2, ld = heads * head_dim;
+inline void rope(const float* x, int64_t ldx, const int32_t* positions, const float* inv_freq,
+                 float magnitude, float* y, int64_t ldy, int64_t heads, int64_t head_dim, int64_t rotary,
+                 int64_t r0, int64_t r1) {
+  const int64_t half = rotary / 2;
   for (int64_t r = r0; r < r1; r++) {
-    const float* from = x + r * ld;
-    float* to = y + r * ld;
+    const float* from = x + r * ldx;
+    float* to = y + r * ldy;
     const vf position = set1(float(positions[r]));
     for (int64_t i = 0; i < half; i += 16) {
       const int64_t n = half - i < 16 ? half - i : 16;

@@ -30,6 +30,7 @@ static void fill_generic(Kernels& table) {
   table.softcap = generic::softcap;
   table.activation = generic::activation;
   table.act_mul = generic::act_mul;
+  table.finish = generic::finish;
   table.rope = generic::rope;
   table.kv_write = generic::kv_write;
   table.attention = generic::attention;

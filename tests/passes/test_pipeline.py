@@ -30,9 +30,13 @@ CONFIG = {
 }
 
 
+def unfused(**options: object) -> EngineConfig:
+    return EngineConfig(model="m", operator_fusion=None, layer_fusion=None, **options)  # type: ignore[arg-type]
+
+
 def test_nothing_asked_nothing_changed() -> None:
     graph = build_graph(CONFIG)
-    after, ran = run_passes(graph, EngineConfig(model="m"))
+    after, ran = run_passes(graph, unfused())
     assert ran == []
     assert after == graph
 
@@ -41,7 +45,7 @@ def test_nothing_asked_nothing_changed() -> None:
     ("text", "format", "group"), [("int8", "int8", 0), ("int4", "int4", 32), ("int4-g64", "int4", 64)]
 )
 def test_quantization_takes_every_matrix_but_the_routers(text: str, format: str, group: int) -> None:
-    config = EngineConfig(model="m", quantization=Quantization.parse(text))
+    config = unfused(quantization=Quantization.parse(text))
     graph, ran = run_passes(build_graph(CONFIG), config)
     assert ran == ["quantization"]
     for name, weight in graph.weights.items():
@@ -51,7 +55,7 @@ def test_quantization_takes_every_matrix_but_the_routers(text: str, format: str,
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_mixed_precision_keeps_norms_in_fp32(dtype: str) -> None:
-    config = EngineConfig(model="m", mixed_precision=MixedPrecision(dtype=dtype))  # type: ignore[arg-type]
+    config = unfused(mixed_precision=MixedPrecision(dtype=dtype))  # type: ignore[arg-type]
     graph, ran = run_passes(build_graph(CONFIG), config)
     assert ran == ["mixed_precision"]
     assert {w.format for w in graph.weights.values() if len(w.shape) == 1} == {"f32"}

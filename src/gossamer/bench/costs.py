@@ -13,6 +13,7 @@ from gossamer.backends.cpu.formats import KV_ITEM
 from gossamer.backends.cpu.packing import layout
 from gossamer.graph.ir import Graph, R
 from gossamer.graph.ops.base import node_cost
+from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
 __all__ = ["ExpertBytes", "StepCosts", "step_costs"]
 
@@ -69,11 +70,11 @@ def step_costs(graph: Graph, kv_dtype: str) -> StepCosts:
     lookups = 0.0
     experts = []
     for node in graph.nodes:
-        if node.op in ("linear", "experts"):
+        if node.op in LINEAR_OPS or node.op == "experts":
             by_row = graph.values[node.outputs[0]].shape[0] == R
             macs["R" if by_row else "T"] += sum(node_cost(graph, node).flops.values()) / 2
-        if node.op == "linear":
-            matrices.add(node.weights[0])
+        if node.op in LINEAR_OPS:
+            matrices.update(matrix_weights(node))
         elif node.op == "embed":
             lookups += packed(node.weights[0]) / graph.weights[node.weights[0]].shape[0]
         elif node.op == "experts":

@@ -6,8 +6,10 @@ Presence of a technique's config means on, `None` means off; ablation is `replac
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.engine import EngineConfig
 from gossamer.config.hardware_kernels import HardwareKernels
+from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.operator_fusion import OperatorFusion
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.quantization import Quantization
@@ -17,8 +19,10 @@ __all__ = [
     "ContinuousBatching",
     "EngineConfig",
     "HardwareKernels",
+    "LayerFusion",
     "MemoryReuse",
     "MixedPrecision",
+    "OperatorFusion",
     "PagedAttention",
     "ParallelComputing",
     "Quantization",

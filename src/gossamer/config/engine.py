@@ -7,8 +7,10 @@ from typing import Literal, get_args
 
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.hardware_kernels import HardwareKernels
+from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.operator_fusion import OperatorFusion
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.quantization import Quantization
@@ -40,6 +42,8 @@ class EngineConfig:
 
     quantization: Quantization | None = None
     mixed_precision: MixedPrecision | None = None
+    operator_fusion: OperatorFusion | None = field(default_factory=OperatorFusion)
+    layer_fusion: LayerFusion | None = field(default_factory=LayerFusion)
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
     memory_reuse: MemoryReuse | None = field(default_factory=MemoryReuse)
     hardware_kernels: HardwareKernels | None = field(default_factory=HardwareKernels)

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from gossamer.graph.weights import WeightExpr
 
-__all__ = ["Block", "Dim", "Graph", "KVGroup", "Node", "R", "S", "Shape", "T", "Value", "Weight"]
+__all__ = ["Block", "Dim", "Graph", "KVGroup", "Node", "R", "S", "Shape", "T", "Unit", "Value", "Weight"]
 
-DType = Literal["f32", "f16", "bf16", "i32", "kv"]
+DType = Literal["f32", "f16", "bf16", "i32", "kv", "prepared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ Shape = tuple[int | Dim, ...]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that flows between nodes. dtype "kv" marks the handle of a layer's written KV."""
+    """A tensor that flows between nodes. dtype "kv" marks the handle of a layer's written KV, "prepared"
+    activations in the form that the kernels of a weight format read."""
 
     name: str
     shape: Shape
@@ -51,7 +52,7 @@ class Weight:
 
     format: "f32", "f16", "bf16", "int8", "int4" - how a backend stores it (passes rewrite this; families
     always say "f32"); group: quantization group along the last axis (0: one scale per output row).
-    Only weights that `linear`, `embed` and `experts` read may be stored in another format than f32.
+    Only weights that linear ops, `embed` and `experts` read may be stored in another format than f32.
     """
 
     name: str
@@ -106,6 +107,16 @@ class Block:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Nodes [first, last) that run as one: over tiles of rows, from the first node to the last before the
+    next tile, so that values only they read are never stored for all tokens."""
+
+    scope: str
+    first: int
+    last: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
     """A whole model.
@@ -114,6 +125,7 @@ class Graph:
     outputs: name -> value name; "logits" [R, vocab] always; "hidden.<layer>" where tapped.
     nodes: in execution order. kv_groups: in block-table order. max_positions: longest context the
     model was made for; reach: the longest that its positions can serve (a rotary scaling stretches it).
+    units: made by layer fusion, in order, disjoint; a pass that changes nodes runs before it.
     """
 
     name: str
@@ -129,6 +141,7 @@ class Graph:
     values: Mapping[str, Value]
     weights: Mapping[str, Weight]
     kv_groups: tuple[KVGroup, ...]
+    units: tuple[Unit, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("outputs", "values", "weights"):
@@ -177,6 +190,13 @@ class Graph:
             if scope:
                 yield self._block(scope, start, stop)
             start = stop
+
+    def inner(self, unit: Unit) -> frozenset[str]:
+        """Values that only the nodes of a unit give and read."""
+        nodes = self.nodes[unit.first : unit.last]
+        outside = {v for node in (*self.nodes[: unit.first], *self.nodes[unit.last :]) for v in node.inputs}
+        outside |= set(self.outputs.values())
+        return frozenset(out for node in nodes for out in node.outputs if out not in outside)
 
     def _block(self, scope: str, start: int, stop: int) -> Block:
         nodes = self.nodes[start:stop]

@@ -25,11 +25,24 @@ def graph_text(graph: Graph, *, scope: str | None = None) -> str:
             continue
         if node.scope != current:
             current = node.scope
-            lines.append(f"\n[{current or 'model'}]")
+            lines.append(f"\n[{current or 'model'}]{_unit(graph, current)}")
         lines.append(f"  {_node(graph, node)}")
     lines.append("")
     lines.extend(f"output {name} = {value}" for name, value in graph.outputs.items())
     return "\n".join(lines)
+
+
+def _unit(graph: Graph, scope: str) -> str:
+    """What layer fusion made of a block."""
+    for unit in graph.units:
+        if unit.scope == scope:
+            inner = graph.inner(unit)
+            values = [v for n in graph.nodes[unit.first : unit.last] for v in n.outputs]
+            tiled, whole = (
+                ", ".join(_local(v, scope) for v in values if (v in inner) is kind) for kind in (True, False)
+            )
+            return f"  one unit: {tiled} exist for a tile of rows; {whole} for every token"
+    return ""
 
 
 def _node(graph: Graph, node: Node) -> str:

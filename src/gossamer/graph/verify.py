@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from gossamer.errors import GraphError
-from gossamer.graph.ir import Graph, KVGroup, Node
+from gossamer.graph.ir import Graph, KVGroup, Node, T
 from gossamer.graph.ops import get_op
+from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
 __all__ = ["verify"]
 
-_QUANTIZABLE = {"linear", "embed", "experts"}
+_QUANTIZABLE = {*LINEAR_OPS, "embed", "experts"}
+_WRITES_KV = {"kv_write": 0, "qkv_write": 1}  # op -> which output is the handle
 
 
 def verify(graph: Graph) -> None:
@@ -23,6 +25,7 @@ def verify(graph: Graph) -> None:
         _check_names(graph, node, known)
         _check_signature(graph, node)
         _check_kv(graph, node, layer_of)
+        _check_prepared(graph, node)
         known.update(node.outputs)
         used_weights.update(node.weights)
     if "logits" not in graph.outputs:
@@ -34,6 +37,7 @@ def verify(graph: Graph) -> None:
         raise GraphError(f"weights that no node reads: {', '.join(sorted(unused)[:5])}")
     if unknown := set(graph.values) - known:
         raise GraphError(f"values that no node gives: {', '.join(sorted(unknown)[:5])}")
+    _check_units(graph)
     grouped = [layer for group in graph.kv_groups for layer in group.layers]
     if sorted(grouped) != sorted(layer_of.values()):
         raise GraphError(f"KV groups hold layers {grouped}, the nodes write {sorted(layer_of.values())}")
@@ -85,20 +89,50 @@ def _check_signature(graph: Graph, node: Node) -> None:
 def _check_kv(graph: Graph, node: Node, layer_of: dict[str, int]) -> None:
     """A layer writes its KV once, as its group says, and attention reads what its own layer wrote."""
     place = _place(node)
-    if node.op == "kv_write":
-        layer, width = node.attrs["layer"], graph.values[node.inputs[0]].shape[1]
+    if node.op in _WRITES_KV:
+        handle = node.outputs[_WRITES_KV[node.op]]
+        layer, width = node.attrs["layer"], graph.values[handle].shape[1]
         if layer in layer_of.values():
             raise GraphError(f"layer {layer} writes its KV twice (at {node.outputs[0]})")
         group = _group(graph, layer)
         if (node.attrs["head_dim"], width) != (group.head_dim, group.kv_heads * group.head_dim):
             raise GraphError(f"{place} writes width {width} into {group.name}: {group.kv_heads} heads")
-        layer_of[node.outputs[0]] = layer
+        layer_of[handle] = layer
     if node.op == "attention":
         layer = node.attrs["layer"]
         if layer_of[node.inputs[1]] != layer:
             raise GraphError(f"{place} of layer {layer} reads the KV of layer {layer_of[node.inputs[1]]}")
         if node.attrs["window"] != _group(graph, layer).window:
             raise GraphError(f"{place} has window {node.attrs['window']}, its KV group another")
+
+
+def _check_prepared(graph: Graph, node: Node) -> None:
+    """Prepared activations go to linear ops whose weights are stored in the format they were made for."""
+    for i, value in enumerate(node.inputs):
+        if graph.values[value].dtype != "prepared":
+            continue
+        if node.op not in LINEAR_OPS or i != 0:
+            raise GraphError(f"{_place(node)} reads {value!r}, which is prepared for a linear layer")
+        attrs = graph.producers()[value].attrs
+        for name in matrix_weights(node):
+            weight = graph.weights[name]
+            if (weight.format, weight.group) != (attrs["format"], attrs["group"]):
+                raise GraphError(
+                    f"{_place(node)} reads {value!r}, prepared for {attrs['format']} of group "
+                    f"{attrs['group']}; {name} is {weight.format} of group {weight.group}"
+                )
+
+
+def _check_units(graph: Graph) -> None:
+    """Units are disjoint and in order, follow the tokens of the step, and nothing inner leaves them."""
+    end = 0
+    for unit in graph.units:
+        if not end <= unit.first < unit.last <= len(graph.nodes):
+            raise GraphError(f"unit {unit.scope}: nodes {unit.first} to {unit.last} after {end}")
+        end = unit.last
+        for node in graph.nodes[unit.first : unit.last]:
+            if any(graph.values[v].shape[0] != T for v in (*node.inputs, *node.outputs)):
+                raise GraphError(f"unit {unit.scope}: {_place(node)} does not follow the step's tokens")
 
 
 def _group(graph: Graph, layer: int) -> KVGroup:

@@ -7,15 +7,15 @@ Neural Net Inference, 2020).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gossamer.graph.ir import Graph, Shape
+from gossamer.graph.ir import Graph, Value
 
-__all__ = ["ArenaPlan", "Interval", "intervals", "plan_arena"]
+__all__ = ["ArenaPlan", "Interval", "SizeOf", "intervals", "plain_size", "plan_arena"]
 
 _ALIGN = 64
-_ITEM = 4  # every intermediate is fp32 or int32
+_ITEM = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +37,63 @@ class ArenaPlan:
     separate: int
 
 
-def intervals(graph: Graph, counts: Mapping[str, int]) -> list[Interval]:
+SizeOf = Callable[[Value, int], int]
+"""Bytes of a value of so many rows."""
+
+
+def plain_size(value: Value, rows: int) -> int:
+    """Bytes of a value that is stored as 32-bit words."""
+    size = _ITEM * rows
+    for extent in value.shape[1:]:
+        assert isinstance(extent, int)
+        size *= extent
+    return size
+
+
+def intervals(
+    graph: Graph, counts: Mapping[str, int], *, unit_rows: int | None = None, size_of: SizeOf = plain_size
+) -> list[Interval]:
     """Liveness of every intermediate at these most values of T, S and R. Outputs live to the end; KV
-    handles and graph inputs need no bytes here."""
+    handles and graph inputs need no bytes here.
+
+    Inside a unit values hold unit_rows rows at most (None: as many as the step). Its nodes run again for
+    every tile, so a value of all rows lives through every unit that touches it.
+    """
     end = len(graph.nodes)
     last = dict.fromkeys(graph.outputs.values(), end)
     for index, node in enumerate(graph.nodes):
-        for value in node.inputs:
-            last[value] = max(last.get(value, 0), index)
+        for name in node.inputs:
+            last[name] = max(last.get(name, 0), index)
+    unit_of = {i: unit for unit in graph.units for i in range(unit.first, unit.last)}
+    inner = {name for unit in graph.units for name in graph.inner(unit)}
     found = []
     for index, node in enumerate(graph.nodes):
-        for value in node.outputs:
-            if graph.values[value].dtype != "kv":
-                size = _bytes(graph.values[value].shape, counts)
-                found.append(Interval(value, size, index, last.get(value, index)))
+        for name in node.outputs:
+            value = graph.values[name]
+            if value.dtype == "kv":
+                continue
+            dim = value.shape[0]
+            rows = dim if isinstance(dim, int) else counts[dim.name]
+            begin, until = index, last.get(name, index)
+            if name in inner:
+                rows = min(rows, unit_rows or rows)
+            else:
+                begin = unit_of[begin].first if begin in unit_of else begin
+                until = unit_of[until].last - 1 if until in unit_of else until
+            found.append(Interval(name, _aligned(size_of(value, rows)), begin, until))
     return found
 
 
-def plan_arena(graph: Graph, counts: Mapping[str, int], *, reuse: bool = True) -> ArenaPlan:
+def plan_arena(
+    graph: Graph,
+    counts: Mapping[str, int],
+    *,
+    reuse: bool = True,
+    unit_rows: int | None = None,
+    size_of: SizeOf = plain_size,
+) -> ArenaPlan:
     """Offsets of all intermediates. reuse False gives each its own bytes (the baseline)."""
-    lives = intervals(graph, counts)
+    lives = intervals(graph, counts, unit_rows=unit_rows, size_of=size_of)
     separate = sum(life.bytes for life in lives)
     offsets: dict[str, int] = {}
     top = 0
@@ -80,8 +117,5 @@ def plan_arena(graph: Graph, counts: Mapping[str, int], *, reuse: bool = True) -
     return ArenaPlan(offsets, top, separate)
 
 
-def _bytes(shape: Shape, counts: Mapping[str, int]) -> int:
-    size = _ITEM
-    for extent in shape:
-        size *= extent if isinstance(extent, int) else counts[extent.name]
+def _aligned(size: int) -> int:
     return (size + _ALIGN - 1) // _ALIGN * _ALIGN

@@ -8,13 +8,18 @@ from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph
 from gossamer.graph.verify import verify
-from gossamer.passes import mixed_precision, quantization
+from gossamer.passes import layer_fusion, mixed_precision, operator_fusion, quantization
 from gossamer.passes.base import Pass
 
 __all__ = ["PASSES", "pass_names", "run_passes"]
 
 
-PASSES: tuple[Pass, ...] = (mixed_precision.PASS, quantization.PASS)
+PASSES: tuple[Pass, ...] = (
+    mixed_precision.PASS,
+    quantization.PASS,
+    operator_fusion.PASS,
+    layer_fusion.PASS,
+)
 
 
 def pass_names() -> list[str]:

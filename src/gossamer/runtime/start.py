@@ -106,6 +106,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             isa="scalar" if config.hardware_kernels is None else choose_isa(config.hardware_kernels.isa),
             threads=1 if config.parallel_computing is None else config.parallel_computing.threads or 0,
             reuse=config.memory_reuse is not None,
+            unit_rows=None if config.layer_fusion is None else config.layer_fusion.rows,
             memory_budget=budget,
             cache_dir=cache_directory() / "packed" if config.weight_cache else None,
             progress=progress,

@@ -1,4 +1,4 @@
-"""Graph -> native instructions. Each op's operands stand beside its body in csrc/program.cpp."""
+"""Graph -> native instructions. Each op's operands stand beside its body in csrc/ops.cpp."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from dataclasses import dataclass, field
 from gossamer import _native
 from gossamer.errors import GraphError
 from gossamer.graph.ir import Graph, Node, R
+from gossamer.graph.ops.fused import LINEAR_OPS, PREPARED_FORMATS, matrix_weights
 
 __all__ = ["Instruction", "Lowering", "lower"]
 
 _OPS = (
-    "prepare", "linear", "embed", "rms_norm", "layer_norm", "add", "scale", "softcap", "activation",
-    "act_mul", "rope", "kv_write", "attention", "take_rows", "top_k_experts", "experts",
+    "prepare", "linear", "embed", "rms_norm", "layer_norm", "norm_prepare", "norm_add", "add", "scale",
+    "softcap", "activation", "act_mul", "rope", "kv_write", "qkv_write", "attention", "take_rows",
+    "top_k_experts", "experts",
 )  # fmt: skip
 _ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-_PREPARED = {"bf16", "int8", "int4"}  # formats whose kernels do not read fp32 activations
+_SOURCES = {"floats": 0, "workspace": 1, "prepared": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One emitted instruction: the node it serves, its op, storage format and weights, for the receipt."""
+    """One emitted instruction: the node it serves, its op as the receipt names it, storage format and
+    weights."""
 
     node: str
     op: str
@@ -31,11 +34,14 @@ class Instruction:
 
 @dataclass(slots=True)
 class Lowering:
-    """State of one lowering: where values lie, which native index each weight has."""
+    """State of one lowering: where values lie, which of them hold a tile's rows only, which native index
+    each weight has."""
 
     graph: Graph
     program: _native.Program
     offsets: Mapping[str, int]
+    tiled: frozenset[str]
+    unit_rows: int
     matrices: Mapping[tuple[str, int], int]
     vectors: Mapping[str, int]
     kv_layers: Mapping[int, int]
@@ -53,20 +59,27 @@ class Lowering:
         ints: tuple[int, ...] = (),
         reals: tuple[float, ...] = (),
         reads: tuple[tuple[str, int], ...] = (),
+        name: str = "",
     ) -> None:
-        """Appends one native instruction. Its rows are those of its first output (or input)."""
+        """Appends one native instruction. Its rows are those of its first output (or input). name: what the
+        receipt calls it, where that is not the native op."""
         rows = self.graph.values[(node.outputs if op != "prepare" else node.inputs)[0]].shape[0]
         self.program.emit(
             _OPS.index(op),
             1 if rows == R else 0,
-            [self.offsets[v] for v in ins],
-            [self.offsets[v] for v in outs],
+            [self._operand(v) for v in ins],
+            [self._operand(v) for v in outs],
             list(weights),
             list(ints),
             list(reals),
         )
         stored = self.graph.weights[reads[0][0]].format if reads else "f32"
-        self.emitted.append(Instruction(node.outputs[0], op, stored, reads))
+        self.emitted.append(Instruction(node.outputs[0], name or op, stored, reads))
+
+    def _operand(self, value: str) -> tuple[int, int]:
+        """Arena offset, and bytes from one row to the next (0 where only a tile's rows are there)."""
+        whole = value not in self.tiled and self.graph.values[value].dtype != "prepared"
+        return self.offsets[value], 4 * self.width(value) if whole else 0
 
     def width(self, value: str) -> int:
         """Columns of a value."""
@@ -76,25 +89,56 @@ class Lowering:
 
 
 def lower(lowering: Lowering) -> None:
-    """Emits every node of the graph. Raises GraphError for an op without a native body."""
-    for node in lowering.graph.nodes:
+    """Emits every node of the graph, units as units. Raises GraphError for an op without a native body."""
+    graph = lowering.graph
+    first = {unit.first for unit in graph.units}
+    last = {unit.last for unit in graph.units}
+    for i, node in enumerate(graph.nodes):
         if node.op not in _LOWERINGS:
             raise GraphError(f"op {node.op!r} has no CPU kernel")
+        if i in last:
+            lowering.program.end_unit()
+        if i in first or i in last:
+            lowering.prepared = None  # the workspace holds a tile's rows, not the step's
+        if i in first:
+            lowering.program.begin_unit(lowering.unit_rows)
         _LOWERINGS[node.op](lowering, node)
+    if len(graph.nodes) in last:
+        lowering.program.end_unit()
 
 
 def _linear(l: Lowering, node: Node) -> None:
-    weight = l.graph.weights[node.weights[0]]
-    index = l.matrices[weight.name, 0]
-    if weight.format in _PREPARED:
+    names = matrix_weights(node)
+    parts = len(names)
+    weight = l.graph.weights[names[0]]
+    indices = tuple(l.matrices[name, 0] for name in names)
+    biases = tuple(l.vectors[name] for name in node.weights[parts:]) or (-1,) * parts
+    source = "floats"
+    if l.graph.values[node.inputs[0]].dtype == "prepared":
+        source = "prepared"
+    elif weight.format in PREPARED_FORMATS:
+        source = "workspace"
         # Projections of one input share its quantized form, which stays in the workspace.
         wanted = (node.inputs[0], weight.format, weight.group)
         if l.prepared != wanted:
-            l.emit(node, "prepare", ins=node.inputs, weights=(index,))
+            l.emit(node, "prepare", ins=node.inputs[:1], weights=indices[:1])
             l.prepared = wanted
-    bias = l.vectors[node.weights[1]] if len(node.weights) > 1 else -1
+    act = node.attrs.get("act")
     l.emit(
-        node, "linear", ins=node.inputs, outs=node.outputs, weights=(index, bias), reads=((weight.name, 0),)
+        node,
+        "linear",
+        ins=node.inputs,
+        outs=node.outputs,
+        weights=indices + biases,
+        ints=(
+            parts,
+            _SOURCES[source],
+            int(node.op == "gated_linear"),
+            -1 if act is None else _ACTS[act],
+            int(node.op == "linear_add"),
+        ),
+        reads=tuple((name, 0) for name in names),
+        name=node.op,
     )
 
 
@@ -124,6 +168,36 @@ def _norm(l: Lowering, node: Node) -> None:
     )
 
 
+def _norm_prepare(l: Lowering, node: Node) -> None:
+    readers = (n for n in l.graph.nodes if n.inputs and n.inputs[0] == node.outputs[0])
+    matrix = l.matrices[matrix_weights(next(readers))[0], 0]
+    layer_norm = node.op == "layer_norm_quantize"
+    gains = tuple(l.vectors[w] for w in node.weights)
+    l.emit(
+        node,
+        "norm_prepare",
+        ins=node.inputs,
+        outs=node.outputs,
+        weights=(*gains, *(() if layer_norm else (-1,)), matrix),
+        ints=(l.width(node.inputs[0]), int(layer_norm)),
+        reals=(node.attrs["eps"],),
+        name=node.op,
+    )
+
+
+def _norm_add(l: Lowering, node: Node) -> None:
+    l.emit(
+        node,
+        "norm_add",
+        ins=node.inputs,
+        outs=node.outputs,
+        weights=(l.vectors[node.weights[0]],),
+        ints=(l.width(node.inputs[0]),),
+        reals=(node.attrs["eps"],),
+        name=node.op,
+    )
+
+
 def _elementwise(l: Lowering, node: Node) -> None:
     ints = [l.width(node.inputs[0])]
     if "act" in node.attrs:
@@ -148,6 +222,23 @@ def _rope(l: Lowering, node: Node) -> None:
 
 def _kv_write(l: Lowering, node: Node) -> None:
     l.emit(node, "kv_write", ins=node.inputs, ints=(l.kv_layers[node.attrs["layer"]],))
+
+
+def _qkv_write(l: Lowering, node: Node) -> None:
+    a = node.attrs
+    constants = [l.vectors[w] for w in node.weights]
+    frequencies = constants.pop(0) if a["magnitude"] is not None else -1
+    gains = constants or [-1, -1]
+    rotary = 2 * l.graph.weights[node.weights[0]].shape[0] if a["magnitude"] is not None else 0
+    l.emit(
+        node,
+        "qkv_write",
+        ins=node.inputs[:1],
+        outs=node.outputs[:1],
+        weights=(frequencies, *gains),
+        ints=(l.kv_layers[a["layer"]], a["heads"], rotary),
+        reals=(a["magnitude"] or 0.0, a["eps"] or 0.0),
+    )
 
 
 def _attention(l: Lowering, node: Node) -> None:
@@ -192,10 +283,13 @@ def _experts(l: Lowering, node: Node) -> None:
 
 
 _LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
-    "linear": _linear,
+    **dict.fromkeys(LINEAR_OPS, _linear),
     "embed": _embed,
     "rms_norm": _norm,
     "layer_norm": _norm,
+    "rms_norm_quantize": _norm_prepare,
+    "layer_norm_quantize": _norm_prepare,
+    "rms_norm_add": _norm_add,
     "add": _elementwise,
     "scale": _elementwise,
     "softcap": _elementwise,
@@ -203,6 +297,7 @@ _LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "act_mul": _elementwise,
     "rope": _rope,
     "kv_write": _kv_write,
+    "qkv_write": _qkv_write,
     "attention": _attention,
     "take_rows": _take_rows,
     "top_k_experts": _top_k_experts,

@@ -17,8 +17,8 @@ from gossamer.backends.cpu.lower import Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.errors import ConfigError, MemoryBudgetError
-from gossamer.graph.ir import Graph
-from gossamer.passes.memory_reuse import plan_arena
+from gossamer.graph.ir import Graph, Value
+from gossamer.passes.memory_reuse import SizeOf, plain_size, plan_arena
 from gossamer.passes.quantization import auto_group
 from gossamer.passes.weight_formats import with_formats
 
@@ -90,6 +90,7 @@ class CpuProgram:
         isa: str,
         threads: int,
         reuse: bool = True,
+        unit_rows: int | None = None,
         memory_budget: int | None = None,
         cache_dir: Path | None = None,
         progress: Progress | None = None,
@@ -97,7 +98,13 @@ class CpuProgram:
         self.graph, self.shape, self.isa = graph, shape, isa
         self.pool = _start_pool(threads)
         self.threads = int(self.pool.size)
-        arena = plan_arena(graph, {"T": shape.tokens, "R": shape.rows, "S": shape.spans}, reuse=reuse)
+        arena = plan_arena(
+            graph,
+            {"T": shape.tokens, "R": shape.rows, "S": shape.spans},
+            reuse=reuse,
+            unit_rows=unit_rows,
+            size_of=_size_in(graph),
+        )
         self._offsets = arena.offsets
         places, block_bytes = layout(graph)
         kv_bytes = shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
@@ -113,6 +120,8 @@ class CpuProgram:
             graph=graph,
             program=self.program,
             offsets=arena.offsets,
+            tiled=frozenset(value for unit in graph.units for value in graph.inner(unit)),
+            unit_rows=unit_rows or shape.tokens,
             matrices=self._add_matrices(places),
             vectors={name: self.program.add_vector(v) for name, v in self._vectors.items()},
             kv_layers=self._add_kv(),
@@ -122,7 +131,7 @@ class CpuProgram:
         self._place_bytes = {key: p.data[1] + p.scales[1] for key, (_, p) in places.items()}
         workspace, scratch = (
             self.program.workspace_bytes(shape.tokens, shape.rows),
-            self.program.scratch_bytes(graph.vocab),
+            self.program.scratch_bytes(graph.vocab, shape.tokens, shape.rows),
         )
         self._make_step_arrays()
         self.memory = MemoryReport(
@@ -248,6 +257,20 @@ class CpuProgram:
                 )
             )
         return lines
+
+
+def _size_in(graph: Graph) -> SizeOf:
+    """Bytes of the graph's values in the native layout."""
+    producers = graph.producers()
+
+    def size_of(value: Value, rows: int) -> int:
+        if value.dtype != "prepared":
+            return plain_size(value, rows)
+        attrs, columns = producers[value.name].attrs, value.shape[1]
+        assert isinstance(columns, int)
+        return int(_native.activation_bytes(FORMATS[attrs["format"]], attrs["group"], rows, columns))
+
+    return size_of
 
 
 def _start_pool(threads: int) -> _native.Pool:

@@ -23,6 +23,7 @@ from gossamer.graph.ops import get_op
 from gossamer.graph.ops.attention import KVState, SpanRows
 from gossamer.graph.ops.base import Reference
 from gossamer.graph.ops.formats import round_activations, round_weight
+from gossamer.graph.ops.fused import LINEAR_OPS, PREPARED_FORMATS
 from gossamer.graph.ops.rope import rope_tables, rotate
 from gossamer.graph.weights import Constant
 
@@ -163,17 +164,22 @@ class ReferenceModel(nn.Module):
         nodes: list[Node] = []
         needed = set(wanted)
         for node in reversed(self.graph.nodes):
-            if needed.intersection(node.outputs) or (node.op == "kv_write" and not cache_free):
+            if needed.intersection(node.outputs) or (node.op in ("kv_write", "qkv_write") and not cache_free):
                 nodes.append(node)
                 needed.update(node.inputs)
         last = {value: node for node in reversed(nodes) for value in (*node.outputs, *node.inputs)}
         for node in reversed(nodes):
             dead = {v for v in (*node.inputs, *node.outputs) if last[v] is node and v not in wanted}
             places = tuple(self._places[w] for w in node.weights)
-            stored = self.graph.weights[node.weights[0]] if node.op == "linear" else None
-            if stored is not None and stored.format == "f32":
-                stored = None
+            stored = self._seen_through(node)
             yield _Step(node, get_op(node.op).reference, places, stored, tuple(dead))
+
+    def _seen_through(self, node: Node) -> Weight | None:
+        """The weight whose format decides how a linear op sees its input; None where it sees it as it is."""
+        if node.op not in LINEAR_OPS or self.graph.values[node.inputs[0]].dtype == "prepared":
+            return None
+        weight = self.graph.weights[node.weights[0]]
+        return weight if weight.format in PREPARED_FORMATS else None
 
     def _run(self, steps: tuple[_Step, ...], values: dict[str, Any], kv: KVState) -> None:
         # Queries and keys of layers with the same frequencies turn by the same angles.

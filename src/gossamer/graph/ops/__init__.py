@@ -1,6 +1,6 @@
 """The op table: one file per family of ops."""
 
-from gossamer.graph.ops import attention, elementwise, experts, linear, norm, rope, rows
+from gossamer.graph.ops import attention, elementwise, experts, fused, linear, norm, rope, rows
 from gossamer.graph.ops.base import OPS, Cost, Op, get_op, node_cost, weight_bytes
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "attention",
     "elementwise",
     "experts",
+    "fused",
     "get_op",
     "linear",
     "node_cost",
