@@ -158,7 +158,8 @@ def flat(values: list[Any]) -> list[Any]:
     return [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
-@pytest.mark.parametrize("op", CALLS)
+# Rounding to integers has no slope to compare with.
+@pytest.mark.parametrize("op", [op for op in CALLS if not op.endswith("_quantize")])
 def test_gradients_agree_with_finite_differences(op: str) -> None:
     torch = pytest.importorskip("torch")
     from gossamer.graph.ops.attention import KVState, SpanRows
