@@ -9,6 +9,7 @@ import typer
 
 from gossamer.cli.options import flag
 from gossamer.cli.sizes import parse_size
+from gossamer.config.operator_fusion import RULES as FUSION_RULES
 from gossamer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +66,17 @@ class EngineFlags:
         help="Contiguous KV: every sequence reserves --max-model-len.")] = False
     no_memory_reuse: Annotated[bool, flag(
         "--no-memory-reuse", panel=_MEMORY, help="One buffer per intermediate, no shared arena.")] = False
+    no_operator_fusion: Annotated[bool, flag(
+        "--no-operator-fusion", panel=_MACHINE, help="Run every op by itself.")] = False
+    no_fusion_rule: Annotated[list[str] | None, flag(
+        "--no-fusion-rule", panel=_MACHINE, metavar="NAME",
+        help=f"Leave out one fusion rule: {', '.join(FUSION_RULES)}. Repeatable.")] = None
+    no_layer_fusion: Annotated[bool, flag(
+        "--no-layer-fusion", panel=_MACHINE,
+        help="Run each op over all tokens of a step instead of whole blocks over tiles of them.")] = False
+    layer_fusion_rows: Annotated[int | None, flag(
+        "--layer-fusion-rows", panel=_MACHINE, metavar="TOKENS",
+        help="Tokens that go through a whole block at a time.")] = None
     max_num_seqs: Annotated[int | None, flag(
         "--max-num-seqs", "-np", panel=_BATCHING, metavar="N", help="Most sequences running at once.")] = None
     max_num_batched_tokens: Annotated[int | None, flag(
@@ -109,6 +121,7 @@ class EngineFlags:
             options["paged_attention"] = None
         if self.no_memory_reuse:
             options["memory_reuse"] = None
+        options |= self._fusion()
         if self.static_batching is not None:
             options |= self._static()
         return engine_config(
@@ -125,6 +138,18 @@ class EngineFlags:
             backend=self.backend,
             **options,
         )
+
+    def _fusion(self) -> dict[str, Any]:
+        from gossamer.config import LayerFusion, OperatorFusion
+
+        if self.no_operator_fusion and self.no_fusion_rule:
+            raise ConfigError("--no-operator-fusion leaves out every rule; leave out --no-fusion-rule")
+        if self.no_layer_fusion and self.layer_fusion_rows is not None:
+            raise ConfigError("--no-layer-fusion has no tiles; leave out --layer-fusion-rows")
+        without = tuple(self.no_fusion_rule or ())
+        operators = None if self.no_operator_fusion else OperatorFusion(without=without)
+        rows = LayerFusion() if self.layer_fusion_rows is None else LayerFusion(rows=self.layer_fusion_rows)
+        return {"operator_fusion": operators, "layer_fusion": None if self.no_layer_fusion else rows}
 
     def _static(self) -> dict[str, Any]:
         from gossamer.config import StaticBatching

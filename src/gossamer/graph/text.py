@@ -37,7 +37,8 @@ def _unit(graph: Graph, scope: str) -> str:
     for unit in graph.units:
         if unit.scope == scope:
             inner = graph.inner(unit)
-            values = [v for n in graph.nodes[unit.first : unit.last] for v in n.outputs]
+            given = (v for n in graph.nodes[unit.first : unit.last] for v in n.outputs)
+            values = [v for v in given if graph.values[v].dtype != "kv"]
             tiled, whole = (
                 ", ".join(_local(v, scope) for v in values if (v in inner) is kind) for kind in (True, False)
             )
