@@ -7,6 +7,8 @@
 //   kBlock           inputs per L1 block (a multiple of every group)
 //   tile<MR, P>(t)   adds inputs [t.k0, t.k1) to MR rows x P panels; partial sums travel through t.acc
 //   Narrow           the variant that reads packed panels once, for few rows (F where nothing is unpacked)
+//   kStreamRows      up to so many rows Narrow takes one panel at a time: one stream from memory per thread
+//                    goes faster than two, where arithmetic leaves the time for it
 //   kUnpackedBytes   0, or bytes per input and panel that unpack(w, panel, k0, k1, to) writes
 // A value depends on the order of the inputs alone, which is the same in all of these.
 #pragma once
@@ -94,10 +96,11 @@ void linear_narrow(Tile t, int64_t p0, int64_t p1) {
   const PackedWeight& w = *t.w;
   const int64_t bytes = input_bytes(w.format), panel_bytes = w.k_pad * bytes;
   const int64_t blocks = ceil_div(t.act->m, F::kRows);
+  const int64_t side_by_side = t.act->m <= F::kStreamRows ? 1 : F::kPanels;
   t.b_panel = t.ahead_panel = panel_bytes;
   t.ahead_step = F::kUnit * bytes;
-  for (int64_t p = p0; p < p1; p += F::kPanels) {
-    const int64_t panels = smaller(F::kPanels, p1 - p);
+  for (int64_t p = p0; p < p1; p += side_by_side) {
+    const int64_t panels = smaller(side_by_side, p1 - p);
     t.panel = p;
     for (int64_t i = 0; i < blocks; i++) {
       t.row = t.act->m * i / blocks;

@@ -71,7 +71,7 @@ struct CodecInt4 : CodecInt8 {
 // Weights either packed, and decoded for every block of rows, or unpacked to floats before.
 template <class Codec, bool Unpacked>
 struct Plain {
-  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int kRows = 4, kPanels = 1, kStreamRows = 0;
   static constexpr int64_t kUnit = Codec::kUnit, kBlock = kRun, kUnpackedBytes = 64;
   using Narrow = Plain<Codec, false>;
   using Sum = typename Codec::Sum;

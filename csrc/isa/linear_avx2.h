@@ -117,7 +117,7 @@ struct DotInt8 {
 // Formats whose partial sums are plain accumulators all along K.
 template <class Dot, int Rows, int Panels>
 struct Direct {
-  static constexpr int kRows = Rows, kPanels = Panels;
+  static constexpr int kRows = Rows, kPanels = Panels, kStreamRows = 0;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 128 * kUnit, kUnpackedBytes = 0;
   using Narrow = Direct;
 
@@ -231,7 +231,7 @@ struct UnpackedNibbles {
 // Float sums live in t.acc: the integer ones need the registers.
 template <class Nibbles>
 struct GroupedInt4 {
-  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int kRows = 4, kPanels = 1, kStreamRows = 0;
   static constexpr int64_t kUnit = 8, kBlock = 512;
 
   template <int MR, int P>

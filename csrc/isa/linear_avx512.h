@@ -128,7 +128,7 @@ struct Dots {
 // Formats whose partial sums are plain accumulators all along K.
 template <class Dot, int kEvery>
 struct Direct {
-  static constexpr int kRows = 8, kPanels = 2;
+  static constexpr int kRows = 8, kPanels = 2, kStreamRows = 0;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 128 * kUnit, kUnpackedBytes = 0;
   using Narrow = Direct<Dot, 1>;
 
@@ -194,7 +194,7 @@ struct DotNibbles : DotInt8 {
 // The float sums live in t.acc all the time: the integer ones need the registers.
 template <class Dot, int kEvery>
 struct GroupedInt4 {
-  static constexpr int kRows = 8, kPanels = 2;
+  static constexpr int kRows = 8, kPanels = 2, kStreamRows = 6;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 512;
 
   template <int MR, int P>
