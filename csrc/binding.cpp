@@ -214,8 +214,17 @@ NB_MODULE(_native, m) {
       .def("begin_segment", [](Runner& r) { r.program.begin_segment(); })
       .def("begin_unit", [](Runner& r, int64_t rows) { r.program.begin_unit(rows); })
       .def("end_unit", [](Runner& r) { r.program.end_unit(); })
-      .def("set_tuning", [](Runner& r, int64_t tiles_per_worker,
-                            int64_t block_rows) { r.program.set_tuning({tiles_per_worker, block_rows}); })
+      .def("set_tuning",
+           [](Runner& r, int64_t index, int rows, int tiles_per_worker, int block_rows) {
+             if (rows < 0 || rows >= kTunings || tiles_per_worker < 1 || block_rows < 1)
+               throw nb::value_error("a tuning of no row class, or of no tiles or rows");
+             r.program.instruction(index).tunings[rows] = {tiles_per_worker, block_rows};
+           })
+      .def("time_linear",
+           [](Runner& r, int64_t index, int64_t rows, int tiles_per_worker, int block_rows) {
+             nb::gil_scoped_release release;
+             return r.program.time_linear(index, rows, {tiles_per_worker, block_rows});
+           })
       .def("workspace_bytes",
            [](Runner& r, int64_t tokens, int64_t rows) { return r.program.workspace_bytes(tokens, rows); })
       .def("scratch_bytes",

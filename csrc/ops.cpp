@@ -31,9 +31,8 @@ int64_t Program::instruction_scratch(const Instruction& in, int64_t rows) const 
       const PackedWeight& w = weights_[in.weights[0]].packed;
       const int64_t panels = ceil_div(w.n, kPanel);
       int64_t bytes = align64(kernels_->linear_scratch(w.format, w.group, w.k));
-      // Few rows make wide tiles: all row counts up to `rows` have to fit.
-      if (in.ints[kGated])
-        bytes += std::max(kFinishBytes, rows * panels_per_tile(panels, rows, true) * kPanel * 4);
+      // Tiles of few panels may pass kFinishBytes, where there are many rows; others may not.
+      if (in.ints[kGated]) bytes += std::max(kFinishBytes, std::min<int64_t>(2, panels) * rows * kPanel * 4);
       return bytes;
     }
     case Op::experts: {
@@ -191,10 +190,9 @@ void Program::norm_prepare(const Instruction& in, const Window& w) {
   });
 }
 
-// A few tiles per worker, so that a slow core does not hold up the rest; an even number of panels, since wide
-// kernels take them in pairs.
-int64_t Program::panels_per_tile(int64_t panels, int64_t rows, bool gated) const {
-  const int64_t tiles = int64_t(pool_->size()) * tuning_.tiles_per_worker;
+// An even number of panels, since wide kernels take them in pairs.
+int64_t Program::panels_per_tile(int64_t panels, int64_t rows, bool gated, const Tuning& tuning) const {
+  const int64_t tiles = int64_t(pool_->size()) * tuning.tiles_per_worker;
   int64_t step = std::min<int64_t>(ceil_div(ceil_div(panels, tiles), 2) * 2, 64);
   if (gated) step = std::min(step, kFinishBytes / (rows * kPanel * 4) / 2 * 2);
   return std::max<int64_t>(2, step);
@@ -229,7 +227,9 @@ void Program::linear(const Instruction& in, const Window& w) {
   finish.ldr = columns;
   const bool finishes = gated || finish.act >= 0 || residual;
 
-  const int64_t step = panels_per_tile(panels, m, gated);
+  const Tuning& tuning = in.tunings[m <= kTuningRows[0] ? 0 : m <= kTuningRows[1] ? 1 : 2];
+  const int64_t step = panels_per_tile(panels, m, gated, tuning);
+  const int64_t sweeps = ceil_div(m, tuning.block_rows);
   int64_t tiles_before[4] = {0, 0, 0, 0};  // of each part
   for (int64_t i = 0; i < parts; i++)
     tiles_before[i + 1] = tiles_before[i] + (gated && i ? 0 : ceil_div(ceil_div(matrix[i]->n, kPanel), step));
@@ -241,17 +241,23 @@ void Program::linear(const Instruction& in, const Window& w) {
     const int64_t p1 = std::min(ceil_div(weight.n, kPanel), p0 + step);
     const int64_t c0 = p0 * kPanel, width = std::min(weight.n, p1 * kPanel) - c0;
     uint8_t* own = scratch(worker);
+    const auto multiply = [&](const PackedWeight& weights, const float* add, float* to, int64_t ld) {
+      for (int64_t i = 0; i < sweeps; i++) {
+        const int64_t r0 = m * i / sweeps, r1 = m * (i + 1) / sweeps;
+        kernels_->linear(weights, rows_of(act, weights, r0, r1), add, to + r0 * ld, ld, p0, p1, own);
+      }
+    };
     Finish last = finish;
     if (gated) {
       // The gates of this tile alone, one row after the other: as if the tile were the whole layer.
       float* gates = reinterpret_cast<float*>(
           own + align64(kernels_->linear_scratch(weight.format, weight.group, weight.k)));
-      kernels_->linear(weight, act, bias[0], gates - c0, width, p0, p1, own);
-      kernels_->linear(*matrix[1], act, bias[1], out, columns, p0, p1, own);
+      multiply(weight, bias[0], gates - c0, width);
+      multiply(*matrix[1], bias[1], out, columns);
       last.gate = gates;
       last.ldg = width;
     } else {
-      kernels_->linear(weight, act, bias[part], out + column, columns, p0, p1, own);
+      multiply(weight, bias[part], out + column, columns);
     }
     if (!finishes) return;
     if (residual) last.residual = residual + column + c0;

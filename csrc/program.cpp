@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
 
 namespace gossamer {
 
@@ -33,6 +34,23 @@ void Program::begin_unit(int64_t rows) {
 void Program::end_unit() {
   Segment& segment = segments_.back();
   segment.units.back().last = int64_t(segment.instructions.size());
+}
+
+Instruction& Program::instruction(int64_t index) {
+  for (Segment& segment : segments_) {
+    if (index < int64_t(segment.instructions.size())) return segment.instructions[index];
+    index -= int64_t(segment.instructions.size());
+  }
+  throw std::out_of_range("no such instruction");
+}
+
+double Program::time_linear(int64_t index, int64_t rows, const Tuning& tuning) {
+  Instruction in = instruction(index);
+  if (in.op != Op::linear) throw std::invalid_argument("only linear instructions are tuned");
+  for (Tuning& own : in.tunings) own = tuning;
+  const auto start = std::chrono::steady_clock::now();
+  linear(in, {0, rows, nullptr, 0});
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void Program::set_scratch(uint8_t* scratch, int64_t bytes_per_worker) {

@@ -37,6 +37,16 @@ enum class Rows : int32_t { tokens, sampled };
 // Where a linear instruction finds its activations.
 enum class Source : int32_t { floats, workspace, prepared };
 
+// How a linear instruction is cut; no choice changes a bit of any result.
+struct Tuning {
+  int32_t tiles_per_worker = 6;  // more even out cores of unequal speed, fewer cost less
+  int32_t block_rows = 256;      // rows that share one sweep over a tile's weights
+};
+
+// Row counts that are cut alike: few rows are bound by memory, many by arithmetic.
+constexpr int64_t kTuningRows[] = {8, 64};
+constexpr int kTunings = 3;
+
 // Offsets are bytes into the arena. What the fields mean per op stands beside its body in ops.cpp.
 // in_row, out_row: bytes from one row to the next where the operand holds every row of the step; 0 where it
 // holds the rows of the running tile only (a value inside a unit).
@@ -48,6 +58,7 @@ struct Instruction {
   int32_t weights[8];
   int64_t ints[8];
   double reals[4];
+  Tuning tunings[kTunings];  // of up to kTuningRows[0] rows, up to kTuningRows[1], more
   // Receipt.
   int64_t calls = 0, nanoseconds = 0, rows_done = 0;
 };
@@ -83,12 +94,6 @@ struct StepCounts {
   int64_t tokens, spans, rows, table_stride;  // table_stride: entries of `tables` per group
 };
 
-// How work is cut; no choice changes a bit of any result.
-struct Tuning {
-  int64_t tiles_per_worker = 6;  // of a linear layer: more even out cores of unequal speed, fewer cost less
-  int64_t block_rows = 256;      // rows that share one sweep over a layer's weights
-};
-
 class Program {
  public:
   Program(const Kernels* kernels, std::shared_ptr<Pool> pool);
@@ -98,7 +103,10 @@ class Program {
   int32_t add_kv(const KvLayer& layer);
   void set_arena(uint8_t* arena) { arena_ = arena; }
   void set_workspace(uint8_t* workspace) { workspace_ = workspace; }
-  void set_tuning(const Tuning& tuning) { tuning_ = tuning; }
+  // Instruction `index` of all, counted over the segments.
+  Instruction& instruction(int64_t index);
+  // Seconds of one run of a linear instruction over `rows` rows of whatever the arena holds.
+  double time_linear(int64_t index, int64_t rows, const Tuning& tuning);
   void emit(const Instruction& instruction) { segments_.back().instructions.push_back(instruction); }
   // Later instructions form a new segment; run() executes segments [first, last).
   void begin_segment() { segments_.emplace_back(); }
@@ -144,7 +152,7 @@ class Program {
   void attend(const Instruction& in, const Window& w, const StepBuffers& buffers, const StepCounts& counts);
   void experts(const Instruction& in, const Window& w);
 
-  int64_t panels_per_tile(int64_t panels, int64_t rows, bool gated) const;
+  int64_t panels_per_tile(int64_t panels, int64_t rows, bool gated, const Tuning& tuning) const;
   int64_t instruction_workspace(const Instruction& in, int64_t rows) const;
   int64_t instruction_scratch(const Instruction& in, int64_t rows) const;
   // What fn(instruction, most rows it runs over) gives at most.
@@ -173,7 +181,6 @@ class Program {
 
   const Kernels* kernels_;
   std::shared_ptr<Pool> pool_;
-  Tuning tuning_;
   std::vector<Weight> weights_;
   std::vector<KvLayer> kv_;
   std::vector<Segment> segments_;

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src"
-BASE = {"errors", "config", "memory"}
+BASE = {"errors", "config", "memory", "processor"}
 GRAPH = BASE | {"graph"}
 BACKENDS = GRAPH | {"passes", "checkpoint", "backends", "_native"}
 RUNTIME = BACKENDS | {"runtime", "engine.step", "engine.request"}  # the two files are the engine's contract
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "errors": set[str](),
     "config": BASE,
     "memory": set[str](),
+    "processor": set[str](),
     "graph": GRAPH,
     "passes": GRAPH | {"passes"},
     "checkpoint": GRAPH | {"checkpoint"},

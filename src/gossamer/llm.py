@@ -52,6 +52,7 @@ def engine_config(
     quantization: str | None = None,
     kv_cache_dtype: str = "bf16",
     isa: str | None = None,
+    autotune: bool = True,
     threads: int | None = None,
     page_size: int = 16,
     prefill_chunk: int | None = None,
@@ -61,8 +62,9 @@ def engine_config(
 
     dtype: auto (what config.json says the checkpoint is), float32, bfloat16 or float16; quantization:
     int8, int4, int4-g32, int4-g64, int4-g128; kv_cache_dtype: float32, bfloat16 or float16; isa: scalar,
-    avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); the rest are fields of EngineConfig. Raises
-    ConfigError for anything else, and CheckpointError where config.json cannot be read.
+    avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); autotune: measure how to cut layers
+    into tiles at the first start; the rest are fields of EngineConfig. Raises ConfigError for anything else,
+    and CheckpointError where config.json cannot be read.
     """
     half = None
     model = str(model) if isinstance(model, os.PathLike) else model
@@ -84,7 +86,10 @@ def engine_config(
         "quantization": None if quantization is None else Quantization.parse(quantization),
         "mixed_precision": None if half is None else MixedPrecision(dtype=half),  # type: ignore[arg-type]
         "kv_dtype": _KV_DTYPES.get(kv_cache_dtype, kv_cache_dtype),
-        "hardware_kernels": HardwareKernels(isa=isa or os.environ.get("GOSSAMER_ISA") or None),  # type: ignore[arg-type]
+        "hardware_kernels": HardwareKernels(
+            isa=isa or os.environ.get("GOSSAMER_ISA") or None,  # type: ignore[arg-type]
+            autotune=autotune,
+        ),
         "parallel_computing": ParallelComputing(threads=threads),
         "paged_attention": PagedAttention(page_size=page_size),
     }

@@ -92,6 +92,9 @@ class EngineFlags:
         help="cpu (native kernels) or reference (eager torch).")] = "cpu"
     isa: Annotated[str | None, flag(
         "--isa", panel=_MACHINE, metavar="NAME", help="Force scalar, avx2 or avx512 kernels.")] = None
+    no_autotune: Annotated[bool, flag(
+        "--no-autotune", panel=_MACHINE,
+        help="Cut layers into tiles by default instead of by measurement at the first start.")] = False
     threads: Annotated[int | None, flag(
         "--threads", "-t", panel=_MACHINE, metavar="N",
         help="Worker threads; one per usable processor if not given.")] = None
@@ -134,6 +137,7 @@ class EngineFlags:
             page_size=self.page_size,
             prefill_chunk=self.prefill_chunk,
             isa=self.isa,
+            autotune=not self.no_autotune,
             threads=self.threads,
             backend=self.backend,
             **options,

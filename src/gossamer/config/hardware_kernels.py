@@ -13,9 +13,11 @@ Isa = Literal["scalar", "avx2", "avx512"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareKernels:
     """isa: force one instruction set (an error where the machine lacks it); None: the best there is.
-    The technique off (None in EngineConfig) runs the scalar kernels."""
+    autotune: measure how to cut each layer into tiles at the first start, and remember it. The technique
+    off (None in EngineConfig) runs the scalar kernels, cut by default."""
 
     isa: Isa | None = None
+    autotune: bool = True
 
     def __post_init__(self) -> None:
         if self.isa is not None and self.isa not in get_args(Isa):

@@ -13,6 +13,7 @@ import psutil
 from gossamer import _native
 from gossamer.errors import ConfigError
 from gossamer.memory import available_memory, cgroup_limit
+from gossamer.processor import processor_name
 
 __all__ = [
     "Cache",
@@ -72,7 +73,7 @@ def hardware() -> Hardware:
     processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     memory = psutil.virtual_memory()
     return Hardware(
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         cores=len(processors) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         isas=tuple(_native.isas()),
         best_isa=str(_native.best_isa()),
@@ -138,16 +139,6 @@ def median_rates(rates: Sequence[Rates]) -> Rates:
         threads=rates[0].threads,
         isa=rates[0].isa,
     )
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return "unknown"
 
 
 def _caches(processor: int) -> list[Cache]:

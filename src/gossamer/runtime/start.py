@@ -111,6 +111,8 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             cache_dir=cache_directory() / "packed" if config.weight_cache else None,
             progress=progress,
         )
+        if config.hardware_kernels is not None and config.hardware_kernels.autotune:
+            program.tune(cache_directory() / "tuning", progress)
         executor, memory, isa, threads = (
             LocalExecutor(program, kv.max_model_len),
             program.memory,

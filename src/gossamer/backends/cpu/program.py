@@ -13,18 +13,21 @@ import numpy.typing as npt
 from gossamer import _native
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.formats import FORMATS, KV_ITEM
-from gossamer.backends.cpu.lower import Lowering, lower
+from gossamer.backends.cpu.lower import Instruction, Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
+from gossamer.backends.cpu.tuning import Choice, TuningFile, autotune
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.errors import ConfigError, MemoryBudgetError
-from gossamer.graph.ir import Graph, Value
+from gossamer.graph.ir import Graph, R, Value
 from gossamer.passes.memory_reuse import SizeOf, plain_size, plan_arena
 from gossamer.passes.quantization import auto_group
 from gossamer.passes.weight_formats import with_formats
+from gossamer.processor import processor_signature
 
 __all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes"]
 
 _MAX_LOGPROBS = 20
+_TUNED_FROM = 64 << 20  # bytes of weights
 
 SAMPLE_ROW = np.dtype(
     [
@@ -152,6 +155,7 @@ class CpuProgram:
         self.program.set_memory(self._arena, self._workspace, self._scratch)
         for pool in self.kv:
             _touched(pool.reshape(-1))
+        self.tunings: dict[str, dict[int, Choice]] = {}
         self.from_cache = fill_block(
             graph, source, self.pool, self._block, places, cache_dir=cache_dir, progress=progress
         )
@@ -205,6 +209,30 @@ class CpuProgram:
         self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
         self._step_bytes = sum(
             a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self._block
+        )
+
+    def tune(self, directory: Path | None, progress: Progress | None = None) -> None:
+        """Chooses how layers are cut (backends/cpu/tuning.py), remembering it under `directory`. Models so
+        small that a step takes microseconds keep the default."""
+        if self._block.nbytes < _TUNED_FROM:
+            return
+        file = (
+            None
+            if directory is None
+            else TuningFile(directory, processor_signature(), self.isa, self.threads)
+        )
+
+        def most_rows(instruction: Instruction) -> int:
+            rows = self.graph.values[instruction.node].shape[0]
+            return self.shape.rows if rows == R else self.shape.tokens
+
+        self.tunings = autotune(
+            self.graph,
+            self.program,
+            self._instructions,
+            most_rows=most_rows,
+            file=file,
+            progress=progress,
         )
 
     def bind_sampling(
