@@ -95,27 +95,35 @@ void Program::experts(const Instruction& in, const Window& w) {
   std::vector<int32_t> used;
   for (int64_t e = 0; e < count; e++)
     if (starts[e + 1] > starts[e]) used.push_back(int32_t(e));
-  const auto project = [&](const Weight* weights, const Activations& act, float* out) {
-    const PackedWeight& first = weights->packed;
-    const int64_t panels = ceil_div(first.n, kPanel);
+  // Over (expert, range of panels): body(expert, p0, p1, worker).
+  const auto over_panels = [&](int64_t n, auto&& body) {
+    const int64_t panels = ceil_div(n, kPanel);
     const int64_t step = 2 * ceil_div(panels, 8);  // even, since wide kernels take panels in pairs
     const int64_t per_expert = ceil_div(panels, step);
     pool_->parallel(int64_t(used.size()) * per_expert, [&](int64_t tile, int worker) {
-      const int32_t e = used[tile / per_expert];
       const int64_t p0 = tile % per_expert * step;
-      const PackedWeight& weight = weights[e].packed;
-      kernels_->linear(weight, rows_of(act, weight, starts[e], starts[e + 1]), nullptr,
-                       out + starts[e] * weight.n, weight.n, p0, std::min(panels, p0 + step),
-                       scratch(worker));
+      body(used[tile / per_expert], p0, std::min(panels, p0 + step), worker);
     });
   };
+  const auto multiply = [&](const Weight* weights, int32_t e, const Activations& act, float* out, int64_t p0,
+                            int64_t p1, int worker) {
+    const PackedWeight& weight = weights[e].packed;
+    kernels_->linear(weight, rows_of(act, weight, starts[e], starts[e + 1]), nullptr,
+                     out + starts[e] * weight.n, weight.n, p0, p1, scratch(worker));
+  };
   const Activations act = prepare(gate, gathered);
-  project(gates, act, gated);
-  project(ups, act, upped);
-  over_rows(rows * width, 4, [&](int64_t i0, int64_t i1, int) {
-    kernels_->act_mul(Act(in.ints[2]), gated, upped, gated, i0, i1);
+  over_panels(width, [&](int32_t e, int64_t p0, int64_t p1, int worker) {
+    multiply(gates, e, act, gated, p0, p1, worker);
+    multiply(ups, e, act, upped, p0, p1, worker);
+    const int64_t at = starts[e] * width + p0 * kPanel;
+    const Finish finish{int32_t(in.ints[2]), gated + at, width, nullptr, 0};
+    kernels_->finish(finish, upped + at, width, starts[e + 1] - starts[e],
+                     std::min(width, p1 * kPanel) - p0 * kPanel);
   });
-  project(downs, prepare(down, gated), downed);
+  const Activations narrowed = prepare(down, upped);
+  over_panels(hidden, [&](int32_t e, int64_t p0, int64_t p1, int worker) {
+    multiply(downs, e, narrowed, downed, p0, p1, worker);
+  });
 
   const float* gains = input(in, 2, w);
   float* y = output(in, 0, w);
