@@ -128,6 +128,13 @@ struct SampleArgs {
   uint8_t* bad;  // [rows] 1: NaN or +Inf among the logits, 2: nothing allowed
 };
 
+// What one pass over some logits tells.
+struct Scan {
+  float maximum;
+  int32_t argmax;  // the lowest id of the maximum; -1: all are -Inf
+  bool bad;        // NaN or +Inf
+};
+
 // ---- kernels -------------------------------------------------------------------------------------
 
 enum class Act : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
@@ -196,6 +203,7 @@ struct Kernels {
   // sampling ---------------------------------------------------------------------------------------------
   void (*sample)(const SampleArgs& args, int64_t row, void* scratch);
   int64_t (*sample_scratch)(int64_t vocab);
+  Scan (*scan)(const float* logits, int64_t n);
 
   // probe -------------------------------------------------------------------------------------------------
   // Register-only loops of `steps` steps; they return the multiply-accumulates done.

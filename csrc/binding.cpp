@@ -157,11 +157,12 @@ struct Runner {
     s.max_logprobs = int32_t(top_ids.shape(1));
   }
 
-  double run(int64_t tokens, int64_t spans, int64_t rows, int64_t table_stride, int64_t logits_offset) {
+  double run(int64_t tokens, int64_t spans, int64_t rows, int64_t table_stride, int64_t logits_offset,
+             bool top1) {
     nb::gil_scoped_release release;
     const auto start = std::chrono::steady_clock::now();
-    program.run(buffers, {tokens, spans, rows, table_stride}, 0, int64_t(program.segments().size()));
-    if (logits_offset >= 0) program.sample(buffers, rows, logits_offset);
+    program.run(buffers, {tokens, spans, rows, table_stride}, 0, int64_t(program.segments().size()), top1);
+    if (logits_offset >= 0 && !top1) program.sample(buffers, rows, logits_offset);
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
 

@@ -11,8 +11,6 @@ constexpr int64_t kFinishBytes = 256 << 10;  // of a gated tile's gates, to stay
 constexpr int64_t kNormRows = 8;             // normed at a time on their way to being prepared
 constexpr int64_t kSideBySide = 16;          // slots that lie together in a page
 
-enum LinearInts { kParts, kSource, kGated, kAct, kResidual };
-
 }  // namespace
 
 Activations rows_of(const Activations& a, const PackedWeight& w, int64_t r0, int64_t r1) {
@@ -27,12 +25,14 @@ Activations rows_of(const Activations& a, const PackedWeight& w, int64_t r0, int
 
 int64_t Program::instruction_scratch(const Instruction& in, int64_t rows) const {
   switch (in.op) {
-    case Op::linear: {
+    case Op::linear:
+    case Op::linear_top1: {
       const PackedWeight& w = weights_[in.weights[0]].packed;
       const int64_t panels = ceil_div(w.n, kPanel);
       int64_t bytes = align64(kernels_->linear_scratch(w.format, w.group, w.k));
       // Tiles of few panels may pass kFinishBytes, where there are many rows; others may not.
-      if (in.ints[kGated]) bytes += std::max(kFinishBytes, std::min<int64_t>(2, panels) * rows * kPanel * 4);
+      if (in.ints[kGated] || in.op == Op::linear_top1)
+        bytes += std::max(kFinishBytes, std::min<int64_t>(2, panels) * rows * kPanel * 4);
       return bytes;
     }
     case Op::experts: {
@@ -70,8 +70,10 @@ void Program::execute(const Instruction& in, const Window& w, const StepBuffers&
     case Op::prepare:  // in: x; weights: any weight that will read it. Fills the workspace.
       return prepare(in, w);
     case Op::linear:  // in: x, residual; out: y; weights: matrices, then as many biases or -1;
-                      // ints: parts, source, gated, act or -1, residual
+                      // ints: parts, source, gated, act or -1, residual, head
       return linear(in, w);
+    case Op::linear_top1:  // as linear, of one plain part; chooses tokens in place of storing outputs
+      return linear_top1(in, w, buffers.sample);
     case Op::embed: {  // out: y; weights: table; ints: 1 for positions instead of ids; reals: scale
       const PackedWeight& table = weights_[in.weights[0]].packed;
       const int32_t* ids = (in.ints[0] ? buffers.positions : buffers.ids) + w.first;
@@ -198,6 +200,20 @@ int64_t Program::panels_per_tile(int64_t panels, int64_t rows, bool gated, const
   return std::max<int64_t>(2, step);
 }
 
+Activations Program::activations_of(const Instruction& in, const Window& w, const PackedWeight& reader) {
+  const float* x = nullptr;
+  void* prepared = workspace_;
+  if (Source(in.ints[kSource]) == Source::prepared)
+    prepared = input(in, 0, w);
+  else
+    x = input(in, 0, w);
+  return activations_over(reader.format, reader.group, w.count, reader.k, prepared, x, reader.k);
+}
+
+static const Tuning& tuning_of(const Instruction& in, int64_t rows) {
+  return in.tunings[rows <= kTuningRows[0] ? 0 : rows <= kTuningRows[1] ? 1 : 2];
+}
+
 void Program::linear(const Instruction& in, const Window& w) {
   const int64_t parts = in.ints[kParts], m = w.count;
   const bool gated = in.ints[kGated];
@@ -211,15 +227,7 @@ void Program::linear(const Instruction& in, const Window& w) {
     panels += ceil_div(matrix[i]->n, kPanel);
     columns += matrix[i]->n;
   }
-  const PackedWeight& first = *matrix[0];
-  const float* x = nullptr;
-  void* prepared = workspace_;
-  if (Source(in.ints[kSource]) == Source::prepared)
-    prepared = input(in, 0, w);
-  else
-    x = input(in, 0, w);
-  const Activations act = activations_over(first.format, first.group, m, first.k, prepared, x, first.k);
-
+  const Activations act = activations_of(in, w, *matrix[0]);
   float* out = output(in, 0, w);
   Finish finish{};
   finish.act = int32_t(in.ints[kAct]);
@@ -227,7 +235,7 @@ void Program::linear(const Instruction& in, const Window& w) {
   finish.ldr = columns;
   const bool finishes = gated || finish.act >= 0 || residual;
 
-  const Tuning& tuning = in.tunings[m <= kTuningRows[0] ? 0 : m <= kTuningRows[1] ? 1 : 2];
+  const Tuning& tuning = tuning_of(in, m);
   const int64_t step = panels_per_tile(panels, m, gated, tuning);
   const int64_t sweeps = ceil_div(m, tuning.block_rows);
   int64_t tiles_before[4] = {0, 0, 0, 0};  // of each part
@@ -263,6 +271,43 @@ void Program::linear(const Instruction& in, const Window& w) {
     if (residual) last.residual = residual + column + c0;
     kernels_->finish(last, out + column + c0, columns, m, width);
   });
+}
+
+// Each tile leaves the largest logit of its outputs for every row, and whether one was NaN or +Inf; what the
+// sampler would choose among all of them at temperature 0 follows from these.
+void Program::linear_top1(const Instruction& in, const Window& w, const SampleArgs& sample) {
+  const PackedWeight& weight = weights_[in.weights[0]].packed;
+  const Activations act = activations_of(in, w, weight);
+  const int64_t m = w.count, panels = ceil_div(weight.n, kPanel);
+  const int64_t step = panels_per_tile(panels, m, true, tuning_of(in, m)), tiles = ceil_div(panels, step);
+  scans_.resize(std::max(scans_.size(), size_t(tiles * m)));
+  pool_->parallel(tiles, [&](int64_t tile, int worker) {
+    const int64_t p0 = tile * step, p1 = std::min(panels, p0 + step), c0 = p0 * kPanel;
+    const int64_t width = std::min(weight.n, p1 * kPanel) - c0;
+    uint8_t* own = scratch(worker);
+    float* logits = reinterpret_cast<float*>(
+        own + align64(kernels_->linear_scratch(weight.format, weight.group, weight.k)));
+    kernels_->linear(weight, act, vector(in, 1), logits - c0, width, p0, p1, own);
+    for (int64_t r = 0; r < m; r++) {
+      Scan scan = kernels_->scan(logits + r * width, width);
+      if (scan.argmax >= 0) scan.argmax += int32_t(c0);
+      scans_[tile * m + r] = scan;
+    }
+  });
+  for (int64_t r = 0; r < m; r++) {
+    Scan best = scans_[r];
+    for (int64_t tile = 1; tile < tiles; tile++) {
+      const Scan& scan = scans_[tile * m + r];
+      best.bad |= scan.bad;
+      if (scan.argmax >= 0 && (best.argmax < 0 || scan.maximum > best.maximum)) {
+        best.maximum = scan.maximum;
+        best.argmax = scan.argmax;
+      }
+    }
+    sample.bad[r] = best.bad ? 1 : best.argmax < 0 ? 2 : 0;
+    sample.token[r] = sample.bad[r] ? -1 : best.argmax;
+    sample.logprob[r] = 0.0f;
+  }
 }
 
 // Where the block of 16 slots that row r lies in begins anew: r itself if it is the first of one or of a

@@ -85,7 +85,8 @@ int64_t Program::scratch_bytes(int64_t vocab, int64_t tokens, int64_t sampled) c
   return align64(std::max(found, kernels_->sample_scratch(vocab)));
 }
 
-void Program::run(const StepBuffers& buffers, const StepCounts& counts, int64_t first, int64_t last) {
+void Program::run(const StepBuffers& buffers, const StepCounts& counts, int64_t first, int64_t last,
+                  bool top1) {
   for (int64_t s = first; s < last; s++) {
     Segment& segment = segments_[s];
     size_t unit = 0;
@@ -96,6 +97,7 @@ void Program::run(const StepBuffers& buffers, const StepCounts& counts, int64_t 
         continue;
       }
       Instruction& in = segment.instructions[i++];
+      if (in.op == Op::linear_top1 ? !top1 : top1 && in.op == Op::linear && in.ints[kHead]) continue;
       const int64_t rows = in.rows == Rows::tokens ? counts.tokens : counts.rows;
       timed(in, {0, rows, buffers.spans, counts.spans}, buffers, counts);
     }

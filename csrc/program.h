@@ -12,6 +12,7 @@ namespace gossamer {
 enum class Op : int32_t {
   prepare,
   linear,
+  linear_top1,
   embed,
   rms_norm,
   layer_norm,
@@ -119,7 +120,10 @@ class Program {
   int64_t scratch_bytes(int64_t vocab, int64_t tokens, int64_t sampled) const;
   void set_scratch(uint8_t* scratch, int64_t bytes_per_worker);
 
-  void run(const StepBuffers& buffers, const StepCounts& counts, int64_t first_segment, int64_t last_segment);
+  // top1: every sampled row takes its largest logit; the head chooses it tile by tile (linear_top1 runs in
+  // place of the linear that gives the logits, which are then not stored).
+  void run(const StepBuffers& buffers, const StepCounts& counts, int64_t first_segment, int64_t last_segment,
+           bool top1);
   // Chooses tokens for the step's sampled rows from the logits at this arena offset.
   void sample(const StepBuffers& buffers, int64_t rows, int64_t logits_offset);
 
@@ -146,6 +150,8 @@ class Program {
   void prepare(const Instruction& in, const Window& w);
   void norm_prepare(const Instruction& in, const Window& w);
   void linear(const Instruction& in, const Window& w);
+  void linear_top1(const Instruction& in, const Window& w, const SampleArgs& sample);
+  Activations activations_of(const Instruction& in, const Window& w, const PackedWeight& reader);
   void write_kv(const Instruction& in, const Window& w, const StepBuffers& buffers, const StepCounts& counts);
   void write_qkv(const Instruction& in, const Window& w, const StepBuffers& buffers,
                  const StepCounts& counts);
@@ -185,11 +191,15 @@ class Program {
   std::vector<KvLayer> kv_;
   std::vector<Segment> segments_;
   std::vector<Span> clipped_;  // spans of the running tile
+  std::vector<Scan> scans_;    // linear_top1: of each tile, its rows
   uint8_t* arena_ = nullptr;
   uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;
   int64_t scratch_stride_ = 0;
 };
+
+// Places of a linear instruction's ints. kHead: 1 where linear_top1 may run in its place.
+enum LinearInts { kParts, kSource, kGated, kAct, kResidual, kHead };
 
 // ---- shared by the bodies of the ops ---------------------------------------------------------------
 

@@ -67,12 +67,6 @@ struct Best {
   }
 };
 
-struct Scan {
-  float maximum;
-  int32_t argmax;  // -1: all are -Inf
-  bool bad;        // NaN or +Inf
-};
-
 inline Scan scan(const float* x, int64_t n) {
   Best best;
   vm nan = lanes(0, 0);

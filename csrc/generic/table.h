@@ -39,4 +39,5 @@ static void fill_generic(Kernels& table) {
   table.top_k_experts = generic::top_k_experts;
   table.sample = generic::sample;
   table.sample_scratch = generic::sample_scratch;
+  table.scan = generic::scan;
 }

@@ -69,8 +69,8 @@ class LocalExecutor:
             self.program.copy_tokens(op.group, op.source, op.target, op.tokens)
         seconds = 0.0
         if plan.spans:
-            tokens, rows, stride = self._pack(plan)
-            seconds = self.program.run(tokens, len(plan.spans), rows, stride)
+            tokens, rows, stride, top1 = self._pack(plan)
+            seconds = self.program.run(tokens, len(plan.spans), rows, stride, top1=top1)
         self._next += 1
         self._results[self._next] = StepResult(self._unpack(plan), seconds)
         return self._next
@@ -82,8 +82,9 @@ class LocalExecutor:
     def close(self) -> None:
         """Nothing to give back before the program itself goes."""
 
-    def _pack(self, plan: StepPlan) -> tuple[int, int, int]:
-        """Fills the program's step arrays; gives tokens, rows and the table stride."""
+    def _pack(self, plan: StepPlan) -> tuple[int, int, int, bool]:
+        """Fills the program's step arrays; gives tokens, rows, the table stride, and whether every row takes
+        its largest logit as it is."""
         program, spans = self.program, plan.spans
         groups = len(program.graph.kv_groups)
         width = max(len(table) for span in spans for table in span.tables)
@@ -113,7 +114,7 @@ class LocalExecutor:
         program.spans[: len(spans)] = lines
         if sampler.extras:
             sampler.bind(program)
-        return len(ids), len(rows), len(spans) * width
+        return len(ids), len(rows), len(spans) * width, sampler.greedy and not sampler.extras
 
     def _known(self, span: Span) -> Sequence[int]:
         """The span's ids, with tokens that were not known to the planner filled in."""
@@ -157,6 +158,7 @@ class _Sampler:
         self._rows = rows
         self._count = 0
         self.extras = False
+        self.greedy = True
         self._history: list[int] = []
         self._bias_ids: list[int] = []
         self._bias_values: list[float] = []
@@ -164,6 +166,7 @@ class _Sampler:
     def add(self, sampling: Sampling, rows: int) -> None:
         """Appends the rows of one span."""
         p = sampling.params
+        self.greedy &= p.temperature == 0 and p.logprobs is None
         ranges = (0, 0, 0, 0)
         if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
             start = len(self._history)

@@ -13,9 +13,9 @@ from gossamer.graph.ops.fused import LINEAR_OPS, PREPARED_FORMATS, matrix_weight
 __all__ = ["Instruction", "Lowering", "lower"]
 
 _OPS = (
-    "prepare", "linear", "embed", "rms_norm", "layer_norm", "norm_prepare", "norm_add", "add", "scale",
-    "softcap", "activation", "act_mul", "rope", "kv_write", "qkv_write", "attention", "take_rows",
-    "top_k_experts", "experts",
+    "prepare", "linear", "linear_top1", "embed", "rms_norm", "layer_norm", "norm_prepare", "norm_add",
+    "add", "scale", "softcap", "activation", "act_mul", "rope", "kv_write", "qkv_write", "attention",
+    "take_rows", "top_k_experts", "experts",
 )  # fmt: skip
 _ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SOURCES = {"floats": 0, "workspace": 1, "prepared": 2}
@@ -124,22 +124,30 @@ def _linear(l: Lowering, node: Node) -> None:
             l.emit(node, "prepare", ins=node.inputs[:1], weights=indices[:1])
             l.prepared = wanted
     act = node.attrs.get("act")
-    l.emit(
-        node,
-        "linear",
-        ins=node.inputs,
-        outs=node.outputs,
-        weights=indices + biases,
-        ints=(
-            parts,
-            _SOURCES[source],
-            int(node.op == "gated_linear"),
-            -1 if act is None else _ACTS[act],
-            int(node.op == "linear_add"),
-        ),
-        reads=tuple((name, 0) for name in names),
-        name=node.op,
+    gives = node.outputs[0]
+    head = (
+        node.op == "linear"
+        and l.graph.values[gives].shape[0] == R
+        and set(l.graph.outputs.values()) == {gives}
     )
+    for op in ("linear", "linear_top1") if head else ("linear",):
+        l.emit(
+            node,
+            op,
+            ins=node.inputs,
+            outs=node.outputs,
+            weights=indices + biases,
+            ints=(
+                parts,
+                _SOURCES[source],
+                int(node.op == "gated_linear"),
+                -1 if act is None else _ACTS[act],
+                int(node.op == "linear_add"),
+                int(head),
+            ),
+            reads=tuple((name, 0) for name in names),
+            name=node.op if op == "linear" else op,
+        )
 
 
 def _embed(l: Lowering, node: Node) -> None:

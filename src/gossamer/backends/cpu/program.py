@@ -131,6 +131,7 @@ class CpuProgram:
         )
         lower(lowering)
         self._instructions = tuple(lowering.emitted)
+        self._has_top1 = any(done.op == "linear_top1" for done in self._instructions)
         self._place_bytes = {key: p.data[1] + p.scales[1] for key, (_, p) in places.items()}
         workspace, scratch = (
             self.program.workspace_bytes(shape.tokens, shape.rows),
@@ -246,10 +247,24 @@ class CpuProgram:
         self._sampling = (history, bias_ids, bias_values, masks)
         self.program.bind_sampling(self.sample_rows.view(np.uint8), *self._sampling, self.graph.vocab)
 
-    def run(self, tokens: int, spans: int, rows: int, table_stride: int, *, sample: bool = True) -> float:
-        """One step over the filled arrays; gives the seconds spent inside."""
+    def run(
+        self,
+        tokens: int,
+        spans: int,
+        rows: int,
+        table_stride: int,
+        *,
+        sample: bool = True,
+        top1: bool = False,
+    ) -> float:
+        """One step over the filled arrays; gives the seconds spent inside.
+
+        top1: every row takes its largest logit as it is (temperature 0, nothing treated, no
+        log-probabilities), which the head then chooses without storing logits.
+        """
         offset = self._offsets[self.graph.outputs["logits"]] if sample and rows else -1
-        return float(self.program.run(tokens, spans, rows, table_stride, offset))
+        top1 = top1 and offset >= 0 and self._has_top1
+        return float(self.program.run(tokens, spans, rows, table_stride, offset, top1))
 
     def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """View of an output ("logits", ...) after a step, [rows, width]; valid until the next one."""

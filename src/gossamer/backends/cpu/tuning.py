@@ -114,7 +114,7 @@ def autotune(
     """
     layers: dict[str, list[int]] = {}
     for index, instruction in enumerate(instructions):
-        if "linear" in instruction.op:
+        if "linear" in instruction.op and instruction.op != "linear_top1":
             layers.setdefault(layer_name(graph, instruction), []).append(index)
     known = {} if file is None else file.read()
     found: dict[str, dict[int, Choice]] = {}
@@ -133,6 +133,8 @@ def autotune(
             chosen[name][rows] = choice
             for index in indices:
                 program.set_tuning(index, at, choice.tiles, choice.block_rows)
+                if instructions[index + 1 : index + 2] and instructions[index + 1].op == "linear_top1":
+                    program.set_tuning(index + 1, at, choice.tiles, choice.block_rows)
     if file is not None and found:
         file.add(found)
     return chosen
