@@ -9,6 +9,9 @@ from gossamer.cli.options import flag
 from gossamer.cli.show import emit_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gossamer.backends.cpu.tuning import Choice
     from gossamer.planner.hardware import Hardware, Rates
 
 __all__ = ["probe"]
@@ -23,9 +26,11 @@ def probe(
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks."""
+    from gossamer.backends.cpu.tuning import tuned_layers
     from gossamer.config import HardwareKernels, ParallelComputing
     from gossamer.errors import ConfigError
     from gossamer.planner.hardware import Prober, hardware
+    from gossamer.runtime.start import tuning_directory
 
     HardwareKernels(isa=isa)  # type: ignore[arg-type]  # these two refuse what cannot be
     ParallelComputing(threads=threads)
@@ -33,13 +38,15 @@ def probe(
         raise ConfigError(f"seconds {seconds} is not in (0, 60]")
     machine = hardware()
     rates = Prober(isa, threads).measure(seconds)
+    tuned = tuned_layers(tuning_directory(), rates.isa, rates.threads)
     if json:
-        emit_json(asdict(rates) | {"hardware": asdict(machine)})
+        choices = {name: {rows: asdict(c) for rows, c in found.items()} for name, found in tuned.items()}
+        emit_json(asdict(rates) | {"hardware": asdict(machine), "tuned": choices})
     else:
-        _print(machine, rates)
+        _print(machine, rates, tuned)
 
 
-def _print(machine: Hardware, rates: Rates) -> None:
+def _print(machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -73,4 +80,35 @@ def _print(machine: Hardware, rates: Rates) -> None:
     table.add_row("int8", f"[bold]{rates.int8_gmacs:.0f}[/] GMAC/s")
     table.add_row("bf16", f"[bold]{rates.bf16_gmacs:.0f}[/] GMAC/s")
     table.add_row("fp32", f"[bold]{rates.fp32_gmacs:.0f}[/] GMAC/s")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if tuned:
+        console.print(_tuned(tuned))
+
+
+def _tuned(tuned: dict[str, dict[int, Choice]]) -> Table:
+    """How layers of models started here are cut: tiles per thread (x rows per sweep, where that is chosen)."""
+    from rich import box
+    from rich.table import Table
+
+    from gossamer.backends.cpu.tuning import DEFAULT, ROWS
+
+    table = Table(
+        title="tuned layers: tiles per thread, rows per sweep",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("layer", overflow="fold")
+    for rows in ROWS:
+        table.add_column(f"{rows} row{'s' if rows > 1 else ''}", justify="right")
+    for name, choices in sorted(tuned.items()):
+        cells = []
+        for rows in ROWS:
+            choice = choices.get(rows)
+            text = "-" if choice is None else f"{choice.tiles}"
+            if choice is not None and choice.block_rows != DEFAULT.block_rows:
+                text += f", {choice.block_rows}"
+            cells.append(text if choice != DEFAULT else f"[dim]{text}[/]")
+        table.add_row(name, *cells)
+    return table

@@ -23,7 +23,7 @@ from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.sizing import plan_kv
 
-__all__ = ["Started", "cache_directory", "load_graph", "start"]
+__all__ = ["Started", "cache_directory", "load_graph", "start", "tuning_directory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,11 @@ def cache_directory() -> Path:
     """Where packed weights are kept: $GOSSAMER_CACHE, else gossamer/ in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get("GOSSAMER_CACHE") or Path(base) / "gossamer")
+
+
+def tuning_directory() -> Path:
+    """Where in it the machine's tile choices lie."""
+    return cache_directory() / "tuning"
 
 
 def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
@@ -112,7 +117,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             progress=progress,
         )
         if config.hardware_kernels is not None and config.hardware_kernels.autotune:
-            program.tune(cache_directory() / "tuning", progress)
+            program.tune(tuning_directory(), progress)
         executor, memory, isa, threads = (
             LocalExecutor(program, kv.max_model_len),
             program.memory,

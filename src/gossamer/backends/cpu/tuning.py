@@ -19,8 +19,9 @@ from pathlib import Path
 from gossamer import _native
 from gossamer.backends.cpu.lower import Instruction
 from gossamer.graph.ir import Graph
+from gossamer.processor import processor_signature
 
-__all__ = ["DEFAULT", "ROWS", "Choice", "TuningFile", "autotune", "layer_name"]
+__all__ = ["DEFAULT", "ROWS", "Choice", "TuningFile", "autotune", "layer_name", "tuned_layers"]
 
 ROWS = (1, 16, 256)
 """What stands for few rows (up to 8), some (up to 64) and many; csrc/program.h: kTuningRows."""
@@ -87,6 +88,11 @@ class TuningFile:
             with os.fdopen(handle, "w") as file:
                 file.write(text)
             Path(name).replace(self.path)
+
+
+def tuned_layers(directory: Path, isa: str, threads: int) -> dict[str, dict[int, Choice]]:
+    """What this machine remembers for an instruction set and thread count: layer -> rows -> choice."""
+    return TuningFile(directory, processor_signature(), isa, threads).read()
 
 
 def layer_name(graph: Graph, instruction: Instruction) -> str:
