@@ -87,7 +87,7 @@ def _print(machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]])
 
 
 def _tuned(tuned: dict[str, dict[int, Choice]]) -> Table:
-    """How layers of models started here are cut: tiles per thread (x rows per sweep, where that is chosen)."""
+    """How layers are cut: tiles per thread, and rows per sweep where that is not the default."""
     from rich import box
     from rich.table import Table
 
