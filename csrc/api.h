@@ -11,7 +11,7 @@ namespace gossamer {
 
 // ---- weights -------------------------------------------------------------------------------------
 
-enum class Format : int32_t { f32 = 0, f16 = 1, bf16 = 2, int8 = 3, int4 = 4 };
+enum class Format : int32_t { f32 = 0, f16 = 1, bf16 = 2, int8 = 3, int4 = 4, uint4 = 5, nf4 = 6 };
 
 constexpr int kPanel = 16;  // outputs that lie together in a packed weight
 
@@ -21,22 +21,28 @@ constexpr int kPanel = 16;  // outputs that lie together in a packed weight
 //   bf16  unit 2: 16 x {k, k+1}        (64 bytes, as VDPBF16PS reads them)
 //   int8  unit 4: 16 x {k .. k+3}      stored unsigned (weight + 128), as VPDPBUSD reads them
 //   int4  unit 8: 16 x 4 bytes         low nibbles k..k+3, high nibbles k+4..k+7, unsigned (weight + 8)
+//   uint4, nf4                         nibbles as int4's: the integer q, the index of a level of kNf4
 // k is padded to k_pad (a multiple of unit, and of group where there is one) with weights of value 0.
-// scales: int8 (group 0): float[n_pad], value = scale * int. int4: fp16[panel][k_pad/group][16].
-// data and scales are 64-byte aligned.
+// scales, group 0 (int8): float[n_pad], value = scale * int. Otherwise fp16[panel][k_pad/group][16].
+// zeros: uint8[panel][k_pad/group][16], 0 .. 15; value = scale * (q - zero). data, scales and zeros are
+// 64-byte aligned.
 struct PackedWeight {
   Format format;
-  int32_t group;  // int4: 32, 64 or 128; otherwise 0
+  int32_t group;  // int8: 0 (one scale per output), 16 or 32; int4, uint4, nf4: 32, 64 or 128; floats: 0
   int64_t n, k, k_pad;
   const void* data;
   const void* scales;  // null for floats
+  const void* zeros;   // null for all but uint4
 };
+
+// The levels of NF4 (Dettmers et al., QLoRA, 2023), which span -1 .. 1, times 127 and rounded.
+constexpr int8_t kNf4[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
 // Activations of m rows made ready for one format. row_stride_bytes between rows of `data`.
 //   f32, f16: data is the caller's float rows, untouched
 //   bf16: bf16 rows, round to nearest even, padded to k_pad with zeros
 //   int8: int8 rows (symmetric, scale = max|x| / 127, round to nearest even), scales[m], sums[m]
-//   int4: the same per group: scales[m][k_pad/group], sums[m][k_pad/group]; sums of the integers
+//   with a group: the same per group: scales[m][k_pad/group], sums[m][k_pad/group]; sums of the integers
 struct Activations {
   int64_t m;
   const void* data;
@@ -49,16 +55,17 @@ struct Activations {
 int64_t padded_k(Format format, int32_t group, int64_t k);
 int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k);
 int64_t packed_scale_bytes(Format format, int32_t group, int64_t n, int64_t k);
+int64_t packed_zero_bytes(Format format, int32_t group, int64_t n, int64_t k);
 // Workspace for Activations of m rows (0 where the caller's floats are used).
 int64_t activation_bytes(Format format, int32_t group, int64_t m, int64_t k);
 // Lays out an Activations over `buffer` of activation_bytes (64-byte aligned), or over x itself.
 Activations activations_over(Format format, int32_t group, int64_t m, int64_t k, void* buffer, const float* x,
                              int64_t ldx);
 // Packs rows [n0, n1) of a float matrix whose row n0 lies at `rows` (leading dimension k), quantizing by
-// round-to-nearest (symmetric: int8 scale = max|w|/127; int4 scale = the signed extreme / -8, kept in fp16).
-// n0 is a multiple of kPanel; n1 too, unless it is n. Safe to call from several threads on disjoint ranges.
+// round-to-nearest as graph/ops/formats.py specifies. n0 is a multiple of kPanel; n1 too, unless it is n.
+// Safe to call from several threads on disjoint ranges.
 void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* rows, int64_t n0, int64_t n1,
-               void* data, void* scales);
+               void* data, void* scales, void* zeros);
 
 // ---- KV pages ------------------------------------------------------------------------------------
 

@@ -63,22 +63,28 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(int64_t bytes) {
   return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(block->address, {size_t(bytes)}, owner);
 }
 
+void check_packed(Format format, int group, int64_t n, int64_t k, const Bytes& data, const Bytes& scales,
+                  const Bytes& zeros) {
+  if (int64_t(data.size()) < packed_data_bytes(format, group, n, k) ||
+      int64_t(scales.size()) < packed_scale_bytes(format, group, n, k) ||
+      int64_t(zeros.size()) < packed_zero_bytes(format, group, n, k))
+    throw nb::value_error("a packed weight is too small for its shape");
+}
+
 void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, int64_t n0, Bytes data,
-          Bytes scales) {
+          Bytes scales, Bytes zeros) {
   const Format f = Format(format);
   if (rows.ndim() != 2 || int64_t(rows.shape(1)) != k) throw nb::value_error("rows must be [rows, k]");
   const int64_t n1 = n0 + int64_t(rows.shape(0));
   if (n0 % kPanel || n1 > n || (n1 % kPanel && n1 != n))
     throw nb::value_error("rows do not cover whole panels");
-  if (int64_t(data.size()) < packed_data_bytes(f, group, n, k) ||
-      int64_t(scales.size()) < packed_scale_bytes(f, group, n, k))
-    throw nb::value_error("packed buffers are too small");
+  check_packed(f, group, n, k, data, scales, zeros);
   const float* from = rows.data();
   nb::gil_scoped_release release;
   const int64_t step = kPanel * 4, tiles = (n1 - n0 + step - 1) / step;
   pool.parallel(tiles, [&](int64_t tile, int) {
     const int64_t a = n0 + tile * step, b = std::min(n1, a + step);
-    pack_rows(f, group, n, k, from + (a - n0) * k, a, b, data.data(), scales.data());
+    pack_rows(f, group, n, k, from + (a - n0) * k, a, b, data.data(), scales.data(), zeros.data());
   });
 }
 
@@ -90,13 +96,14 @@ struct Runner {
 
   Runner(const std::string& isa, std::shared_ptr<Pool> p) : program(kernels_of(isa), p), pool(p) {}
 
-  int add_packed(int format, int group, int64_t n, int64_t k, Bytes data, Bytes scales) {
+  int add_packed(int format, int group, int64_t n, int64_t k, Bytes data, Bytes scales, Bytes zeros) {
     const Format f = Format(format);
-    if (int64_t(data.size()) < packed_data_bytes(f, group, n, k) ||
-        int64_t(scales.size()) < packed_scale_bytes(f, group, n, k))
-      throw nb::value_error("packed weight is too small for its shape");
-    return program.add_packed({f, group, n, k, padded_k(f, group, k), data.data(),
-                               scales.size() ? static_cast<const void*>(scales.data()) : nullptr});
+    check_packed(f, group, n, k, data, scales, zeros);
+    const auto or_null = [](const Bytes& bytes) -> const void* {
+      return bytes.size() ? bytes.data() : nullptr;
+    };
+    return program.add_packed(
+        {f, group, n, k, padded_k(f, group, k), data.data(), or_null(scales), or_null(zeros)});
   }
 
   int add_kv(int dtype, int kv_heads, int head_dim, int page_size, Bytes pool_bytes, int group) {
@@ -183,7 +190,8 @@ NB_MODULE(_native, m) {
   m.def("padded_k", [](int f, int group, int64_t k) { return padded_k(Format(f), group, k); });
   m.def("packed_bytes", [](int f, int group, int64_t n, int64_t k) {
     return std::make_tuple(packed_data_bytes(Format(f), group, n, k),
-                           packed_scale_bytes(Format(f), group, n, k));
+                           packed_scale_bytes(Format(f), group, n, k),
+                           packed_zero_bytes(Format(f), group, n, k));
   });
   m.def("activation_bytes", [](int f, int group, int64_t rows, int64_t k) {
     return activation_bytes(Format(f), group, rows, k);
@@ -195,7 +203,8 @@ NB_MODULE(_native, m) {
   m.attr("sample_row_bytes") = sizeof(SampleRow);
 
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("size", &Pool::size);
-  m.def("pack", &pack, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "rows"_a, "n0"_a, "data"_a, "scales"_a);
+  m.def("pack", &pack, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "rows"_a, "n0"_a, "data"_a, "scales"_a,
+        "zeros"_a);
   m.def("probe", [](Pool& pool, const std::string& isa, double seconds, int64_t buffer_bytes) {
     kernels_of(isa);
     Probe p;

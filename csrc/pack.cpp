@@ -24,6 +24,8 @@ int64_t unit_inputs(Format format) {
     case Format::int8:
       return 4;
     case Format::int4:
+    case Format::uint4:
+    case Format::nf4:
       return 8;
   }
   return 1;
@@ -39,6 +41,8 @@ int64_t weight_bits(Format format) {
     case Format::int8:
       return 8;
     case Format::int4:
+    case Format::uint4:
+    case Format::nf4:
       return 4;
   }
   return 32;
@@ -52,10 +56,10 @@ int64_t activation_row_bytes(Format format, int32_t group, int64_t k) {
 }
 
 int64_t activation_groups(Format format, int32_t group, int64_t k) {
-  return format == Format::int4 ? padded_k(format, group, k) / group : 1;
+  return group > 0 ? padded_k(format, group, k) / group : 1;
 }
 
-// Sixteen rows of the matrix; rows at n and beyond read as `zeros`.
+// Sixteen rows of the matrix; rows at n and beyond read as zeros.
 struct Panel {
   const float* row[kPanel];
 };
@@ -99,6 +103,12 @@ void extremes(const float* x, int64_t count, float* low, float* high) {
   *high = h;
 }
 
+float magnitude(const float* x, int64_t count) {
+  float low, high;
+  extremes(x, count, &low, &high);
+  return std::max(high, -low);
+}
+
 uint32_t load_word(const uint8_t* p) {
   uint32_t word;
   std::memcpy(&word, p, sizeof word);
@@ -109,9 +119,7 @@ constexpr int64_t kRun = 128;  // inputs quantized at a time; every group divide
 
 void pack_int8(const Panel& panel, int64_t k, int64_t k_pad, uint8_t* to, float* scales) {
   for (int64_t j = 0; j < kPanel; j++) {
-    float low, high;
-    extremes(panel.row[j], k, &low, &high);
-    scales[j] = std::max(high, -low) / 127.0f;
+    scales[j] = magnitude(panel.row[j], k) / 127.0f;
   }
   uint8_t integers[kPanel][kRun];
   for (int64_t k0 = 0; k0 < k_pad; k0 += kRun) {
@@ -126,20 +134,69 @@ void pack_int8(const Panel& panel, int64_t k, int64_t k_pad, uint8_t* to, float*
   }
 }
 
-void pack_int4(const Panel& panel, int64_t k, int64_t k_pad, int64_t group, uint8_t* to, uint16_t* scales) {
+// One group of one output: integers [0, count) of x as they are stored, whose value 0 is `empty`.
+struct GroupInt8 {
+  static constexpr int64_t kWord = 4;  // inputs whose integers fill four bytes
+  static uint8_t pack(const float* x, int64_t count, uint16_t* scale, uint8_t*, uint8_t* integers) {
+    *scale = float_to_half(magnitude(x, count) / 127.0f);
+    quantize(x, count, half_to_float(*scale), -127, 127, 128, integers);
+    return 128;
+  }
+};
+
+struct GroupInt4 {
+  static constexpr int64_t kWord = 8;
+  static uint8_t pack(const float* x, int64_t count, uint16_t* scale, uint8_t*, uint8_t* integers) {
+    float low, high;
+    extremes(x, count, &low, &high);
+    *scale = float_to_half((high > -low ? high : low) / -8.0f);
+    quantize(x, count, half_to_float(*scale), -8, 7, 8, integers);
+    return 8;
+  }
+};
+
+struct GroupUint4 {
+  static constexpr int64_t kWord = 8;
+  static uint8_t pack(const float* x, int64_t count, uint16_t* scale, uint8_t* zero, uint8_t* integers) {
+    float low, high;
+    extremes(x, count, &low, &high);
+    *scale = float_to_half((high - low) / 15.0f);
+    const float step = half_to_float(*scale);
+    quantize(&low, 1, -step, 0, 15, 0, zero);
+    quantize(x, count, step, -*zero, 15 - *zero, *zero, integers);
+    return *zero;
+  }
+};
+
+struct GroupNf4 {
+  static constexpr int64_t kWord = 8;
+  static uint8_t pack(const float* x, int64_t count, uint16_t* scale, uint8_t*, uint8_t* integers) {
+    *scale = float_to_half(magnitude(x, count) / 127.0f);
+    const float step = half_to_float(*scale), divisor = step == 0.0f ? INFINITY : step;
+    for (int64_t i = 0; i < count; i++) {
+      const float v = x[i] / divisor;
+      uint8_t index = 0;  // how many midpoints between levels lie below
+      for (int level = 0; level < 15; level++) index += v > float(kNf4[level] + kNf4[level + 1]) / 2.0f;
+      integers[i] = index;
+    }
+    return 7;
+  }
+};
+
+template <class Group>
+void pack_groups(const Panel& panel, int64_t k, int64_t k_pad, int64_t group, uint8_t* to, uint16_t* scales,
+                 uint8_t* zeros) {
   uint8_t integers[kPanel][kRun];
-  for (int64_t k0 = 0; k0 < k_pad; k0 += group, scales += kPanel) {
+  for (int64_t k0 = 0; k0 < k_pad; k0 += group, scales += kPanel, zeros += kPanel) {
     const int64_t count = std::min(group, k - k0);
     for (int64_t j = 0; j < kPanel; j++) {
-      float low, high;
-      extremes(panel.row[j] + k0, count, &low, &high);
-      scales[j] = float_to_half((high > -low ? high : low) / -8.0f);
-      if (count < group) std::memset(integers[j], 8, kRun);
-      quantize(panel.row[j] + k0, count, half_to_float(scales[j]), -8, 7, 8, integers[j]);
+      const uint8_t empty = Group::pack(panel.row[j] + k0, count, scales + j, zeros + j, integers[j]);
+      std::memset(integers[j] + count, empty, size_t(group - count));
     }
-    for (int64_t i = 0; i < group; i += 8) {
+    for (int64_t i = 0; i < group; i += Group::kWord) {
       for (int64_t j = 0; j < kPanel; j++, to += 4) {
-        const uint32_t word = load_word(integers[j] + i) | load_word(integers[j] + i + 4) << 4;
+        uint32_t word = load_word(integers[j] + i);
+        if (Group::kWord == 8) word |= load_word(integers[j] + i + 4) << 4;
         std::memcpy(to, &word, sizeof word);
       }
     }
@@ -149,7 +206,7 @@ void pack_int4(const Panel& panel, int64_t k, int64_t k_pad, int64_t group, uint
 }  // namespace
 
 int64_t padded_k(Format format, int32_t group, int64_t k) {
-  return round_up(k, format == Format::int4 ? group : unit_inputs(format));
+  return round_up(k, group > 0 ? group : unit_inputs(format));
 }
 
 int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k) {
@@ -158,9 +215,12 @@ int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k) {
 
 int64_t packed_scale_bytes(Format format, int32_t group, int64_t n, int64_t k) {
   const int64_t n_pad = round_up(n, kPanel);
-  if (format == Format::int8) return n_pad * 4;
-  if (format == Format::int4) return n_pad * (padded_k(format, group, k) / group) * 2;
-  return 0;
+  if (group > 0) return n_pad * (padded_k(format, group, k) / group) * 2;
+  return format == Format::int8 ? n_pad * 4 : 0;
+}
+
+int64_t packed_zero_bytes(Format format, int32_t group, int64_t n, int64_t k) {
+  return format == Format::uint4 ? packed_scale_bytes(format, group, n, k) / 2 : 0;
 }
 
 int64_t activation_bytes(Format format, int32_t group, int64_t m, int64_t k) {
@@ -185,17 +245,20 @@ Activations activations_over(Format format, int32_t group, int64_t m, int64_t k,
 }
 
 void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* rows, int64_t n0, int64_t n1,
-               void* data, void* scales) {
+               void* data, void* scales, void* zeros) {
   const int64_t k_pad = padded_k(format, group, k);
   const int64_t panel_bytes = kPanel * k_pad * weight_bits(format) / 8;
-  const std::unique_ptr<float[]> zeros(new float[size_t(k)]());
+  const std::unique_ptr<float[]> beyond(new float[size_t(k)]());
   for (int64_t first = n0; first < n1; first += kPanel) {
     Panel panel;
     for (int64_t j = 0; j < kPanel; j++) {
-      panel.row[j] = first + j < std::min(n, n1) ? rows + (first + j - n0) * k : zeros.get();
+      panel.row[j] = first + j < std::min(n, n1) ? rows + (first + j - n0) * k : beyond.get();
     }
     const int64_t index = first / kPanel;
     uint8_t* to = static_cast<uint8_t*>(data) + index * panel_bytes;
+    const int64_t before = group > 0 ? first * (k_pad / group) : 0;  // groups of the outputs up to here
+    uint16_t* group_scales = static_cast<uint16_t*>(scales) + before;
+    uint8_t* group_zeros = static_cast<uint8_t*>(zeros) + before;
     switch (format) {
       case Format::f32:
         pack_plain(panel, k, reinterpret_cast<float*>(to), [](float v) { return v; });
@@ -207,10 +270,20 @@ void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* 
         pack_bf16(panel, k, k_pad, reinterpret_cast<uint16_t*>(to));
         break;
       case Format::int8:
-        pack_int8(panel, k, k_pad, to, static_cast<float*>(scales) + first);
+        if (group > 0) {
+          pack_groups<GroupInt8>(panel, k, k_pad, group, to, group_scales, group_zeros);
+        } else {
+          pack_int8(panel, k, k_pad, to, static_cast<float*>(scales) + first);
+        }
         break;
       case Format::int4:
-        pack_int4(panel, k, k_pad, group, to, static_cast<uint16_t*>(scales) + first * (k_pad / group));
+        pack_groups<GroupInt4>(panel, k, k_pad, group, to, group_scales, group_zeros);
+        break;
+      case Format::uint4:
+        pack_groups<GroupUint4>(panel, k, k_pad, group, to, group_scales, group_zeros);
+        break;
+      case Format::nf4:
+        pack_groups<GroupNf4>(panel, k, k_pad, group, to, group_scales, group_zeros);
         break;
     }
   }

@@ -59,6 +59,8 @@ inline int64_t input_bytes(Format format) {
     case Format::int8:
       return kPanel;
     case Format::int4:
+    case Format::uint4:
+    case Format::nf4:
       return kPanel / 2;
   }
   return 0;
@@ -66,6 +68,14 @@ inline int64_t input_bytes(Format format) {
 
 inline const uint8_t* panel_data(const PackedWeight& w, int64_t panel) {
   return static_cast<const uint8_t*>(w.data) + panel * w.k_pad * input_bytes(w.format);
+}
+
+// Scales and zero points of the 16 outputs of a panel in group g.
+inline const uint16_t* group_scales(const PackedWeight& w, int64_t panel, int64_t g) {
+  return static_cast<const uint16_t*>(w.scales) + (panel * (w.k_pad / w.group) + g) * kPanel;
+}
+inline const uint8_t* group_zeros(const PackedWeight& w, int64_t panel, int64_t g) {
+  return static_cast<const uint8_t*>(w.zeros) + (panel * (w.k_pad / w.group) + g) * kPanel;
 }
 
 inline const uint8_t* activation_row(const Activations& act, int64_t row) {

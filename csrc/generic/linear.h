@@ -59,12 +59,32 @@ struct CodecInt8 {
   static float activation(const uint8_t* row, int64_t k) { return reinterpret_cast<const int8_t*>(row)[k]; }
 };
 
-struct CodecInt4 : CodecInt8 {
+// With a scale per group: sums of a group are integers, and what they add up to is floats.
+struct CodecGroupedInt8 : CodecInt8 {
   using Sum = float;
+};
+
+inline uint32_t nibble(const uint8_t* b, int64_t i, int64_t lane) {
+  return weight_word(b, lane) >> (8 * (i % 4) + i / 4 * 4) & 15;
+}
+
+struct CodecInt4 : CodecGroupedInt8 {
   static constexpr int64_t kUnit = 8;
   static void weights(const uint8_t* b, int64_t i, float* w) {
-    const int64_t shift = 8 * (i % 4) + i / 4 * 4;
-    for (int64_t j = 0; j < kPanel; j++) w[j] = float(int32_t(weight_word(b, j) >> shift & 15) - 8);
+    for (int64_t j = 0; j < kPanel; j++) w[j] = float(int32_t(nibble(b, i, j)) - 8);
+  }
+};
+
+// Zero points are taken off the sums.
+struct CodecUint4 : CodecInt4 {
+  static void weights(const uint8_t* b, int64_t i, float* w) {
+    for (int64_t j = 0; j < kPanel; j++) w[j] = float(int32_t(nibble(b, i, j)));
+  }
+};
+
+struct CodecNf4 : CodecInt4 {
+  static void weights(const uint8_t* b, int64_t i, float* w) {
+    for (int64_t j = 0; j < kPanel; j++) w[j] = float(kNf4[nibble(b, i, j)]);
   }
 };
 
@@ -107,7 +127,7 @@ struct Plain {
     float* to = t.out + (t.row + r) * t.ldo + column;
     for (int64_t j = 0; j < count; j++) {
       float value = float(total[j]);
-      if (t.w->format == Format::int8) {
+      if constexpr (std::is_same_v<Codec, CodecInt8>) {
         value *= static_cast<const float*>(t.w->scales)[column + j] * t.act->scales[t.row + r];
       }
       to[j] = t.bias ? value + t.bias[column + j] : value;
@@ -129,7 +149,7 @@ struct Plain {
       for (int64_t k = t.k0; k < t.k1; k += run) {
         float sum[MR][kPanel] = {};
         add(t, k, smaller(k + run, t.k1), sum);
-        for (int r = 0; r < MR; r++) fold(t, r, k, sum[r], total[r]);
+        for (int r = 0; r < MR; r++) fold(t, r, k / run, sum[r], total[r]);
       }
     } else {
       add(t, t.k0, t.k1, total);
@@ -147,11 +167,16 @@ struct Plain {
     for (int64_t j = 0; j < kPanel; j++) total[j] += int32_t(sum[j]);
   }
 
-  static void fold(const Tile& t, int r, int64_t k, const float* sum, float* total) {
-    const int64_t groups = t.w->k_pad / t.w->group, g = k / t.w->group;
-    const uint16_t* scales = static_cast<const uint16_t*>(t.w->scales) + (t.panel * groups + g) * kPanel;
-    const float scale = t.act->scales[(t.row + r) * groups + g];
-    for (int64_t j = 0; j < kPanel; j++) total[j] += sum[j] * (half_to_float(scales[j]) * scale);
+  static void fold(const Tile& t, int r, int64_t g, const float* sum, float* total) {
+    const int64_t at = (t.row + r) * (t.w->k_pad / t.w->group) + g;
+    const uint16_t* scales = group_scales(*t.w, t.panel, g);
+    for (int64_t j = 0; j < kPanel; j++) {
+      float exact = sum[j];
+      if constexpr (std::is_same_v<Codec, CodecUint4>) {
+        exact -= float(int32_t(group_zeros(*t.w, t.panel, g)[j]) * t.act->sums[at]);
+      }
+      total[j] += exact * (half_to_float(scales[j]) * t.act->scales[at]);
+    }
   }
 };
 
@@ -168,9 +193,14 @@ void linear(const PackedWeight& w, const Activations& act, const float* bias, fl
     case Format::bf16:
       return linear_blocked<Wide<CodecBf16>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int8:
+      if (w.group > 0) return linear_blocked<Wide<CodecGroupedInt8>>(w, act, bias, out, ldo, p0, p1, scratch);
       return linear_blocked<Wide<CodecInt8>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int4:
       return linear_blocked<Wide<CodecInt4>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::uint4:
+      return linear_blocked<Wide<CodecUint4>>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::nf4:
+      return linear_blocked<Wide<CodecNf4>>(w, act, bias, out, ldo, p0, p1, scratch);
   }
 }
 

@@ -49,7 +49,7 @@ void prepare(Format format, int32_t group, int64_t k, const float* x, int64_t ld
       uint16_t* h = reinterpret_cast<uint16_t*>(to);
       for (int64_t i = 0; i < k; i++) h[i] = float_to_bf16(from[i]);
       for (int64_t i = k; i < k_pad; i++) h[i] = 0;
-    } else if (format == Format::int8) {
+    } else if (group == 0) {
       quantize_run(from, k, k_pad, reinterpret_cast<int8_t*>(to), scales + r, sums + r);
     } else {
       const int64_t groups = k_pad / group;
@@ -60,6 +60,26 @@ void prepare(Format format, int32_t group, int64_t k, const float* x, int64_t ld
       }
     }
   }
+}
+
+inline float weight_scale(const PackedWeight& w, int64_t panel, int64_t g, int64_t lane) {
+  if (w.group == 0) return static_cast<const float*>(w.scales)[panel * kPanel + lane];
+  return half_to_float(group_scales(w, panel, g)[lane]);
+}
+
+inline int32_t stored_zero(const PackedWeight& w, int64_t panel, int64_t g, int64_t lane) {
+  return w.format == Format::uint4  ? group_zeros(w, panel, g)[lane]
+         : w.format == Format::int4 ? 8
+         : w.format == Format::int8 ? 128
+                                    : 0;
+}
+
+// The integer of input k of one output: level, for nf4; otherwise with its zero point.
+inline int32_t stored_integer(Format format, const uint8_t* panel, int64_t k, int64_t lane) {
+  if (format == Format::int8) return panel[(k / 4 * kPanel + lane) * 4 + k % 4];
+  const int32_t byte = panel[(k / 8 * kPanel + lane) * 4 + k % 4];
+  const int32_t nibble = (k & 4) ? byte >> 4 : byte & 15;
+  return format == Format::nf4 ? kNf4[nibble] : nibble;
 }
 
 // One output of a packed weight, dequantized.
@@ -82,25 +102,17 @@ inline void embed_row(const PackedWeight& w, int64_t id, float scale, float* out
       for (int64_t k = 0; k < w.k; k++) out[k] = bf16_to_float(p[k / 2 * 2 * kPanel + k % 2]) * scale;
       break;
     }
-    case Format::int8: {
-      const uint8_t* p = data + 4 * lane;
-      const float s = static_cast<const float*>(w.scales)[id];
-      for (int64_t k = 0; k < w.k; k++) {
-        out[k] = (float(int32_t(p[k / 4 * 4 * kPanel + k % 4]) - 128) * s) * scale;
-      }
-      break;
-    }
-    case Format::int4: {
-      const uint8_t* p = data + 4 * lane;
-      const uint16_t* s =
-          static_cast<const uint16_t*>(w.scales) + panel * (w.k_pad / w.group) * kPanel + lane;
-      for (int64_t g = 0; g * w.group < w.k; g++) {
-        const float group_scale = half_to_float(s[g * kPanel]);
-        const int64_t end = smaller(w.k, (g + 1) * w.group);
-        for (int64_t k = g * w.group; k < end; k++) {
-          const int32_t byte = p[k / 8 * 4 * kPanel + k % 4];
-          const int32_t nibble = (k & 4) ? byte >> 4 : byte & 15;
-          out[k] = (float(nibble - 8) * group_scale) * scale;
+    case Format::int8:
+    case Format::int4:
+    case Format::uint4:
+    case Format::nf4: {
+      const int64_t group = w.group > 0 ? w.group : w.k;
+      for (int64_t g = 0; g * group < w.k; g++) {
+        const int64_t end = smaller(w.k, (g + 1) * group);
+        const float group_scale = weight_scale(w, panel, g, lane);
+        const int32_t zero = stored_zero(w, panel, g, lane);
+        for (int64_t k = g * group; k < end; k++) {
+          out[k] = (float(stored_integer(w.format, data, k, lane) - zero) * group_scale) * scale;
         }
       }
       break;

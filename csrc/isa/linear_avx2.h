@@ -98,9 +98,9 @@ struct DotInt8 {
   };
   static constexpr int64_t kUnit = 4, kBytes = 64, kActBytes = 1;
   static constexpr int kPhases = 1;
+  static GOSSAMER_INLINE Weights of(__m256i value) { return {value, _mm256_abs_epi8(value)}; }
   static GOSSAMER_INLINE Weights weights(const uint8_t* b, int h, int) {
-    const __m256i value = _mm256_xor_si256(load_bytes(b + 32 * h), _mm256_set1_epi8(-128));
-    return {value, _mm256_abs_epi8(value)};
+    return of(_mm256_xor_si256(load_bytes(b + 32 * h), _mm256_set1_epi8(-128)));
   }
   static GOSSAMER_INLINE __m256i activation(int32_t x, int) { return _mm256_set1_epi32(x); }
   static GOSSAMER_INLINE Acc step(Acc c, Weights w, __m256i x) {
@@ -190,18 +190,45 @@ struct WideBf16 : Direct<DotBf16Unpacked, 6, 1> {
   }
 };
 
-// ---- int4: an exact integer sum per group, then one fused multiply-add in ascending groups ---------------
+// ---- groups: an exact integer sum of each, then one fused multiply-add in ascending groups ---------------
+//
+// Weights say how kRun inputs, kBytes each in a panel, are added to the integer sums; Zero where these start.
 
-constexpr int64_t kShortRun = 32;  // inputs whose products surely fit 16 bits: 32 / 2 * 15 * 127 < 2^15
+// Integers are stored with kZero added, or (0) decoded without it.
+template <int32_t kZero>
+struct FixedZero {
+  static GOSSAMER_INLINE Words start(const PackedWeight&, int64_t, int64_t, int, int32_t sum) {
+    return Words{} + -kZero * sum;
+  }
+};
+
+struct StoredZeros {
+  static GOSSAMER_INLINE Words start(const PackedWeight& w, int64_t panel, int64_t g, int h, int32_t sum) {
+    const uint8_t* zeros = group_zeros(w, panel, g) + 8 * h;
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros))) * -sum;
+  }
+};
 
 GOSSAMER_INLINE __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 GOSSAMER_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 
+// Products of 32 inputs surely fit 16 bits: 32 / 2 * 15 * 127 < 2^15.
+template <int MR>
+GOSSAMER_INLINE void add_shorts(Words (&total)[MR][2], const Shorts (&c)[MR][2]) {
+  for (int r = 0; r < MR; r++) {
+    for (int h = 0; h < 2; h++) {
+      total[r][h] += (Words)_mm256_madd_epi16((__m256i)c[r][h], _mm256_set1_epi16(1));
+    }
+  }
+}
+
 struct PackedNibbles {
-  static constexpr int64_t kBytes = 8;  // per input
+  static constexpr int64_t kUnit = 8, kRun = 32, kBytes = 8;
   template <int MR>
-  static GOSSAMER_INLINE void add_run(Shorts (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
-    for (int64_t i = 0; i < kShortRun; i += 8, b += 64, a += 8) {
+  static GOSSAMER_INLINE void add_run(Words (&total)[MR][2], const uint8_t* b, const uint8_t* a,
+                                      int64_t lda) {
+    Shorts c[MR][2] = {};
+    for (int64_t i = 0; i < kRun; i += 8, b += 64, a += 8) {
       const __m256i v0 = load_bytes(b), v1 = load_bytes(b + 32);
       const __m256i w[2][2] = {{low_nibbles(v0), low_nibbles(v1)}, {high_nibbles(v0), high_nibbles(v1)}};
       for (int r = 0; r < MR; r++) {
@@ -211,28 +238,79 @@ struct PackedNibbles {
         }
       }
     }
+    add_shorts(total, c);
   }
 };
 
 struct UnpackedNibbles {
-  static constexpr int64_t kBytes = 16;
+  static constexpr int64_t kUnit = 8, kRun = 32, kBytes = 16;
   template <int MR>
-  static GOSSAMER_INLINE void add_run(Shorts (&c)[MR][2], const uint8_t* b, const uint8_t* a, int64_t lda) {
-    for (int64_t i = 0; i < kShortRun; i += 4, b += 64, a += 4) {
+  static GOSSAMER_INLINE void add_run(Words (&total)[MR][2], const uint8_t* b, const uint8_t* a,
+                                      int64_t lda) {
+    Shorts c[MR][2] = {};
+    for (int64_t i = 0; i < kRun; i += 4, b += 64, a += 4) {
       const __m256i w[2] = {load_bytes(b), load_bytes(b + 32)};
       for (int r = 0; r < MR; r++) {
         const __m256i x = _mm256_set1_epi32(load_word(a + r * lda));
         for (int h = 0; h < 2; h++) c[r][h] += (Shorts)_mm256_maddubs_epi16(w[h], x);
       }
     }
+    add_shorts(total, c);
+  }
+  static GOSSAMER_INLINE __m256i unpack(__m256i nibbles) { return nibbles; }
+};
+
+template <int MR>
+GOSSAMER_INLINE void add_bytes(Words (&total)[MR][2], DotInt8::Weights w0, DotInt8::Weights w1,
+                               const uint8_t* a, int64_t lda) {
+  for (int r = 0; r < MR; r++) {
+    const __m256i x = _mm256_set1_epi32(load_word(a + r * lda));
+    total[r][0] = DotInt8::step(total[r][0], w0, x);
+    total[r][1] = DotInt8::step(total[r][1], w1, x);
+  }
+}
+
+GOSSAMER_INLINE __m256i nf4_levels(__m256i nibbles) {
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNf4));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles);
+}
+
+// int8, or levels unpacked to it.
+struct Bytes {
+  static constexpr int64_t kUnit = 4, kRun = 16, kBytes = 16;
+  template <int MR>
+  static GOSSAMER_INLINE void add_run(Words (&total)[MR][2], const uint8_t* b, const uint8_t* a,
+                                      int64_t lda) {
+    for (int64_t i = 0; i < kRun; i += 4, b += 64, a += 4) {
+      add_bytes(total, DotInt8::weights(b, 0, 0), DotInt8::weights(b, 1, 0), a, lda);
+    }
+  }
+  static GOSSAMER_INLINE __m256i unpack(__m256i nibbles) {
+    return _mm256_xor_si256(nf4_levels(nibbles), _mm256_set1_epi8(-128));
+  }
+};
+
+struct PackedLevels {
+  static constexpr int64_t kUnit = 8, kRun = 32, kBytes = 8;
+  template <int MR>
+  static GOSSAMER_INLINE void add_run(Words (&total)[MR][2], const uint8_t* b, const uint8_t* a,
+                                      int64_t lda) {
+    for (int64_t i = 0; i < kRun; i += 8, b += 64, a += 8) {
+      const __m256i v0 = load_bytes(b), v1 = load_bytes(b + 32);
+      add_bytes(total, DotInt8::of(nf4_levels(low_nibbles(v0))), DotInt8::of(nf4_levels(low_nibbles(v1))), a,
+                lda);
+      add_bytes(total, DotInt8::of(nf4_levels(high_nibbles(v0))), DotInt8::of(nf4_levels(high_nibbles(v1))),
+                a + 4, lda);
+    }
   }
 };
 
 // Float sums live in t.acc: the integer ones need the registers.
-template <class Nibbles>
-struct GroupedInt4 {
+template <class Weights, class Zero>
+struct Grouped {
   static constexpr int kRows = 4, kPanels = 1, kStreamRows = 0;
-  static constexpr int64_t kUnit = 8, kBlock = 512;
+  static constexpr int64_t kUnit = Weights::kUnit, kBlock = 512, kUnpackedBytes = 0;
+  using Narrow = Grouped;
 
   template <int MR, int P>
   static __attribute__((noinline)) void tile(const Tile& t) {
@@ -243,25 +321,22 @@ struct GroupedInt4 {
     const uint8_t* ahead = t.ahead;
     const float* scales = t.act->scales + t.row * groups;
     const int32_t* sums = t.act->sums + t.row * groups;
-    const uint16_t* weight_scales = static_cast<const uint16_t*>(t.w->scales) + t.panel * groups * kPanel;
     float* acc = reinterpret_cast<float*>(t.acc);
     for (int64_t g = t.k0 / group; g < t.k1 / group; g++) {
       Words total[MR][2];
-      for (int r = 0; r < MR; r++) total[r][0] = total[r][1] = Words{} + (-8 * sums[r * groups + g]);
-      for (int64_t i = 0; i < group; i += kShortRun, a += kShortRun, b += kShortRun * Nibbles::kBytes) {
-        for (int64_t step = 0; step < kShortRun / kUnit; step++, ahead += t.ahead_step) {
+      for (int r = 0; r < MR; r++) {
+        for (int h = 0; h < 2; h++) total[r][h] = Zero::start(*t.w, t.panel, g, h, sums[r * groups + g]);
+      }
+      for (int64_t i = 0; i < group; i += Weights::kRun) {
+        for (int64_t step = 0; step < Weights::kRun / kUnit; step++, ahead += t.ahead_step) {
           _mm_prefetch(ahead, _MM_HINT_T0);
         }
-        Shorts c[MR][2] = {};
-        Nibbles::template add_run<MR>(c, b, a, lda);
-        for (int r = 0; r < MR; r++) {
-          for (int h = 0; h < 2; h++) {
-            total[r][h] += (Words)_mm256_madd_epi16((__m256i)c[r][h], _mm256_set1_epi16(1));
-          }
-        }
+        Weights::template add_run<MR>(total, b, a, lda);
+        a += Weights::kRun;
+        b += Weights::kRun * Weights::kBytes;
       }
       for (int h = 0; h < 2; h++) {
-        const __m256 s = load_halves(weight_scales + g * kPanel + 8 * h);
+        const __m256 s = load_halves(group_scales(*t.w, t.panel, g) + 8 * h);
         for (int r = 0; r < MR; r++) {
           float* f = acc + r * 2 * kPanel + 8 * h;
           const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(scales[r * groups + g]));
@@ -277,21 +352,30 @@ struct GroupedInt4 {
   }
 };
 
-struct WideInt4 : GroupedInt4<UnpackedNibbles> {
-  static constexpr int64_t kUnpackedBytes = UnpackedNibbles::kBytes;
-  using Narrow = GroupedInt4<PackedNibbles>;
+using WideInt8Groups = Grouped<Bytes, FixedZero<0>>;
+
+// Formats of 4 bits: Packed reads them as they are, Unpacked as bytes in the order of int8.
+template <class Packed, class Unpacked, class Zero>
+struct WideNibbles : Grouped<Unpacked, Zero> {
+  static constexpr int64_t kUnpackedBytes = Unpacked::kBytes;
+  using Narrow = Grouped<Packed, Zero>;
 
   static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
-    const uint8_t* from = panel_data(w, panel) + k0 * PackedNibbles::kBytes;
+    const uint8_t* from = panel_data(w, panel) + k0 * Packed::kBytes;
     for (int64_t k = k0; k < k1; k += 8, from += 64, to += 128) {
       for (int h = 0; h < 2; h++) {
-        const __m256i v = load_bytes(from + 32 * h);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), low_nibbles(v));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 + 32 * h), high_nibbles(v));
+        const __m256i v = load_bytes(from + 32 * h), low = Unpacked::unpack(low_nibbles(v)),
+                      high = Unpacked::unpack(high_nibbles(v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h), low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 + 32 * h), high);
       }
     }
   }
 };
+
+using WideInt4 = WideNibbles<PackedNibbles, UnpackedNibbles, FixedZero<8>>;
+using WideUint4 = WideNibbles<PackedNibbles, UnpackedNibbles, StoredZeros>;
+using WideNf4 = WideNibbles<PackedLevels, Bytes, FixedZero<0>>;
 
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
@@ -303,9 +387,14 @@ void linear(const PackedWeight& w, const Activations& act, const float* bias, fl
     case Format::bf16:
       return linear_blocked<WideBf16>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int8:
+      if (w.group > 0) return linear_blocked<WideInt8Groups>(w, act, bias, out, ldo, p0, p1, scratch);
       return linear_blocked<Direct<DotInt8, 4, 1>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int4:
       return linear_blocked<WideInt4>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::uint4:
+      return linear_blocked<WideUint4>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::nf4:
+      return linear_blocked<WideNf4>(w, act, bias, out, ldo, p0, p1, scratch);
   }
 }
 

@@ -171,9 +171,26 @@ struct WideF16 : Direct<DotF32, 2> {
   }
 };
 
-// ---- int4: an exact integer sum per group, then one fused multiply-add in ascending groups ---------------
+// ---- groups: an exact integer sum of each, then one fused multiply-add in ascending groups ---------------
 
-// Eight inputs straight from the packed panel.
+// Where the integer sum of a group starts, `sum` being that of its activations: weights are stored with kZero
+// added, which this takes back for the whole group at once.
+template <int32_t kZero>
+struct FixedZero {
+  static GOSSAMER_INLINE Sums start(const PackedWeight&, int64_t, int64_t, int32_t sum) {
+    return (Sums)_mm512_set1_epi32(-kZero * sum);
+  }
+};
+
+struct StoredZeros {
+  static GOSSAMER_INLINE Sums start(const PackedWeight& w, int64_t panel, int64_t g, int32_t sum) {
+    const __m128i* zeros = reinterpret_cast<const __m128i*>(group_zeros(w, panel, g));
+    return (Sums)_mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(zeros)), _mm512_set1_epi32(-sum));
+  }
+};
+
+// Eight inputs straight from the packed panel; Decode makes unsigned bytes of nibbles.
+template <class Decode>
 struct DotNibbles : DotInt8 {
   struct Pair {
     __m512i low, high;
@@ -181,7 +198,8 @@ struct DotNibbles : DotInt8 {
   static constexpr int64_t kUnit = 8;
   static GOSSAMER_INLINE Pair weights(const uint8_t* b) {
     const __m512i v = _mm512_loadu_si512(b), nibble = _mm512_set1_epi8(15);
-    return {_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble)};
+    return {Decode::bytes(_mm512_and_si512(v, nibble)),
+            Decode::bytes(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibble))};
   }
   static GOSSAMER_INLINE Pair activation(const uint8_t* a) {
     return {broadcast_word(a), broadcast_word(a + 4)};
@@ -191,11 +209,25 @@ struct DotNibbles : DotInt8 {
   }
 };
 
+struct Integers {
+  static GOSSAMER_INLINE __m512i bytes(__m512i nibbles) { return nibbles; }
+};
+
+// Levels with 128 added, as int8 is stored.
+struct Nf4Levels {
+  static GOSSAMER_INLINE __m512i bytes(__m512i nibbles) {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNf4));
+    const __m128i unsigned_levels = _mm_xor_si128(levels, _mm_set1_epi8(-128));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(unsigned_levels), nibbles);
+  }
+};
+
 // The float sums live in t.acc all the time: the integer ones need the registers.
-template <class Dot, int kEvery>
-struct GroupedInt4 {
+template <class Dot, class Zero, int kEvery>
+struct Grouped {
   static constexpr int kRows = 8, kPanels = 2, kStreamRows = 6;
-  static constexpr int64_t kUnit = Dot::kUnit, kBlock = 512;
+  static constexpr int64_t kUnit = Dot::kUnit, kBlock = 512, kUnpackedBytes = 0;
+  using Narrow = Grouped<Dot, Zero, 1>;
 
   template <int MR, int P>
   static __attribute__((noinline)) void tile(const Tile& t) {
@@ -205,18 +237,16 @@ struct GroupedInt4 {
     const uint8_t* ahead = t.ahead;
     const float* scales = t.act->scales + t.row * groups;
     const int32_t* sums = t.act->sums + t.row * groups;
-    const uint16_t* weight_scales = static_cast<const uint16_t*>(t.w->scales) + t.panel * groups * kPanel;
     float* acc = reinterpret_cast<float*>(t.acc);
     if (t.last()) expect_outputs<MR, P>(t);
     for (int64_t g = t.k0 / group; g < t.k1 / group; g++, a += group, b += steps * Dot::kBytes) {
       Dots<Dot, kEvery, MR, P> dots;
       for (int r = 0; r < MR; r++) {
-        // Weights are stored with 8 added: take it back for the whole group at once.
-        for (int p = 0; p < P; p++) dots.c[r][p] = (Sums)_mm512_set1_epi32(-8 * sums[r * groups + g]);
+        for (int p = 0; p < P; p++) dots.c[r][p] = Zero::start(*t.w, t.panel + p, g, sums[r * groups + g]);
       }
       dots.run(b, a, steps, ahead, t);
       for (int p = 0; p < P; p++) {
-        const uint16_t* at = weight_scales + (p * groups + g) * kPanel;
+        const uint16_t* at = group_scales(*t.w, t.panel + p, g);
         const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
         for (int r = 0; r < MR; r++) {
           float* f = acc + (r * 2 + p) * kPanel;
@@ -233,19 +263,27 @@ struct GroupedInt4 {
   }
 };
 
-struct WideInt4 : GroupedInt4<DotInt8, 4> {
+using WideInt8Groups = Grouped<DotInt8, FixedZero<128>, 2>;
+
+// Formats of 4 bits, unpacked to bytes in the order of int8.
+template <class Decode, class Zero>
+struct WideNibbles : Grouped<DotInt8, Zero, 4> {
   static constexpr int64_t kUnpackedBytes = 16;
-  using Narrow = GroupedInt4<DotNibbles, 1>;
+  using Narrow = Grouped<DotNibbles<Decode>, Zero, 1>;
 
   static void unpack(const PackedWeight& w, int64_t panel, int64_t k0, int64_t k1, uint8_t* to) {
     const uint8_t* from = panel_data(w, panel) + k0 * 8;
     for (int64_t k = k0; k < k1; k += 8, from += 64, to += 128) {
-      const DotNibbles::Pair v = DotNibbles::weights(from);
+      const auto v = DotNibbles<Decode>::weights(from);
       _mm512_storeu_si512(to, v.low);
       _mm512_storeu_si512(to + 64, v.high);
     }
   }
 };
+
+using WideInt4 = WideNibbles<Integers, FixedZero<8>>;
+using WideUint4 = WideNibbles<Integers, StoredZeros>;
+using WideNf4 = WideNibbles<Nf4Levels, FixedZero<128>>;
 
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
@@ -257,9 +295,14 @@ void linear(const PackedWeight& w, const Activations& act, const float* bias, fl
     case Format::bf16:
       return linear_blocked<Direct<DotBf16, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int8:
+      if (w.group > 0) return linear_blocked<WideInt8Groups>(w, act, bias, out, ldo, p0, p1, scratch);
       return linear_blocked<Direct<DotInt8, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
     case Format::int4:
       return linear_blocked<WideInt4>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::uint4:
+      return linear_blocked<WideUint4>(w, act, bias, out, ldo, p0, p1, scratch);
+    case Format::nf4:
+      return linear_blocked<WideNf4>(w, act, bias, out, ldo, p0, p1, scratch);
   }
 }
 

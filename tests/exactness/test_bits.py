@@ -46,7 +46,7 @@ CONFIG = {
     "use_sliding_window": True,
     "max_window_layers": 1,
 }
-FORMATS = ("f32", "bf16", "f16", "int8", "int4")
+FORMATS = ("f32", "bf16", "f16", "int8", "int8-g16", "int4", "uint4", "nf4")
 
 
 @cache

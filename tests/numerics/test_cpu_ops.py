@@ -10,7 +10,10 @@ from gossamer.graph.ir import KVGroup
 from gossamer.graph.ops.formats import round_activations, round_weight
 from tests.numerics.harness import ISAS, OpGraph, make_cpu, run_cpu, run_reference
 
-FORMATS = [("f32", 0), ("f16", 0), ("bf16", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
+QUANTIZED = [("int8", 0), ("int8", 16), ("int8", 32)] + [
+    (format, group) for format in ("int4", "uint4", "nf4") for group in (32, 64, 128)
+]
+FORMATS = [("f32", 0), ("f16", 0), ("bf16", 0), *QUANTIZED]
 pytestmark = pytest.mark.parametrize("isa", ISAS)
 
 
@@ -112,7 +115,8 @@ def test_rope(isa: str, heads: int, size: int, rotary: int) -> None:
 
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize(
-    ("format", "group", "tolerance"), [("f32", 0, 3e-6), ("int8", 0, 3e-2), ("int4", 32, 3e-2)]
+    ("format", "group", "tolerance"),
+    [("f32", 0, 3e-6), *((f, g, 3e-2) for f, g in QUANTIZED if g in (0, 16, 32))],
 )
 def test_experts(isa: str, format: str, group: int, tolerance: float, renormalise: bool) -> None:
     g, count, k, hidden, width, m = OpGraph(), 5, 2, 40, 24, 17

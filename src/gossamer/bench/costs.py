@@ -63,7 +63,7 @@ def step_costs(graph: Graph, kv_dtype: str) -> StepCosts:
     places, _ = layout(graph)
 
     def packed(weight: str) -> int:
-        return sum(p.data[1] + p.scales[1] for (name, _), (_, p) in places.items() if name == weight)
+        return sum(p.bytes for (name, _), (_, p) in places.items() if name == weight)
 
     macs = {"T": 0.0, "R": 0.0}
     matrices: set[str] = set()

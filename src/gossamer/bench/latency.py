@@ -202,8 +202,8 @@ def fractions(
     prefill: seconds to the last first token; mixed: tokens sampled until then, of which all but one for
     each sequence were decoded beside the prefill. caches: bytes that the cores' own caches hold, and the last
     one; steps that read less than the first never see the memory and have no fraction of its bandwidth, nor
-    have those that fit into the last and were faster than the memory is. integer: weights are
-    int8 or int4, for which the bf16 peak is no limit.
+    have those that fit into the last and were faster than the memory is. integer: products are
+    of integers, for which the bf16 peak is no limit.
     """
     extra = mixed - work.batch_size
     needed = costs.macs(work.batch_size * work.input_len + extra, mixed)

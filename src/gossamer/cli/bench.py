@@ -71,7 +71,7 @@ def _check_context(engine: EngineFlags, input_len: int, output_len: int) -> None
 
 
 def _print(report: dict[str, Any], *, integer: bool, native: bool) -> None:
-    """integer: weights are int8 or int4; of others the int8 peak is no limit. native: the native kernels
+    """integer: products are of integers; of others the int8 peak is no limit. native: the native kernels
     ran, whose threads are all busy."""
     from rich import box
     from rich.console import Console

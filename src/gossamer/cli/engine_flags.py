@@ -10,6 +10,7 @@ import typer
 from gossamer.cli.options import flag
 from gossamer.cli.sizes import parse_size
 from gossamer.config.operator_fusion import RULES as FUSION_RULES
+from gossamer.config.quantization import SPELLINGS
 from gossamer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class EngineFlags:
         help="Weights in auto (as config.json says), float32, bfloat16 or float16.")] = "auto"
     quantization: Annotated[str | None, flag(
         "--quantization", "-q", panel=_MODEL, metavar="FORMAT",
-        help="Weights in int8, int4, int4-g32, int4-g64 or int4-g128.")] = None
+        help=f"Weights in {SPELLINGS}.")] = None
     load_format: Annotated[str, flag(
         "--load-format", panel=_MODEL, metavar="FORMAT",
         help="auto, safetensors, or dummy: random weights from config.json alone.")] = "auto"

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.sizes import format_size
+from gossamer.graph.ir import FLOATS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,11 +87,11 @@ def memory_table(started: Started) -> Table:
 
 
 def _quantized(graph: Graph) -> str:
-    """The format that matrices are stored in: for int4 with the group that was chosen, and what it pads."""
-    matrices = [w for w in graph.weights.values() if w.format in ("int8", "int4")]
+    """The format that matrices are stored in, with the group that was chosen, and what it pads."""
+    matrices = [w for w in graph.weights.values() if w.format not in FLOATS]
     group = max(w.group for w in matrices)
     if not group:
         return matrices[0].format
     odd = sorted({w.shape[-1] for w in matrices if w.shape[-1] % group})
     padded = f"; rows of {', '.join(map(str, odd))} are padded" if odd else ""
-    return f"int4, groups of {group}{padded}"
+    return f"{matrices[0].format}, groups of {group}{padded}"

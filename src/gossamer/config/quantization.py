@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from gossamer.errors import ConfigError
 
-WeightFormat = Literal["int8", "int4"]
-GROUPS = (32, 64, 128)
+WeightFormat = Literal["int8", "int4", "uint4", "nf4"]
+GROUPS = MappingProxyType(
+    {"int8": (16, 32), "int4": (32, 64, 128), "uint4": (32, 64, 128), "nf4": (32, 64, 128)}
+)
+"""Format -> how many inputs may share a scale, ascending."""
+SPELLINGS = "int8, int4, uint4 or nf4, and -g with a group: int8-g16, -g32; the others -g32, -g64, -g128"
+"""For help and errors: what `Quantization.parse` takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How weights are stored.
+    """How weights are stored. graph/ops/formats.py has what that does to a number.
 
-    format: "int8" (one scale per output channel) or "int4" (one fp16 scale per group of inputs).
-    group: int4's group along the inputs, 32, 64 or 128; None picks the largest that divides every
-    linear layer's input size (the receipt shows which).
+    format: "int8", "int4" (16 even levels, the middle one 0), "uint4" (16 even levels from the least weight
+    to the greatest, with a zero point), "nf4" (16 levels that suit normally distributed weights).
+    group: how many inputs share an fp16 scale: 16 or 32 for int8, 32, 64 or 128 for the others. None: int8
+    has one scale per output channel; int4 and uint4 take the largest that divides every linear layer's
+    input size, nf4 the 64 of its paper if that does (the receipt shows which).
     """
 
     format: WeightFormat
@@ -25,23 +33,23 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.format not in get_args(WeightFormat):
-            raise ConfigError(f"quantization format {self.format!r} is unknown; choose int8 or int4")
-        if self.format == "int8" and self.group is not None:
-            raise ConfigError(f"int8 has one scale per channel; group {self.group} belongs to int4")
-        if self.group is not None and self.group not in GROUPS:
-            raise ConfigError(f"int4 group {self.group} is not one of {', '.join(map(str, GROUPS))}")
+            raise ConfigError(f"quantization format {self.format!r} is unknown; choose {SPELLINGS}")
+        groups = GROUPS[self.format]
+        if self.group is not None and self.group not in groups:
+            whole = " (or none: one scale per channel)" if self.format == "int8" else ""
+            raise ConfigError(
+                f"{self.format} group {self.group} is not one of {', '.join(map(str, groups))}{whole}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Quantization:
-        """From the command line's spelling: int8, int4, int4-g32, int4-g64, int4-g128.
+        """From the command line's spelling: a format (int8, int4, uint4, nf4), or one with its group (int4-g64).
 
         Raises ConfigError for anything else.
         """
         name, _, group = text.partition("-g")
-        if name not in get_args(WeightFormat) or ("-g" in text and not group.isdigit()):
-            raise ConfigError(
-                f"quantization {text!r} is unknown; choose int8, int4, int4-g32, int4-g64 or int4-g128"
-            )
+        if name not in get_args(WeightFormat) or ("-g" in text and not group.isdecimal()):
+            raise ConfigError(f"quantization {text!r} is unknown; choose {SPELLINGS}")
         return cls(format=name, group=int(group) if group else None)  # type: ignore[arg-type]
 
     def __str__(self) -> str:

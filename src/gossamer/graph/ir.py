@@ -17,9 +17,13 @@ from typing import Any, Literal
 
 from gossamer.graph.weights import WeightExpr
 
-__all__ = ["Block", "Dim", "Graph", "KVGroup", "Node", "R", "S", "Shape", "T", "Unit", "Value", "Weight"]
+__all__ = [
+    "FLOATS", "Block", "Dim", "Graph", "KVGroup", "Node", "R", "S", "Shape", "T", "Unit", "Value", "Weight",
+]  # fmt: skip
 
 DType = Literal["f32", "f16", "bf16", "i32", "kv", "prepared"]
+FLOATS = ("f32", "f16", "bf16")
+"""Storage formats of weights that hold each number by itself, without a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ class Value:
 class Weight:
     """A constant of the graph: logical shape, storage format and where it comes from.
 
-    format: "f32", "f16", "bf16", "int8", "int4" - how a backend stores it (passes rewrite this; families
-    always say "f32"); group: quantization group along the last axis (0: one scale per output row).
+    format: "f32", "f16", "bf16", "int8", "int4", "uint4", "nf4" - how a backend stores it (passes rewrite
+    this; families always say "f32"); group: inputs along the last axis that share a scale (0: whole rows).
+    graph/ops/formats.py says which groups a format has, and what its numbers are.
     Only weights that linear ops, `embed` and `experts` read may be stored in another format than f32.
     """
 

@@ -1,4 +1,4 @@
-"""Quantization: matrices in int8 (per output channel) or int4 (groups of inputs), round-to-nearest."""
+"""Quantization: matrices in few bits, one scale per output channel or per group of inputs, round-to-nearest."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from gossamer.passes.weight_formats import matrices, with_formats
 __all__ = ["PASS", "auto_group", "quantization"]
 
 
-def auto_group(graph: Graph) -> int:
-    """The largest int4 group that divides every matrix's input size, or the smallest if none does
-    (the last group of a row is then padded with zeros)."""
+_LARGEST = {"nf4": 64}  # what its paper takes
+
+
+def auto_group(graph: Graph, format: str) -> int:
+    """The format's largest group (nf4: up to 64) that divides every matrix's input size, or the smallest if
+    none does (the last group of a row is then padded with zeros); 0 for int8, which has one scale per row."""
+    if format == "int8":
+        return 0
+    groups = [g for g in GROUPS[format] if g <= _LARGEST.get(format, g)]
     sizes = [weight.shape[-1] for weight in matrices(graph).values()]
-    return next((g for g in sorted(GROUPS, reverse=True) if all(k % g == 0 for k in sizes)), min(GROUPS))
+    return max((g for g in groups if all(k % g == 0 for k in sizes)), default=min(groups))
 
 
 def quantization(graph: Graph, config: EngineConfig) -> Graph:
     """Stores every matrix, head and embedding included, in the configured format."""
     assert config.quantization is not None
     wanted = config.quantization
-    group = 0 if wanted.format == "int8" else (wanted.group or auto_group(graph))
+    group = wanted.group or auto_group(graph, wanted.format)
     return with_formats(graph, lambda weight: replace(weight, format=wanted.format, group=group))
 
 

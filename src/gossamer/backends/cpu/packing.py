@@ -25,13 +25,13 @@ from gossamer import _native
 from gossamer.backends.cpu.formats import FORMATS
 from gossamer.checkpoint.weights import WeightSource, evaluate
 from gossamer.errors import CheckpointError
-from gossamer.graph.ir import Graph, Weight
+from gossamer.graph.ir import FLOATS, Graph, Weight
 from gossamer.graph.weights import Stack, Transpose, WeightExpr, leaves
 
 __all__ = ["Matrix", "Place", "Places", "fill_block", "layout", "load_vectors", "packed_matrices"]
 
 _ALIGN = 64
-_LAYOUT = 1  # raise when the packed layout changes
+_LAYOUT = 2  # raise when the packed layout changes
 _CHUNK = 16 << 20  # bytes of float32 rows packed at a time
 _CACHE_FROM = 64 << 20  # smaller models pack faster than a cache is worth
 _PANEL = 16
@@ -55,10 +55,21 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where data and scales of a native weight lie in the block: (offset, bytes) each."""
+    """Where data, scales and zero points of a native weight lie in the block: (offset, bytes) each."""
 
     data: tuple[int, int]
     scales: tuple[int, int]
+    zeros: tuple[int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Of the three together."""
+        return self.data[1] + self.scales[1] + self.zeros[1]
+
+    def views(self, block: Bytes) -> tuple[Bytes, Bytes, Bytes]:
+        """The three, in the block."""
+        data, scales, zeros = (block[o : o + n] for o, n in (self.data, self.scales, self.zeros))
+        return data, scales, zeros
 
 
 Places = Mapping[tuple[str, int], tuple[Matrix, Place]]
@@ -81,11 +92,11 @@ def layout(graph: Graph) -> tuple[Places, int]:
     places: dict[tuple[str, int], tuple[Matrix, Place]] = {}
     top = 0
     for m in packed_matrices(graph):
-        data, scales = _native.packed_bytes(FORMATS[m.format], m.group, m.n, m.k)
-        start = top
-        top = _aligned(start + data)
-        places[m.weight, m.index] = (m, Place((start, data), (top, scales)))
-        top = _aligned(top + scales)
+        spans = []
+        for size in _native.packed_bytes(FORMATS[m.format], m.group, m.n, m.k):
+            spans.append((top, size))
+            top = _aligned(top + size)
+        places[m.weight, m.index] = (m, Place(*spans))
     return places, top
 
 
@@ -123,7 +134,7 @@ def fill_block(
         _pack(graph.weights[name], index, m, place, source, pool, block)
         for leaf in leaves(_plane(graph.weights[name], index)):
             source.release(leaf.name)
-        done += place.data[1] + place.scales[1]
+        done += place.bytes
         if progress is not None:
             progress(done, block.nbytes)
     if cache is not None:
@@ -140,20 +151,19 @@ def _pack(
     pool: _native.Pool,
     block: Bytes,
 ) -> None:
-    data, scales = (block[o : o + size] for o, size in (place.data, place.scales))
     expr = _plane(weight, index)
     # A transposed tensor is read whole for any row of it, so it is taken in one go.
     step = m.n if isinstance(expr, Transpose) else max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
     for start in range(0, m.n, step):
         rows = evaluate(expr, source, start, min(start + step, m.n))
         floats = np.ascontiguousarray(rows, np.float32)
-        if m.format in ("int8", "int4") and not np.isfinite(floats).all():
+        if m.format not in FLOATS and not np.isfinite(floats).all():
             names = ", ".join(leaf.name for leaf in leaves(expr))
             raise CheckpointError(
                 f"tensor {names} holds NaN or infinity, so {m.format} cannot "
                 f"represent it; the checkpoint is damaged"
             )
-        _native.pack(pool, FORMATS[m.format], m.group, m.n, m.k, floats, start, data, scales)
+        _native.pack(pool, FORMATS[m.format], m.group, m.n, m.k, floats, start, *place.views(block))
 
 
 def _plane(weight: Weight, index: int) -> WeightExpr:

@@ -132,7 +132,7 @@ class CpuProgram:
         lower(lowering)
         self._instructions = tuple(lowering.emitted)
         self._has_top1 = any(done.op == "linear_top1" for done in self._instructions)
-        self._place_bytes = {key: p.data[1] + p.scales[1] for key, (_, p) in places.items()}
+        self._place_bytes = {key: p.bytes for key, (_, p) in places.items()}
         workspace, scratch = (
             self.program.workspace_bytes(shape.tokens, shape.rows),
             self.program.scratch_bytes(graph.vocab, shape.tokens, shape.rows),
@@ -164,8 +164,8 @@ class CpuProgram:
     def _add_matrices(self, places: Mapping[tuple[str, int], Any]) -> dict[tuple[str, int], int]:
         out = {}
         for key, (m, place) in places.items():
-            data, scales = (self._block[o : o + size] for o, size in (place.data, place.scales))
-            out[key] = self.program.add_packed(FORMATS[m.format], m.group, m.n, m.k, data, scales)
+            views = place.views(self._block)
+            out[key] = self.program.add_packed(FORMATS[m.format], m.group, m.n, m.k, *views)
         return out
 
     def _allocate_kv(self) -> None:
@@ -376,7 +376,7 @@ def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
 
 def _weights_in(graph: Graph, format: str) -> int:
     """Bytes of the graph's matrices in a quantized format."""
-    group = auto_group(graph) if format == "int4" else 0
+    group = auto_group(graph, format)
     return layout(with_formats(graph, lambda weight: replace(weight, format=format, group=group)))[1]
 
 

@@ -80,19 +80,19 @@ def get_op(name: str) -> Op:
         raise GraphError(f"op {name!r} is not in the table: {', '.join(sorted(OPS))}") from None
 
 
-_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
+_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "uint4": 4.0, "nf4": 4.0}
 
 
 def weight_bytes(weight: Weight) -> float:
-    """Bytes of a weight in its storage format, scales included (int8: fp32 per row; int4: fp16 per group,
-    a last group that the columns do not fill padded)."""
+    """Bytes of a weight in its storage format, scales included (fp16 per group, and for uint4 a byte for the
+    zero point; int8 without groups: fp32 per row). A last group that the columns do not fill is padded."""
     *rows, columns = weight.shape
-    count = float(prod(rows))
-    if weight.format == "int4":
-        columns = -(-columns // weight.group) * weight.group
-    per_row = columns * _BITS[weight.format] / 8
-    scales = {"int8": 4.0, "int4": 2.0 * columns / (weight.group or columns)}.get(weight.format, 0.0)
-    return count * (per_row + scales)
+    scales = 4.0 if weight.format == "int8" else 0.0
+    if weight.group:
+        groups = -(-columns // weight.group)
+        columns = groups * weight.group
+        scales = groups * (3.0 if weight.format == "uint4" else 2.0)
+    return float(prod(rows)) * (columns * _BITS[weight.format] / 8 + scales)
 
 
 def node_cost(graph: Graph, node: Node) -> Cost:
