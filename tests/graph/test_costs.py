@@ -57,7 +57,15 @@ def test_everything_else_is_small() -> None:
 
 @pytest.mark.parametrize(
     ("format", "group", "per_weight"),
-    [("f32", 0, 4.0), ("bf16", 0, 2.0), ("int8", 0, 1 + 4 / 2048), ("int4", 128, 0.5 + 2 / 128)],
+    [
+        ("f32", 0, 4.0),
+        ("bf16", 0, 2.0),
+        ("int8", 0, 1 + 4 / 2048),
+        ("int8", 16, 1 + 2 / 16),
+        ("int4", 128, 0.5 + 2 / 128),
+        ("uint4", 64, 0.5 + 3 / 64),
+        ("nf4", 64, 0.5 + 2 / 64),
+    ],
 )
 def test_weight_bytes_follow_the_format(format: str, group: int, per_weight: float) -> None:
     graph = build_graph(LLAMA_1B)

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from gossamer.config import EngineConfig, MixedPrecision, Quantization
+from gossamer.config.quantization import GROUPS
 from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
 from gossamer.passes import pipeline
 from gossamer.passes.base import Pass
 from gossamer.passes.pipeline import run_passes
+from gossamer.passes.quantization import auto_group
 
 CONFIG = {
     "architectures": ["MixtralForCausalLM"],
@@ -42,7 +44,17 @@ def test_nothing_asked_nothing_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "format", "group"), [("int8", "int8", 0), ("int4", "int4", 32), ("int4-g64", "int4", 64)]
+    ("text", "format", "group"),
+    [
+        ("int8", "int8", 0),
+        ("int8-g16", "int8", 16),
+        ("int4", "int4", 32),
+        ("int4-g64", "int4", 64),
+        ("uint4", "uint4", 32),
+        ("uint4-g128", "uint4", 128),
+        ("nf4", "nf4", 32),
+        ("nf4-g64", "nf4", 64),
+    ],
 )
 def test_quantization_takes_every_matrix_but_the_routers(text: str, format: str, group: int) -> None:
     config = unfused(quantization=Quantization.parse(text))
@@ -92,7 +104,21 @@ def test_a_broken_pass_is_caught_by_the_verifier(monkeypatch: pytest.MonkeyPatch
         run_passes(build_graph(CONFIG), EngineConfig(model="m"))
 
 
-@pytest.mark.parametrize("text", ["int3", "int4-g", "int4-g48", "int8-g32", "INT4", ""])
+@pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int4", 128), ("uint4", 128), ("nf4", 64)])
+def test_the_group_that_suits_a_model_of_even_sizes(format: str, group: int) -> None:
+    assert auto_group(build_graph({**CONFIG, "hidden_size": 128, "intermediate_size": 256}), format) == group
+
+
+@pytest.mark.parametrize("format", GROUPS)
+def test_every_spelling_is_read_as_it_is_written(format: str) -> None:
+    for text in (format, *(f"{format}-g{group}" for group in GROUPS[format])):
+        assert str(Quantization.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int3", "int4-g", "int4-g48", "int8-g64", "int8-g0", "uint4-g16", "nf4-g256", "uint8", "INT4", ""],
+)
 def test_unknown_quantizations_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         Quantization.parse(text)

@@ -43,7 +43,7 @@ class Quantization:
 
     @classmethod
     def parse(cls, text: str) -> Quantization:
-        """From the command line's spelling: a format (int8, int4, uint4, nf4), or one with its group (int4-g64).
+        """From the command line's spelling: int8, int4, uint4, nf4, or one with its group, as int4-g64.
 
         Raises ConfigError for anything else.
         """

@@ -1,4 +1,4 @@
-"""Quantization: matrices in few bits, one scale per output channel or per group of inputs, round-to-nearest."""
+"""Quantization: matrices in few bits, a scale per output channel or group of inputs, round-to-nearest."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def round_weight(weight: torch.Tensor, format: str, group: int = 0) -> torch.Ten
 
 def round_activations(x: torch.Tensor, format: str, group: int = 0) -> torch.Tensor:
     """Activations [..., K] as a linear layer of that weight format sees them: untouched for f32 and f16; bf16
-    for bf16; symmetric int8 for all others, with a float32 scale per token, and per group where there is one."""
+    for bf16; symmetric int8 for all others, with a float32 scale per token (and group where there is one)."""
     import torch
 
     if format == "bf16":
@@ -67,7 +67,8 @@ def round_activations(x: torch.Tensor, format: str, group: int = 0) -> torch.Ten
     groups = _grouped(x.float(), group or k)
     most = groups.abs().amax(-1, keepdim=True)
     scale = most / 127
-    integers = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
+    inverse = torch.full_like(most, 127) / most  # 127 / most would multiply by a rounded reciprocal
+    integers = (groups * torch.where(most > 0, inverse, 0.0)).round()
     rounded: torch.Tensor = (integers * scale).flatten(-2)[..., :k]
     return rounded
 
