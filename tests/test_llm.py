@@ -54,7 +54,9 @@ def test_the_story_in_every_format(shared: Path, options: dict[str, Any], stored
         told[backend] = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0]
         if backend == "cpu":
             lines = {line.kernel: line for line in llm.receipt()}
-    assert told["cpu"].text.startswith(STORY)
+    # Rounded this coarsely, the little model finds another game.
+    opening = STORY.replace("outside", "with her toys") if stored in ("uint4", "nf4") else STORY
+    assert told["cpu"].text.startswith(opening.removesuffix(" in the"))
     assert told["cpu"].token_ids == told["reference"].token_ids
     pairs = zip(told["cpu"].logprobs or (), told["reference"].logprobs or (), strict=True)
     # Not each: where a last bit rounds one activation the other way, all that follows is a little off.
