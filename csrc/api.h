@@ -42,13 +42,16 @@ constexpr int8_t kNf4[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 
 //   f32, f16: data is the caller's float rows, untouched
 //   bf16: bf16 rows, round to nearest even, padded to k_pad with zeros
 //   int8: int8 rows (symmetric, scale = max|x| / 127, round to nearest even), scales[m], sums[m]
-//   with a group: the same per group: scales[m][k_pad/group], sums[m][k_pad/group]; sums of the integers
+//   with a group: the same per group: scales[k_pad/group][m], sums[k_pad/group][m]; sums of the integers
+// One group's scales (and sums) of all rows lie together, as a tile of several rows reads them: scale_stride
+// from there to the next group's.
 struct Activations {
   int64_t m;
   const void* data;
   int64_t row_stride_bytes;
   const float* scales;
   const int32_t* sums;
+  int64_t scale_stride;
 };
 
 // Sizes in bytes; the same everywhere, hence not per ISA (pack.cpp).

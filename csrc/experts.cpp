@@ -108,8 +108,8 @@ void Program::experts(const Instruction& in, const Window& w) {
   const auto multiply = [&](const Weight* weights, int32_t e, const Activations& act, float* out, int64_t p0,
                             int64_t p1, int worker) {
     const PackedWeight& weight = weights[e].packed;
-    kernels_->linear(weight, rows_of(act, weight, starts[e], starts[e + 1]), nullptr,
-                     out + starts[e] * weight.n, weight.n, p0, p1, scratch(worker));
+    kernels_->linear(weight, rows_of(act, starts[e], starts[e + 1]), nullptr, out + starts[e] * weight.n,
+                     weight.n, p0, p1, scratch(worker));
   };
   const Activations act = prepare(gate, gathered);
   over_panels(width, [&](int32_t e, int64_t p0, int64_t p1, int worker) {

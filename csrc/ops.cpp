@@ -13,13 +13,12 @@ constexpr int64_t kSideBySide = 16;          // slots that lie together in a pag
 
 }  // namespace
 
-Activations rows_of(const Activations& a, const PackedWeight& w, int64_t r0, int64_t r1) {
+Activations rows_of(const Activations& a, int64_t r0, int64_t r1) {
   Activations part = a;
-  const int64_t scales = w.group ? w.k_pad / w.group : 1;
   part.m = r1 - r0;
   part.data = static_cast<const uint8_t*>(a.data) + r0 * a.row_stride_bytes;
-  if (a.scales) part.scales = a.scales + r0 * scales;
-  if (a.sums) part.sums = a.sums + r0 * scales;
+  if (a.scales) part.scales = a.scales + r0;
+  if (a.sums) part.sums = a.sums + r0;
   return part;
 }
 
@@ -186,8 +185,7 @@ void Program::norm_prepare(const Instruction& in, const Window& w) {
         kernels_->layer_norm(x + r * d, vector(in, 0), vector(in, 1), eps, normed, d, 0, rows);
       else
         kernels_->rms_norm(x + r * d, vector(in, 0), eps, normed, d, 0, rows);
-      kernels_->prepare(reader.format, reader.group, d, normed, d, rows_of(act, reader, r, r + rows), 0,
-                        rows);
+      kernels_->prepare(reader.format, reader.group, d, normed, d, rows_of(act, r, r + rows), 0, rows);
     }
   });
 }
@@ -252,7 +250,7 @@ void Program::linear(const Instruction& in, const Window& w) {
     const auto multiply = [&](const PackedWeight& weights, const float* add, float* to, int64_t ld) {
       for (int64_t i = 0; i < sweeps; i++) {
         const int64_t r0 = m * i / sweeps, r1 = m * (i + 1) / sweeps;
-        kernels_->linear(weights, rows_of(act, weights, r0, r1), add, to + r0 * ld, ld, p0, p1, own);
+        kernels_->linear(weights, rows_of(act, r0, r1), add, to + r0 * ld, ld, p0, p1, own);
       }
     };
     Finish last = finish;

@@ -232,7 +232,7 @@ int64_t activation_bytes(Format format, int32_t group, int64_t m, int64_t k) {
 
 Activations activations_over(Format format, int32_t group, int64_t m, int64_t k, void* buffer, const float* x,
                              int64_t ldx) {
-  Activations act{m, x, ldx * 4, nullptr, nullptr};
+  Activations act{m, x, ldx * 4, nullptr, nullptr, m};
   if (format == Format::f32 || format == Format::f16) return act;
   act.data = buffer;
   act.row_stride_bytes = activation_row_bytes(format, group, k);

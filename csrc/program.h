@@ -209,7 +209,7 @@ inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 constexpr int64_t kTileWork = 16384;  // elements below which waking another thread costs more than it saves
 
 // Rows [r0, r1) of prepared activations.
-Activations rows_of(const Activations& a, const PackedWeight& w, int64_t r0, int64_t r1);
+Activations rows_of(const Activations& a, int64_t r0, int64_t r1);
 
 template <class F>
 void Program::over_rows(int64_t rows, int64_t work_per_row, F&& body) {

@@ -78,6 +78,32 @@ inline const uint8_t* group_zeros(const PackedWeight& w, int64_t panel, int64_t 
   return static_cast<const uint8_t*>(w.zeros) + (panel * (w.k_pad / w.group) + g) * kPanel;
 }
 
+// What a tile reads beside weights and activations, group by group. Copied from the tile, whose members the
+// compiler would load again after every store.
+struct GroupScales {
+  const uint16_t* weights;  // of the first panel; `panel` from there to the next, and so zeros
+  const uint8_t* zeros;
+  const float* activations;  // of the first row, the next beside it; and so sums
+  const int32_t* sums;
+  int64_t panel, stride;
+
+  explicit GroupScales(const Tile& t) {
+    const int64_t g = t.k0 / t.w->group;
+    panel = t.w->k_pad / t.w->group * kPanel;
+    stride = t.act->scale_stride;
+    weights = group_scales(*t.w, t.panel, g);
+    zeros = group_zeros(*t.w, t.panel, g);
+    activations = t.act->scales + g * stride + t.row;
+    sums = t.act->sums + g * stride + t.row;
+  }
+  void next() {
+    weights += kPanel;
+    zeros += kPanel;
+    activations += stride;
+    sums += stride;
+  }
+};
+
 inline const uint8_t* activation_row(const Activations& act, int64_t row) {
   return static_cast<const uint8_t*>(act.data) + row * act.row_stride_bytes;
 }

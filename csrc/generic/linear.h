@@ -168,7 +168,7 @@ struct Plain {
   }
 
   static void fold(const Tile& t, int r, int64_t g, const float* sum, float* total) {
-    const int64_t at = (t.row + r) * (t.w->k_pad / t.w->group) + g;
+    const int64_t at = g * t.act->scale_stride + t.row + r;
     const uint16_t* scales = group_scales(*t.w, t.panel, g);
     for (int64_t j = 0; j < kPanel; j++) {
       float exact = sum[j];

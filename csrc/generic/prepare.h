@@ -55,8 +55,8 @@ void prepare(Format format, int32_t group, int64_t k, const float* x, int64_t ld
       const int64_t groups = k_pad / group;
       for (int64_t g = 0; g < groups; g++) {
         quantize_run(from + g * group, smaller(group, k - g * group), group,
-                     reinterpret_cast<int8_t*>(to) + g * group, scales + r * groups + g,
-                     sums + r * groups + g);
+                     reinterpret_cast<int8_t*>(to) + g * group, scales + g * out.scale_stride + r,
+                     sums + g * out.scale_stride + r);
       }
     }
   }

@@ -197,15 +197,13 @@ struct WideBf16 : Direct<DotBf16Unpacked, 6, 1> {
 // Integers are stored with kZero added, or (0) decoded without it.
 template <int32_t kZero>
 struct FixedZero {
-  static GOSSAMER_INLINE Words start(const PackedWeight&, int64_t, int64_t, int, int32_t sum) {
-    return Words{} + -kZero * sum;
-  }
+  static GOSSAMER_INLINE Words start(const uint8_t*, int32_t sum) { return Words{} + -kZero * sum; }
 };
 
 struct StoredZeros {
-  static GOSSAMER_INLINE Words start(const PackedWeight& w, int64_t panel, int64_t g, int h, int32_t sum) {
-    const uint8_t* zeros = group_zeros(w, panel, g) + 8 * h;
-    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros))) * -sum;
+  static GOSSAMER_INLINE Words start(const uint8_t* zeros, int32_t sum) {
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros));
+    return (Words)_mm256_cvtepu8_epi32(lanes) * -sum;
   }
 };
 
@@ -315,17 +313,17 @@ struct Grouped {
   template <int MR, int P>
   static __attribute__((noinline)) void tile(const Tile& t) {
     static_assert(P == 1, "two registers a row are enough");
-    const int64_t group = t.w->group, groups = t.w->k_pad / group, lda = t.act->row_stride_bytes;
+    const int64_t group = t.w->group, count = (t.k1 - t.k0) / group, lda = t.act->row_stride_bytes;
     const uint8_t* a = activation_row(*t.act, t.row) + t.k0;
     const uint8_t* b = t.b;
     const uint8_t* ahead = t.ahead;
-    const float* scales = t.act->scales + t.row * groups;
-    const int32_t* sums = t.act->sums + t.row * groups;
-    float* acc = reinterpret_cast<float*>(t.acc);
-    for (int64_t g = t.k0 / group; g < t.k1 / group; g++) {
+    float* const acc = reinterpret_cast<float*>(t.acc);
+    if (t.first()) std::memset(acc, 0, MR * 2 * kPanel * sizeof(float));
+    GroupScales scales(t);
+    for (int64_t g = 0; g < count; g++, scales.next()) {
       Words total[MR][2];
       for (int r = 0; r < MR; r++) {
-        for (int h = 0; h < 2; h++) total[r][h] = Zero::start(*t.w, t.panel, g, h, sums[r * groups + g]);
+        for (int h = 0; h < 2; h++) total[r][h] = Zero::start(scales.zeros + 8 * h, scales.sums[r]);
       }
       for (int64_t i = 0; i < group; i += Weights::kRun) {
         for (int64_t step = 0; step < Weights::kRun / kUnit; step++, ahead += t.ahead_step) {
@@ -336,12 +334,12 @@ struct Grouped {
         b += Weights::kRun * Weights::kBytes;
       }
       for (int h = 0; h < 2; h++) {
-        const __m256 s = load_halves(group_scales(*t.w, t.panel, g) + 8 * h);
+        const __m256 s = load_halves(scales.weights + 8 * h);
         for (int r = 0; r < MR; r++) {
           float* f = acc + r * 2 * kPanel + 8 * h;
-          const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(scales[r * groups + g]));
-          const __m256 before = g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(f);
-          _mm256_storeu_ps(f, _mm256_fmadd_ps(_mm256_cvtepi32_ps((__m256i)total[r][h]), scale, before));
+          const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(scales.activations[r]));
+          const __m256 sum = _mm256_cvtepi32_ps((__m256i)total[r][h]);
+          _mm256_storeu_ps(f, _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(f)));
         }
       }
     }

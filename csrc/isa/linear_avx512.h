@@ -17,6 +17,10 @@ GOSSAMER_INLINE __m512i broadcast_word(const uint8_t* p) {
   return _mm512_set1_epi32(word);
 }
 
+GOSSAMER_INLINE __m512 load_halves(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+
 GOSSAMER_INLINE __mmask16 panel_mask(const Tile& t, int p) {
   const int64_t left = t.w->n - (t.panel + p) * kPanel;
   return left >= kPanel ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
@@ -55,9 +59,7 @@ struct DotF32 {
 
 struct DotF16 : DotF32 {
   static constexpr int64_t kBytes = 32;
-  static GOSSAMER_INLINE __m512 weights(const uint8_t* b) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-  }
+  static GOSSAMER_INLINE __m512 weights(const uint8_t* b) { return load_halves(b); }
 };
 
 struct DotBf16 : DotF32 {
@@ -177,15 +179,15 @@ struct WideF16 : Direct<DotF32, 2> {
 // added, which this takes back for the whole group at once.
 template <int32_t kZero>
 struct FixedZero {
-  static GOSSAMER_INLINE Sums start(const PackedWeight&, int64_t, int64_t, int32_t sum) {
-    return (Sums)_mm512_set1_epi32(-kZero * sum);
+  static GOSSAMER_INLINE Sums start(const uint8_t*, int32_t sum) {
+    return (Sums)_mm512_mullo_epi32(_mm512_set1_epi32(-kZero), _mm512_set1_epi32(sum));
   }
 };
 
 struct StoredZeros {
-  static GOSSAMER_INLINE Sums start(const PackedWeight& w, int64_t panel, int64_t g, int32_t sum) {
-    const __m128i* zeros = reinterpret_cast<const __m128i*>(group_zeros(w, panel, g));
-    return (Sums)_mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(zeros)), _mm512_set1_epi32(-sum));
+  static GOSSAMER_INLINE Sums start(const uint8_t* zeros, int32_t sum) {
+    const __m128i* lanes = reinterpret_cast<const __m128i*>(zeros);
+    return (Sums)_mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(lanes)), _mm512_set1_epi32(-sum));
   }
 };
 
@@ -231,28 +233,30 @@ struct Grouped {
 
   template <int MR, int P>
   static __attribute__((noinline)) void tile(const Tile& t) {
-    const int64_t group = t.w->group, groups = t.w->k_pad / group, steps = group / kUnit;
+    const int64_t group = t.w->group, steps = group / kUnit, count = (t.k1 - t.k0) / group;
+    if (steps % kUnroll) __builtin_unreachable();
     const uint8_t* a = activation_row(*t.act, t.row) + t.k0;
     const uint8_t* b = t.b;
     const uint8_t* ahead = t.ahead;
-    const float* scales = t.act->scales + t.row * groups;
-    const int32_t* sums = t.act->sums + t.row * groups;
-    float* acc = reinterpret_cast<float*>(t.acc);
+    float* const acc = reinterpret_cast<float*>(t.acc);
+    if (t.first()) std::memset(acc, 0, MR * 2 * kPanel * sizeof(float));
     if (t.last()) expect_outputs<MR, P>(t);
-    for (int64_t g = t.k0 / group; g < t.k1 / group; g++, a += group, b += steps * Dot::kBytes) {
+    GroupScales scales(t);
+    for (int64_t g = 0; g < count; g++, a += group, b += steps * Dot::kBytes, scales.next()) {
       Dots<Dot, kEvery, MR, P> dots;
       for (int r = 0; r < MR; r++) {
-        for (int p = 0; p < P; p++) dots.c[r][p] = Zero::start(*t.w, t.panel + p, g, sums[r * groups + g]);
+        for (int p = 0; p < P; p++) {
+          dots.c[r][p] = Zero::start(scales.zeros + p * scales.panel, scales.sums[r]);
+        }
       }
       dots.run(b, a, steps, ahead, t);
       for (int p = 0; p < P; p++) {
-        const uint16_t* at = group_scales(*t.w, t.panel + p, g);
-        const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        const __m512 s = load_halves(scales.weights + p * scales.panel);
         for (int r = 0; r < MR; r++) {
           float* f = acc + (r * 2 + p) * kPanel;
-          const __m512 before = g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(f);
-          const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(scales[r * groups + g]));
-          _mm512_storeu_ps(f, _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)dots.c[r][p]), scale, before));
+          const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(scales.activations[r]));
+          const __m512 sum = _mm512_cvtepi32_ps((__m512i)dots.c[r][p]);
+          _mm512_storeu_ps(f, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(f)));
         }
       }
     }
