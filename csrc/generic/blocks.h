@@ -5,6 +5,7 @@
 //   kRows, kPanels   the largest register tile
 //   kUnit            inputs that one step of the tile takes
 //   kBlock           inputs per L1 block (a multiple of every group)
+//   kNarrowRows      up to here weights are read as they are packed, which costs less than unpacking them
 //   tile<MR, P>(t)   adds inputs [t.k0, t.k1) to MR rows x P panels; partial sums travel through t.acc
 //   Narrow           the variant that reads packed panels once, for few rows (F where nothing is unpacked)
 //   kStreamRows      up to so many rows Narrow takes one panel at a time: one stream from memory per thread
@@ -18,7 +19,6 @@ namespace gossamer {
 namespace GOSSAMER_ISA {
 namespace {
 
-constexpr int64_t kNarrowRows = 8;             // up to here weights are read once, straight from memory
 constexpr int64_t kMaxBlockRows = 256;         // rows that share one sweep over the panels
 constexpr int64_t kActivationBytes = 1 << 19;  // of those rows, to stay in L2 beside the weights
 constexpr int64_t kPrefetchBytes = 4096;       // how far ahead the narrow path asks for weights
@@ -206,7 +206,7 @@ void linear_blocked(const PackedWeight& w, const Activations& act, const float* 
   t.out = out;
   t.ldo = ldo;
   t.acc = static_cast<uint8_t*>(scratch);
-  if (act.m <= kNarrowRows) {
+  if (act.m <= F::kNarrowRows) {
     linear_narrow<typename F::Narrow>(t, p0, p1);
   } else {
     linear_wide<F>(t, p0, p1, t.acc + kAccBytes);

@@ -91,7 +91,7 @@ struct CodecNf4 : CodecInt4 {
 // Weights either packed, and decoded for every block of rows, or unpacked to floats before.
 template <class Codec, bool Unpacked>
 struct Plain {
-  static constexpr int kRows = 4, kPanels = 1, kStreamRows = 0;
+  static constexpr int kRows = 4, kPanels = 1, kNarrowRows = 8, kStreamRows = 0;
   static constexpr int64_t kUnit = Codec::kUnit, kBlock = kRun, kUnpackedBytes = 64;
   using Narrow = Plain<Codec, false>;
   using Sum = typename Codec::Sum;

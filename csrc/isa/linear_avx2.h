@@ -117,7 +117,7 @@ struct DotInt8 {
 // Formats whose partial sums are plain accumulators all along K.
 template <class Dot, int Rows, int Panels>
 struct Direct {
-  static constexpr int kRows = Rows, kPanels = Panels, kStreamRows = 0;
+  static constexpr int kRows = Rows, kPanels = Panels, kNarrowRows = 8, kStreamRows = 0;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 128 * kUnit, kUnpackedBytes = 0;
   using Narrow = Direct;
 
@@ -306,7 +306,7 @@ struct PackedLevels {
 // Float sums live in t.acc: the integer ones need the registers.
 template <class Weights, class Zero>
 struct Grouped {
-  static constexpr int kRows = 4, kPanels = 1, kStreamRows = 0;
+  static constexpr int kRows = 4, kPanels = 1, kNarrowRows = 8, kStreamRows = 0;
   static constexpr int64_t kUnit = Weights::kUnit, kBlock = 512, kUnpackedBytes = 0;
   using Narrow = Grouped;
 

@@ -130,7 +130,7 @@ struct Dots {
 // Formats whose partial sums are plain accumulators all along K.
 template <class Dot, int kEvery>
 struct Direct {
-  static constexpr int kRows = 8, kPanels = 2, kStreamRows = 0;
+  static constexpr int kRows = 8, kPanels = 2, kNarrowRows = 8, kStreamRows = 0;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 128 * kUnit, kUnpackedBytes = 0;
   using Narrow = Direct<Dot, 1>;
 
@@ -227,7 +227,7 @@ struct Nf4Levels {
 // The float sums live in t.acc all the time: the integer ones need the registers.
 template <class Dot, class Zero, int kEvery>
 struct Grouped {
-  static constexpr int kRows = 8, kPanels = 2, kStreamRows = 6;
+  static constexpr int kRows = 8, kPanels = 2, kNarrowRows = 8, kStreamRows = 6;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 512, kUnpackedBytes = 0;
   using Narrow = Grouped<Dot, Zero, 1>;
 
@@ -269,9 +269,11 @@ struct Grouped {
 
 using WideInt8Groups = Grouped<DotInt8, FixedZero<128>, 2>;
 
-// Formats of 4 bits, unpacked to bytes in the order of int8.
+// Formats of 4 bits, unpacked to bytes in the order of int8 where many rows share the stores; for a few tiles
+// of rows, taking nibbles apart again in each costs less.
 template <class Decode, class Zero>
 struct WideNibbles : Grouped<DotInt8, Zero, 4> {
+  static constexpr int kNarrowRows = 32;
   static constexpr int64_t kUnpackedBytes = 16;
   using Narrow = Grouped<DotNibbles<Decode>, Zero, 1>;
 
