@@ -39,7 +39,7 @@ SHOWN = {
     "norm_residual": ("gemma2", "gemma3"),
     "norm_quantize": ("llama", "gpt2", "qwen2"),
 }
-FORMATS = ("f32", "f16", "bf16", "int8", "int4-g32")
+FORMATS = ("f32", "f16", "bf16", "int8", "int8-g16", "int4-g32", "uint4-g32", "nf4-g32")
 
 
 @dataclass(frozen=True)
