@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ASAN := .venv-asan
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test test-asan lint format bench docs clean
 
 demo: $(VENV)/.installed  ## install, then show the main job on the embedded model
 	$(BIN)/gossamer demo
@@ -13,6 +14,11 @@ demo: $(VENV)/.installed  ## install, then show the main job on the embedded mod
 test: $(VENV)/.dev  ## install with the development extras, then lint and run the fast tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest
+
+test-asan: $(ASAN)/.installed  ## the kernels under the address and undefined-behaviour sanitizers, in a build of their own
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(ASAN)/bin/python -m pytest -p no:cacheprovider -o timeout=1800 tests/numerics tests/exactness
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,7 +40,7 @@ docs: $(VENV)/.installed  ## write the pages of docs/ that are made from the cod
 	$(BIN)/python tools/docs.py
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.installed $(VENV)/.dev
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(ASAN) $(VENV)/.installed $(VENV)/.dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,3 +54,12 @@ $(VENV)/.installed: $(NATIVE) | $(VENV)/bin/python
 $(VENV)/.dev: $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed
+
+# Everything but the project itself comes from .venv, whose own (editable) copy a path in a .pth does not bring.
+$(ASAN)/.installed: $(NATIVE) | $(VENV)/.dev
+	test -x $(ASAN)/bin/python || $(PYTHON) -m venv $(ASAN)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > "$$($(ASAN)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/development.pth"
+	$(ASAN)/bin/pip install --quiet --no-deps --editable . --config-settings=build-dir=build/asan \
+	  --config-settings=cmake.define.GOSSAMER_SANITIZE=ON
+	touch $@

@@ -216,6 +216,9 @@ struct Kernels {
   Scan (*scan)(const float* logits, int64_t n);
 
   // probe -------------------------------------------------------------------------------------------------
+  // Reads `bytes` (a multiple of 512) at `data` (64-byte aligned) as 1 or 2 streams, prefetching `ahead`
+  // bytes (0: not at all); returns the sum of the 32-bit words.
+  uint32_t (*read)(const void* data, int64_t bytes, int streams, int64_t ahead);
   // Register-only loops of `steps` steps; they return the multiply-accumulates done.
   int64_t (*peak_int8)(int64_t steps);
   int64_t (*peak_bf16)(int64_t steps);

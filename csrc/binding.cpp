@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "checksum.h"
 #include "memory.h"
 #include "probe.h"
 #include "program.h"
@@ -86,6 +87,15 @@ void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, 
     const int64_t a = n0 + tile * step, b = std::min(n1, a + step);
     pack_rows(f, group, n, k, from + (a - n0) * k, a, b, data.data(), scales.data(), zeros.data());
   });
+}
+
+int64_t checksum_blocks(int64_t bytes) { return (bytes + kChecksumBlock - 1) / kChecksumBlock; }
+
+void checksums_of(Pool& pool, Bytes data, Bytes sums) {
+  if (int64_t(sums.size()) != checksum_blocks(int64_t(data.size())) * 8)
+    throw nb::value_error("sums must hold 8 bytes for each MiB of data");
+  nb::gil_scoped_release release;
+  checksums(pool, data.data(), int64_t(data.size()), reinterpret_cast<uint64_t*>(sums.data()));
 }
 
 // A Program with the buffers of its steps.
@@ -205,6 +215,8 @@ NB_MODULE(_native, m) {
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("size", &Pool::size);
   m.def("pack", &pack, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "rows"_a, "n0"_a, "data"_a, "scales"_a,
         "zeros"_a);
+  m.def("checksum_blocks", &checksum_blocks);
+  m.def("checksums", &checksums_of, "pool"_a, "data"_a, "sums"_a, "Of every MiB, for data on disk.");
   m.def("probe", [](Pool& pool, const std::string& isa, double seconds, int64_t buffer_bytes) {
     kernels_of(isa);
     Probe p;

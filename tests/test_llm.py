@@ -53,7 +53,8 @@ def test_the_story_in_every_format(shared: Path, options: dict[str, Any], stored
         llm = load(shared, backend=backend, max_num_seqs=1, kv_cache_dtype="float32", **options)
         told[backend] = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0]
         if backend == "cpu":
-            lines = {line.kernel: line for line in llm.receipt()}
+            llm_receipt = llm.receipt()
+            lines = {line.kernel: line for line in llm_receipt}
     # Rounded this coarsely, the little model finds another game.
     opening = STORY.replace("outside", "with her toys") if stored in ("uint4", "nf4") else STORY
     assert told["cpu"].text.startswith(opening.removesuffix(" in the"))
@@ -64,9 +65,12 @@ def test_the_story_in_every_format(shared: Path, options: dict[str, Any], stored
     isa = _native.best_isa()
     linear = [line for kernel, line in lines.items() if "linear" in kernel and line.calls]
     fused = ("merged_linear", "linear_add", "gated_linear", "linear")
-    assert {line.kernel for line in linear} == {f"{isa}.{op}_{stored}" for op in fused}
+    assert {(line.isa, line.kernel) for line in linear} == {(isa, f"{op}_{stored}") for op in fused}
     assert all(line.calls == 40 and line.weight_bytes > 0 for line in linear)
-    assert (f"{isa}.prepare" in lines) == (stored not in ("f32", "f16"))
+    assert all(line.gb_s == pytest.approx(line.weight_bytes * 40e-9 / line.seconds) for line in linear)
+    assert lines[f"embed_{stored}"].gb_s is None  # it reads some rows alone
+    assert sum(line.share for line in llm_receipt) == pytest.approx(1)
+    assert ("prepare" in lines) == (stored not in ("f32", "f16"))
 
 
 def test_prompts_of_every_kind_come_back_in_order(llm: LLM) -> None:
@@ -134,7 +138,7 @@ def test_unknown_options_are_refused(shared: Path) -> None:
 
 def test_an_instruction_set_that_is_absent_is_an_error(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "isas", lambda: ["scalar", "avx2"])
-    with pytest.raises(ConfigError, match="cannot run avx512 kernels; it can run scalar, avx2"):
+    with pytest.raises(ConfigError, match="cannot run avx512 kernels; the nearest it can run is avx2"):
         load(shared, isa="avx512")
     monkeypatch.setenv("GOSSAMER_ISA", "avx512")
     with pytest.raises(ConfigError, match="cannot run avx512"):
@@ -153,3 +157,32 @@ def test_what_the_model_s_makers_advise_is_the_default(shared: Path, tmp_path: P
 def test_the_reference_refuses_what_it_would_ignore(shared: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="reference"):
         load(shared, backend="reference", **options)
+
+
+@pytest.mark.parametrize(
+    ("formats", "stored"),
+    [
+        ({"layers.*.mlp.down_proj": "int8", "head": "bf16"}, {"int4", "int8", "bf16"}),
+        (
+            [("layers.*.attention.*", "f16"), ("layers.0.*", "float32"), ("*_proj", "int8")],
+            {"f16", "f32", "int8", "int4"},
+        ),
+    ],
+)
+def test_the_story_in_several_formats_at_once(shared: Path, formats: Any, stored: set[str]) -> None:
+    told = {}
+    for backend in ("cpu", "reference"):
+        llm = load(shared, backend=backend, max_num_seqs=1, quantization="int4-g32", weight_formats=formats)
+        told[backend] = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        if backend == "cpu":
+            kernels = {line.kernel.rpartition("_")[2] for line in llm.receipt() if "linear" in line.kernel}
+            assert kernels == stored
+    assert told["cpu"][:30] == told["reference"][:30]  # a rounding the other way may show later
+
+
+@pytest.mark.parametrize(
+    "formats", [{"head": 8}, {"head"}, "head=int8", [("head", "int8"), ("head", "bf16")], {"haed": "int8"}]
+)
+def test_weight_formats_that_cannot_be(shared: Path, formats: Any) -> None:
+    with pytest.raises(ConfigError, match="weight"):
+        load(shared, weight_formats=formats)

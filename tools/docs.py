@@ -12,7 +12,19 @@ from gossamer.passes.pipeline import PASSES, pass_names
 
 DOCS = Path(__file__).parent.parent / "docs"
 ENGINE_PANELS = ("Model", "Memory", "Batching", "Machine")
-VERBS = ("generate", "chat", "serve", "bench latency", "bench throughput", "probe", "graph", "demo")
+VERBS = (
+    "generate",
+    "chat",
+    "serve",
+    "bench latency",
+    "bench throughput",
+    "bench shapes",
+    "probe",
+    "graph",
+    "cache list",
+    "cache clear",
+    "demo",
+)
 
 
 def ops_page() -> str:

@@ -17,6 +17,7 @@ namespace {
 #include "generic/attention.h"
 #include "generic/select.h"
 #include "generic/sample.h"
+#include "generic/read.h"
 // clang-format on
 }  // namespace
 }  // namespace generic
@@ -40,4 +41,5 @@ static void fill_generic(Kernels& table) {
   table.sample = generic::sample;
   table.sample_scratch = generic::sample_scratch;
   table.scan = generic::scan;
+  table.read = generic::read;
 }

@@ -18,6 +18,7 @@ from gossamer.config import (
     ParallelComputing,
     Quantization,
 )
+from gossamer.config.weight_formats import FLOATS, weight_formats
 from gossamer.engine.request import Completion, RequestOutput, SamplingParams
 from gossamer.errors import ConfigError, RequestError
 from gossamer.progress import loading_bar, token_bar
@@ -26,11 +27,6 @@ from gossamer.text_engine import TextEngine, TextUpdate
 __all__ = ["LLM", "engine_config"]
 
 Prompt = str | Sequence[int]
-_DTYPES = {
-    "float32": None, "fp32": None, "f32": None,
-    "bfloat16": "bf16", "bf16": "bf16",
-    "float16": "f16", "fp16": "f16", "f16": "f16", "half": "f16",
-}  # fmt: skip
 _KV_DTYPES = {
     "auto": "bf16", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "float32": "f32", "fp32": "f32",
 }  # fmt: skip
@@ -38,7 +34,7 @@ _KV_DTYPES = {
 _TEXTS = {"model", "revision", "dtype", "quantization", "kv_cache_dtype", "isa"}
 _COUNTS = {
     "threads", "page_size", "prefill_chunk", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_bytes", "memory_budget",
+    "kv_bytes", "memory_budget", "weight_cache_limit",
 }  # fmt: skip
 _NEEDED = {
     "model", "dtype", "kv_cache_dtype", "page_size", "max_num_seqs", "max_num_batched_tokens",
@@ -62,10 +58,11 @@ def engine_config(
 
     dtype: auto (what config.json says the checkpoint is), float32, bfloat16 or float16; quantization:
     int8, int4, uint4 or nf4, or one with its group (int8-g16, int8-g32; int4-g32, int4-g64, int4-g128, and so
-    uint4 and nf4); kv_cache_dtype: float32, bfloat16 or float16; isa: scalar, avx2 or avx512 (None:
-    $GOSSAMER_ISA, else the best there is); autotune: measure how to cut layers into tiles at the first
-    start; the rest are fields of EngineConfig. Raises ConfigError for anything else, and CheckpointError
-    where config.json cannot be read.
+    uint4 and nf4); weight_formats: {pattern: format} for matrices that are to be stored otherwise, such as
+    {"layers.*.mlp.down_proj": "int8", "head": "bf16"}; kv_cache_dtype: float32, bfloat16 or float16; isa:
+    scalar, avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); autotune: measure how to cut layers
+    into tiles at the first start; the rest are fields of EngineConfig. Raises ConfigError for anything else,
+    and CheckpointError where config.json cannot be read.
     """
     half = None
     model = str(model) if isinstance(model, os.PathLike) else model
@@ -74,15 +71,17 @@ def engine_config(
         | {"isa": isa, "threads": threads, "page_size": page_size, "prefill_chunk": prefill_chunk}
         | options
     )
-    if dtype != "auto" and dtype not in _DTYPES:
+    if dtype != "auto" and dtype not in FLOATS:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
-    if quantization is not None and _DTYPES.get(dtype):
+    if quantization is not None and FLOATS.get(dtype):
         raise ConfigError(
             f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one "
             "(float32 goes with quantization: all that is not quantized is float32)"
         )
     if quantization is None:
-        half = _checkpoint_dtype(model, options.get("revision")) if dtype == "auto" else _DTYPES[dtype]
+        half = _checkpoint_dtype(model, options.get("revision")) if dtype == "auto" else FLOATS[dtype]
+    if "weight_formats" in options:
+        options["weight_formats"] = weight_formats(options["weight_formats"])
     defaults: dict[str, Any] = {
         "quantization": None if quantization is None else Quantization.parse(quantization),
         "mixed_precision": None if half is None else MixedPrecision(dtype=half),  # type: ignore[arg-type]
@@ -118,7 +117,7 @@ def _checkpoint_dtype(model: str, revision: str | None) -> str | None:
 
     config = read_config(resolve_model(model, revision))
     named = config.get("torch_dtype") or config.get("dtype") or "float32"
-    return _DTYPES.get(str(named).removeprefix("torch."))
+    return FLOATS.get(str(named).removeprefix("torch."))
 
 
 class LLM:
@@ -147,7 +146,7 @@ class LLM:
         return self.engine.started.memory
 
     def receipt(self) -> list[ReceiptLine]:
-        """What ran so far: node -> kernel, calls, rows, bytes, seconds."""
+        """What ran so far: node -> kernel, instruction set, calls, rows, bytes, seconds, share, GB/s."""
         return self.engine.started.receipt()
 
     def generate(

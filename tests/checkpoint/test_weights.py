@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,23 +161,6 @@ def test_dummy_weights_are_deterministic_and_any_rows_can_be_made_alone() -> Non
     assert abs(one.read("model.norm.weight").mean() - 1) < 0.1
 
 
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """fill(graph-changing options) -> (block, from cache), with a cache that takes small models too."""
-    monkeypatch.setattr(packing, "_CACHE_FROM", 0)
-    pool = _native.Pool(2)
-
-    def fill(seed: str = "dummy-1") -> tuple[np.ndarray, bool]:
-        graph = build_graph(CONFIG)
-        source = DummySource(graph)
-        monkeypatch.setattr(source, "content_key", lambda: seed)
-        places, size = packing.layout(graph)
-        block = _native.allocate(size)
-        return block, packing.fill_block(graph, source, pool, block, places, cache_dir=tmp_path)
-
-    return fill
-
-
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 def test_loading_holds_one_tensor_beside_the_weights(tmp_path: Path, architecture: str) -> None:
     sizes = {"n_embd": 256, "n_head": 4, "n_layer": 3, "vocab_size": 4096, "n_positions": 64}
@@ -202,49 +183,3 @@ def test_loading_holds_one_tensor_beside_the_weights(tmp_path: Path, architectur
         tracemalloc.stop()
     largest = 4 * max(math.prod(shape) for shape in shapes.values())
     assert largest / 2 < peak < largest + (1 << 20) < size
-
-
-def test_cache_serves_the_same_bytes(packed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    first, cached = packed()
-    assert not cached
-    second, cached = packed()
-    assert cached
-    assert np.array_equal(first, second)
-    assert not packed("another checkpoint")[1]
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("damage", ["truncate", "grow", "header", "empty"])
-def test_a_damaged_cache_is_made_again(packed, tmp_path: Path, damage: str) -> None:  # type: ignore[no-untyped-def]
-    want, _ = packed()
-    (path,) = tmp_path.glob("*.packed")
-    data = path.read_bytes()
-    if damage == "header":
-        line, rest = data.split(b"\n", 1)
-        data = json.dumps({**json.loads(line), "layout": -1}).encode() + b"\n" + rest
-    path.write_bytes({"truncate": data[:-1], "grow": data + b"x", "header": data, "empty": b""}[damage])
-    got, cached = packed()
-    assert not cached
-    assert np.array_equal(got, want)
-    assert packed()[1]
-
-
-def test_what_a_killed_writer_left_is_swept_away(packed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    packed()
-    assert not old.exists() and new.exists()
-
-
-def test_an_unwritable_cache_costs_only_the_cache(packed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    blocked = tmp_path / "blocked"
-    blocked.write_text("a file where the directory should be")
-    graph = build_graph(CONFIG)
-    places, size = packing.layout(graph)
-    block = _native.allocate(size)
-    source = DummySource(graph)
-    assert not packing.fill_block(graph, source, _native.Pool(1), block, places, cache_dir=blocked / "below")
-    assert block.any()
-    assert os.listdir(tmp_path) == ["blocked"]

@@ -38,9 +38,33 @@ def test_model_and_isa_from_the_environment(cli: Cli, stories: Path, monkeypatch
     monkeypatch.setenv("GOSSAMER_MODEL", str(stories))
     monkeypatch.setenv("GOSSAMER_ISA", "scalar")
     report = cli("generate", *SAY, "--max-tokens", 2, "--receipt").json
-    assert all(line["kernel"].startswith("scalar.") for line in report["receipt"])
+    assert all(line["isa"] == "scalar" for line in report["receipt"])
     monkeypatch.setenv("GOSSAMER_ISA", "mmx")
     assert "mmx" in cli("generate", *SAY).complaint
+
+
+def test_weight_formats_from_everywhere(
+    cli: Cli, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored(*flags: object) -> dict[str, str]:
+        rows = cli("graph", stories, "--formats", "--json", "-q", "int8", *flags).json["matrices"]
+        return {row["weight"]: row["stored"] for row in rows if row["stored"] != "int8"}
+
+    wanted = {"embedding": "bf16", "layers.0.mlp.up_proj": "int4-g32"}
+    patterns = ["head=bf16", "layers.0.mlp.up_proj=int4-g32"]
+    assert stored(*(part for p in patterns for part in ("--weight-format", p))) == wanted
+    file = tmp_path / "flags.toml"
+    file.write_text(f"weight-format = {patterns}")
+    assert stored("--config", file) == wanted
+    monkeypatch.setenv("GOSSAMER_WEIGHT_FORMAT", " ".join(patterns))
+    assert stored() == wanted
+    monkeypatch.setenv("GOSSAMER_WEIGHT_FORMAT", "head")
+    assert "PATTERN=FORMAT" in cli("generate", stories, *SAY).complaint
+
+
+def test_the_format_plan_for_people(cli: Cli, stories: Path) -> None:
+    text = cli("graph", stories, "--formats", "--weight-format", "layers.*.mlp.down_proj=int8").out
+    assert "pattern layers.*.mlp.down_proj=int8" in text and "total" in text
 
 
 def test_isa_of_the_library_from_the_environment(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:

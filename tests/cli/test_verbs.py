@@ -119,6 +119,17 @@ def test_bench_latency(cli: Cli, stories: Path) -> None:
     assert report["memory"]["resident_bytes"] > report["memory"]["weights_bytes"]
 
 
+def test_bench_shapes(cli: Cli, stories: Path) -> None:
+    work = (
+        *("--num-prompts", 3, "--input-len", 8, "--output-len", 4, "--num-iters", 1),
+        *("--max-num-batched-tokens", 64),
+    )
+    report = cli("bench", "shapes", stories, *work, "--json").json
+    assert report["same_tokens"] and report["padded"]["tokens_per_step_median"] == 64
+    text = cli("bench", "shapes", stories, *work).out
+    assert "as they are" in text and "the same tokens" in text
+
+
 def test_bench_latency_for_people(cli: Cli, stories: Path) -> None:
     work = ("--input-len", 40, "--output-len", 8, "--batch-size", 2, "--num-iters", 1)
     text = cli("bench", "latency", stories, *work).out

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from gossamer.bench.costs import StepCosts, step_costs
 from gossamer.bench.measure import RecordingExecutor, Step, recording, run_step
 from gossamer.bench.memory import memory_figures
 from gossamer.config import EngineConfig
+from gossamer.config.quantization import WeightFormat
 from gossamer.engine.request import SamplingParams
 from gossamer.errors import ConfigError
+from gossamer.passes.weight_formats import matrices
 from gossamer.planner.hardware import Prober, Rates, cache_bytes, median_rates
 from gossamer.runtime.start import start
 from gossamer.text_engine import TextEngine
@@ -98,7 +100,9 @@ def bench_latency(
         runs.append(once())
         rates.append(prober.measure())
     probe = median_rates(rates)
-    report = _report(work, runs, costs, probe, caches=cache_bytes(), integer=config.quantization is not None)
+    stored = matrices(started.graph).values()
+    integer = all(weight.format in get_args(WeightFormat) for weight in stored)
+    report = _report(work, runs, costs, probe, caches=cache_bytes(), integer=integer)
     return report | {
         "memory": memory_figures(started.memory),
         "probe": asdict(probe),
@@ -202,8 +206,8 @@ def fractions(
     prefill: seconds to the last first token; mixed: tokens sampled until then, of which all but one for
     each sequence were decoded beside the prefill. caches: bytes that the cores' own caches hold, and the last
     one; steps that read less than the first never see the memory and have no fraction of its bandwidth, nor
-    have those that fit into the last and were faster than the memory is. integer: products are
-    of integers, for which the bf16 peak is no limit.
+    have those that fit into the last and were faster than the memory is. integer: all weights
+    are integers, for which the bf16 peak is no limit.
     """
     extra = mixed - work.batch_size
     needed = costs.macs(work.batch_size * work.input_len + extra, mixed)

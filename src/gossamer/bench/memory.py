@@ -22,6 +22,7 @@ def memory_figures(report: MemoryReport) -> dict[str, int]:
         "kv_tokens": report.kv_tokens,
         "arena_bytes": report.arena,
         "arena_separate_bytes": report.arena_separate,
+        "arena_shared_bytes": report.arena_shared,
         "workspace_bytes": report.workspace,
         "total_bytes": report.total,
         "resident_bytes": resident_bytes(),

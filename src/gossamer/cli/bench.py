@@ -1,4 +1,4 @@
-"""`gossamer bench latency|throughput`."""
+"""`gossamer bench latency|throughput|shapes`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from gossamer.cli.engine_flags import EngineFlags
 from gossamer.cli.models import model_context
 from gossamer.cli.options import flag, verb
-from gossamer.cli.show import emit_json, show_start, stderr
+from gossamer.cli.show import emit_json, memory_table, show_start, stderr
 from gossamer.errors import ConfigError
 
 __all__ = ["app"]
@@ -56,7 +56,8 @@ def latency(
     if json:
         emit_json(report)
     else:
-        _print(report, integer=config.quantization is not None, native=config.backend == "cpu")
+        integer = report["prefill_fraction_of_bf16_peak"] is None
+        _print(report, integer=integer, native=config.backend == "cpu")
     return _errors(report)
 
 
@@ -213,5 +214,78 @@ def _print_throughput(report: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
+def shapes(
+    engine: EngineFlags,
+    num_prompts: Annotated[int, flag("--num-prompts", panel=_WORK, metavar="N", help="Requests.")] = 16,
+    input_len: Annotated[int, flag("--input-len", panel=_WORK, help="Mean prompt tokens.")] = 64,
+    output_len: Annotated[int, flag("--output-len", panel=_WORK, help="Mean output tokens.")] = 16,
+    random_range_ratio: Annotated[
+        float, flag("--random-range-ratio", panel=_WORK, help="Lengths vary by this part of their mean.")
+    ] = 0.5,
+    num_iters: Annotated[
+        int, flag("--num-iters", panel=_WORK, help="Measured rounds; medians are reported.")
+    ] = 3,
+    seed: Annotated[int, flag("--seed", panel=_WORK, help="Of lengths and prompts.")] = 0,
+    json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run mixed requests as they are and padded to the maximum shape: what dynamic shapes gain."""
+    from gossamer.bench.shapes import bench_shapes, start_shapes
+    from gossamer.bench.workload import arrivals, cut_lengths, make_jobs, random_lengths
+    from gossamer.progress import loading_bar, status_line
+
+    if num_iters < 1:
+        raise ConfigError(f"num_iters {num_iters} must be at least 1")
+    lengths = random_lengths(num_prompts, input_len, output_len, random_range_ratio, seed)
+    longest = max(prompt + output for prompt, output in lengths)
+    config = engine.config(max_model_len=min(longest, model_context(engine)), max_num_seqs=8)
+    with loading_bar(sys.stderr.isatty()) as loading:
+        both = start_shapes(config, loading)
+    stderr().print(memory_table(both.started))
+    lengths, cut = cut_lengths(lengths, both.started.max_model_len)
+    if cut:
+        stderr().print(f"{cut} of {len(lengths)} requests were cut to {both.started.max_model_len} tokens")
+    times = arrivals(len(lengths), float("inf"), seed)
+    jobs = make_jobs(lengths, times, both.started.graph.vocab, seed)
+    with status_line(sys.stderr.isatty()) as progress:
+        report = bench_shapes(both, jobs, num_iters, progress=progress)
+    if json:
+        emit_json(report)
+    else:
+        _print_shapes(report)
+
+
+def _print_shapes(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from gossamer.cli.sizes import format_size
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", style="cyan")
+    for name in ("as they are", "padded"):
+        table.add_column(name, justify="right", style="bold")
+    table.add_column("")
+    sides = report["dynamic"], report["padded"]
+    most = f"of at most {report['max_num_batched_tokens']}"
+    for label, name, digits, unit in (
+        ("a step", "step_ms_median", 2, "ms"),
+        ("tokens in a step", "tokens_per_step_median", 0, most),
+        ("output", "output_tokens_per_s", 1, "tok/s"),
+        ("all requests", "total_s", 3, "s"),
+    ):
+        table.add_row(label, *(f"{side[name]:.{digits}f}" for side in sides), unit)
+    table.add_row("arena in use", *(format_size(side["arena_bytes"]) for side in sides), "median step")
+    console = Console(highlight=False)
+    console.print(table)
+    same = "the same tokens" if report["same_tokens"] else "[red]other tokens[/]"
+    console.print(
+        f"Dynamic shapes: {report['speedup']:.2f} times as fast, {same}; "
+        f"{report['requests']} requests, medians of {report['rounds']} rounds",
+        soft_wrap=True,
+    )
+
+
 app.command()(verb(latency))
 app.command()(verb(throughput))
+app.command()(verb(shapes))

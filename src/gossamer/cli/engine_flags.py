@@ -40,6 +40,10 @@ class EngineFlags:
     quantization: Annotated[str | None, flag(
         "--quantization", "-q", panel=_MODEL, metavar="FORMAT",
         help=f"Weights in {SPELLINGS}.")] = None
+    weight_format: Annotated[list[str] | None, flag(
+        "--weight-format", panel=_MODEL, metavar="PATTERN=FORMAT",
+        help="Store matrices of these names otherwise: 'layers.*.mlp.down_proj=int8', head=bf16. Repeatable; "
+        "the first that matches decides. `gossamer graph MODEL --formats` shows the names.")] = None
     load_format: Annotated[str, flag(
         "--load-format", panel=_MODEL, metavar="FORMAT",
         help="auto, safetensors, or dummy: random weights from config.json alone.")] = "auto"
@@ -49,6 +53,9 @@ class EngineFlags:
     no_weight_cache: Annotated[bool, flag(
         "--no-weight-cache", panel=_MODEL,
         help="Do not keep packed weights on disk for the next start.")] = False
+    weight_cache_limit: Annotated[str | None, flag(
+        "--weight-cache-limit", panel=_MODEL, metavar="SIZE",
+        help="Most that all packed weights may take on disk; the least recently used go first.")] = None
     max_model_len: Annotated[int | None, flag(
         "--max-model-len", "--ctx-size", "-c", panel=_MEMORY, metavar="TOKENS",
         help="Longest sequence, prompt and output together.")] = None
@@ -104,6 +111,7 @@ class EngineFlags:
     def config(self, **suggested: Any) -> EngineConfig:
         """The engine's configuration. suggested: max_model_len, max_num_seqs or max_num_batched_tokens for
         where the user said nothing, or model. Raises GossamerError for values that cannot be."""
+        from gossamer.config.weight_formats import parse_pair
         from gossamer.llm import engine_config
 
         model = self.model_flag or self.model or suggested.get("model")
@@ -115,6 +123,10 @@ class EngineFlags:
             "kv_bytes": None if self.kv_bytes is None else parse_size(self.kv_bytes),
             "memory_budget": None if self.memory_budget is None else parse_size(self.memory_budget),
             "ignore_config_fields": tuple(self.ignore_config_field or ()),
+            "weight_formats": [parse_pair(text) for text in self.weight_format or ()],
+            "weight_cache_limit": None
+            if self.weight_cache_limit is None
+            else parse_size(self.weight_cache_limit),
             "weight_cache": not self.no_weight_cache,
         }
         for name in _SUGGESTIONS:

@@ -27,10 +27,15 @@ def graph(
         str | None, flag("--scope", metavar="SCOPE", help="Only nodes at or below it, such as layers.0.")
     ] = None,
     costs: Annotated[bool, flag("--costs", help="Show FLOPs and bytes instead of the nodes.")] = False,
+    formats: Annotated[
+        bool,
+        flag("--formats", help="Show the storage format of every matrix, its bytes and what decided it."),
+    ] = False,
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a model's graph: what is computed, before and after each pass."""
     from gossamer.checkpoint.hub import read_config, resolve_model
+    from gossamer.cli.formats import show_formats
     from gossamer.errors import ConfigError
     from gossamer.graph.families import build_graph
     from gossamer.graph.text import graph_text
@@ -43,6 +48,9 @@ def graph(
         context=config.max_model_len,
         ignore=config.ignore_config_fields,
     )
+    if formats:
+        show_formats(built, config, json=json)
+        return
     passes: list[str] = []
     if after is not None:
         built, passes = run_passes(built, config, until=None if after == "all" else after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.sizes import format_size
@@ -20,23 +20,16 @@ __all__ = ["receipt_rows", "receipt_table"]
 @dataclass(slots=True)
 class _Sum:
     calls: int = 0
+    rows: int = 0
     bytes: int = 0
+    read: float = 0.0
     seconds: float = 0.0
+    share: float = 0.0
 
 
 def receipt_rows(lines: Sequence[ReceiptLine]) -> list[dict[str, Any]]:
     """Line by line, for JSON."""
-    return [
-        {
-            "node": line.node,
-            "kernel": line.kernel,
-            "calls": line.calls,
-            "rows": line.rows,
-            "weight_bytes": line.weight_bytes,
-            "seconds": line.seconds,
-        }
-        for line in lines
-    ]
+    return [asdict(line) for line in lines]
 
 
 def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
@@ -44,27 +37,44 @@ def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
     from rich import box
     from rich.table import Table
 
-    sums: dict[tuple[str, str], _Sum] = {}
+    sums: dict[tuple[str, str, str], _Sum] = {}
     for line in lines:
-        total = sums.setdefault((re.sub(r"\.\d+\.", ".*.", line.node), line.kernel.partition(".")[2]), _Sum())
+        key = (re.sub(r"\.\d+\.", ".*.", line.node), line.kernel, line.isa)
+        total = sums.setdefault(key, _Sum())
         total.calls += line.calls
+        total.rows += line.rows
         total.bytes += line.weight_bytes
+        total.read += (line.gb_s or 0.0) * line.seconds
         total.seconds += line.seconds
-    whole = sum(s.seconds for s in sums.values()) or 1.0
-    isas = ", ".join(sorted({line.kernel.partition(".")[0] for line in lines}))
+        total.share += line.share
+    isas = sorted({line.isa for line in lines})
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"receipt: {isas} kernels",
+        title=f"receipt: {', '.join(isas)} kernels",
         title_justify="left",
         title_style="",
+        padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_edge=False,
     )
-    for name in ("node", "kernel"):
+    for name in ("node", "kernel", *(["isa"] if isas[1:] else [])):
         table.add_column(name, no_wrap=True)
-    for name in ("calls", "weights", "ms", "%"):
+    for name in ("calls", "rows", "weights", "GB/s", "ms", "%"):
         table.add_column(name, justify="right", no_wrap=True)
-    for (node, kernel), s in sorted(sums.items(), key=lambda item: -item[1].seconds):
-        read = format_size(s.bytes) if s.bytes else ""
-        share = f"{100 * s.seconds / whole:.1f}"
-        table.add_row(node, kernel, str(s.calls), read, f"{s.seconds * 1e3:.2f}", share)
+    for (node, kernel, isa), s in sorted(sums.items(), key=lambda item: -item[1].seconds):
+        table.add_row(
+            node,
+            kernel,
+            *([isa] if isas[1:] else []),
+            str(s.calls),
+            str(s.rows),
+            format_size(s.bytes) if s.bytes else "",
+            _short(s.read / s.seconds) if s.read else "",
+            f"{s.seconds * 1e3:.2f}",
+            _short(100 * s.share),
+        )
     return table
+
+
+def _short(value: float) -> str:
+    return f"{value:.{0 if value >= 9.95 else 1}f}"

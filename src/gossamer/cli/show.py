@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.sizes import format_size
-from gossamer.graph.ir import FLOATS
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from gossamer.graph.ir import Graph
+    from gossamer.graph.ir import Graph, Weight
     from gossamer.runtime.start import Started
 
 __all__ = ["emit_json", "memory_table", "show_start", "stderr"]
@@ -48,10 +48,7 @@ def memory_table(started: Started) -> Table:
     memory, config = started.memory, started.config
     pages = started.executor.limits.pages[0]
     size = started.executor.limits.page_size
-    if config.quantization is not None:
-        stored = _quantized(started.graph)
-    else:
-        stored = "f32" if config.mixed_precision is None else config.mixed_precision.dtype
+    stored = _stored(started.graph)
     reference = config.backend == "reference"
     place, kv_dtype = ("reference", "f32") if reference else (started.isa, config.kv_dtype)
     if reference and stored != "f32":
@@ -77,7 +74,10 @@ def memory_table(started: Started) -> Table:
         f"{'s' if pages != 1 else ''} of {size:,}",
     )
     table.add_row("context", f"{started.max_model_len:,}", "tokens, the longest sequence")
-    reuse = f"{format_size(memory.arena_separate)} without reuse" if config.memory_reuse else "no reuse"
+    saved = memory.arena_separate / max(memory.arena, 1)
+    reuse = f"{format_size(memory.arena_separate)} without memory reuse, {saved:.0f} times as much"
+    if config.memory_reuse is None:
+        reuse = f"{format_size(memory.arena_shared)} with memory reuse, which is off"
     table.add_row("arena", format_size(memory.arena), reuse)
     table.add_row("workspace", format_size(memory.workspace), "")
     table.add_section()
@@ -86,12 +86,20 @@ def memory_table(started: Started) -> Table:
     return table
 
 
-def _quantized(graph: Graph) -> str:
-    """The format that matrices are stored in, with the group that was chosen, and what it pads."""
-    matrices = [w for w in graph.weights.values() if w.format not in FLOATS]
-    group = max(w.group for w in matrices)
-    if not group:
-        return matrices[0].format
-    odd = sorted({w.shape[-1] for w in matrices if w.shape[-1] % group})
-    padded = f"; rows of {', '.join(map(str, odd))} are padded" if odd else ""
-    return f"{matrices[0].format}, groups of {group}{padded}"
+def _stored(graph: Graph) -> str:
+    """The formats that matrices are stored in, that of most numbers first, with the group that was chosen
+    and the rows that it pads."""
+    from gossamer.passes.weight_formats import matrices
+
+    weights: dict[tuple[str, int], list[Weight]] = {}
+    for weight in matrices(graph).values():
+        weights.setdefault((weight.format, weight.group), []).append(weight)
+    size = {key: sum(prod(w.shape) for w in found) for key, found in weights.items()}
+    parts = []
+    for key, found in sorted(weights.items(), key=lambda item: -size[item[0]]):
+        format, group = key
+        odd = sorted({w.shape[-1] for w in found if group and w.shape[-1] % group})
+        share = f" for {100 * size[key] / sum(size.values()):.1f} %" if len(weights) > 1 else ""
+        padded = f"; rows of {', '.join(map(str, odd))} are padded" if odd else ""
+        parts.append(format + (f", groups of {group}" if group else "") + share + padded)
+    return "; ".join(parts)

@@ -15,11 +15,16 @@ from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.quantization import Quantization
 from gossamer.config.static_batching import StaticBatching
+from gossamer.config.weight_formats import WeightFormats, weight_formats
 from gossamer.errors import ConfigError
 
 BackendName = Literal["cpu", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVType = Literal["f32", "f16", "bf16"]
+_POSITIVE = (
+    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_bytes", "memory_budget",
+    "weight_cache_limit",
+)  # fmt: skip
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
 
@@ -37,11 +42,15 @@ class EngineConfig:
     """Fields of config.json to accept although no family here understands them."""
     weight_cache: bool = True
     """Whether weights in the native layout are kept on disk for the next start (64 MiB and up)."""
+    weight_cache_limit: int | None = None
+    """Most bytes that the whole cache may take on disk; the least recently used goes first."""
     backend: BackendName = "cpu"
     """"cpu" (native kernels) or "reference" (eager torch, the oracle)."""
 
     quantization: Quantization | None = None
     mixed_precision: MixedPrecision | None = None
+    weight_formats: WeightFormats = ()
+    """(pattern, format) pairs over the names of weights and nodes; they win over the two above."""
     operator_fusion: OperatorFusion | None = field(default_factory=OperatorFusion)
     layer_fusion: LayerFusion | None = field(default_factory=LayerFusion)
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
@@ -74,12 +83,20 @@ class EngineConfig:
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is unknown; choose {', '.join(allowed)}")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_bytes", "memory_budget"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_bytes",
+            "memory_budget",
+            "weight_cache_limit",
+        ):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} {number} must be at least 1")
             if number is not None and number > _MOST.get(name, number):
                 raise ConfigError(f"{name} {number} must be at most {_MOST[name]}")
+        weight_formats(self.weight_formats)
         if self.quantization is not None and self.mixed_precision is not None:
             raise ConfigError(
                 f"quantization {self.quantization} and mixed precision {self.mixed_precision.dtype} both say "

@@ -66,6 +66,11 @@ class Weight:
     format: str = "f32"
     group: int = 0
 
+    @property
+    def stored(self) -> str:
+        """Format and group as people write them: int4-g64."""
+        return self.format + (f"-g{self.group}" if self.group else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

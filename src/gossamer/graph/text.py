@@ -54,8 +54,7 @@ def _node(graph: Graph, node: Node) -> str:
     args = [_local(v, node.scope) for v in node.inputs]
     for name in node.weights:
         weight = graph.weights[name]
-        stored = weight.format + (f"-g{weight.group}" if weight.group else "")
-        args.append(f"%{_local(name, node.scope)}<{stored}{_shape(weight.shape)}>")
+        args.append(f"%{_local(name, node.scope)}<{weight.stored}{_shape(weight.shape)}>")
     args += [f"{k}={v}" for k, v in sorted(node.attrs.items())]
     return f"{outs} = {node.op}({', '.join(args)})"
 

@@ -5,26 +5,28 @@ Source: Micikevicius et al., Mixed Precision Training, 2018 (its inference half)
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gossamer.config import EngineConfig
+from gossamer.config import EngineConfig, MixedPrecision
+from gossamer.config.weight_formats import parse_stored
 from gossamer.graph.ir import Graph
 from gossamer.passes.base import Pass
-from gossamer.passes.weight_formats import with_formats
+from gossamer.passes.weight_formats import plan_formats, with_choices
 
 __all__ = ["PASS", "mixed_precision"]
 
 
 def mixed_precision(graph: Graph, config: EngineConfig) -> Graph:
-    """Stores every matrix in the configured half type."""
-    assert config.mixed_precision is not None
-    dtype = config.mixed_precision.dtype
-    return with_formats(graph, lambda weight: replace(weight, format=dtype))
+    """Stores the matrices that the format plan gives a half type in it."""
+    return with_choices(graph, [c for c in plan_formats(graph, config) if isinstance(c.by, MixedPrecision)])
+
+
+def _wanted(config: EngineConfig) -> bool:
+    given = (parse_stored(stored) for _, stored in config.weight_formats)
+    return config.mixed_precision is not None or any(isinstance(by, MixedPrecision) for by in given)
 
 
 PASS = Pass(
     name="mixed_precision",
-    wanted=lambda config: config.mixed_precision is not None,
+    wanted=_wanted,
     run=mixed_precision,
     before=("quantization",),
 )

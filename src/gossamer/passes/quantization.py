@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gossamer.config import EngineConfig
-from gossamer.config.quantization import GROUPS
+from gossamer.config import EngineConfig, Quantization
+from gossamer.config.weight_formats import parse_stored
 from gossamer.graph.ir import Graph
 from gossamer.passes.base import Pass
-from gossamer.passes.weight_formats import matrices, with_formats
+from gossamer.passes.weight_formats import largest_group, matrices, plan_formats, with_choices
 
 __all__ = ["PASS", "auto_group", "quantization"]
 
 
-_LARGEST = {"nf4": 64}  # what its paper takes
-
-
 def auto_group(graph: Graph, format: str) -> int:
-    """The format's largest group (nf4: up to 64) that divides every matrix's input size, or the smallest if
-    none does (the last group of a row is then padded with zeros); 0 for int8, which has one scale per row."""
-    if format == "int8":
-        return 0
-    groups = [g for g in GROUPS[format] if g <= _LARGEST.get(format, g)]
-    sizes = [weight.shape[-1] for weight in matrices(graph).values()]
-    return max((g for g in groups if all(k % g == 0 for k in sizes)), default=min(groups))
+    """The group that a format takes where all matrices are stored in it; 0 for int8."""
+    return largest_group(format, (weight.shape[-1] for weight in matrices(graph).values()))
 
 
 def quantization(graph: Graph, config: EngineConfig) -> Graph:
-    """Stores every matrix, head and embedding included, in the configured format."""
-    assert config.quantization is not None
-    wanted = config.quantization
-    group = wanted.group or auto_group(graph, wanted.format)
-    return with_formats(graph, lambda weight: replace(weight, format=wanted.format, group=group))
+    """Stores the matrices that the format plan quantizes (by default all, head and embedding included)."""
+    return with_choices(graph, [c for c in plan_formats(graph, config) if isinstance(c.by, Quantization)])
 
 
-PASS = Pass(name="quantization", wanted=lambda config: config.quantization is not None, run=quantization)
+def _wanted(config: EngineConfig) -> bool:
+    given = (parse_stored(stored) for _, stored in config.weight_formats)
+    return config.quantization is not None or any(isinstance(by, Quantization) for by in given)
+
+
+PASS = Pass(name="quantization", wanted=_wanted, run=quantization)

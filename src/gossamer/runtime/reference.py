@@ -166,6 +166,7 @@ def start_reference(
         kv_tokens=kv.pages * kv.page_size,
         arena=0,
         arena_separate=0,
+        arena_shared=0,
         workspace=0,
     )
     return ReferenceExecutor(model, limits), memory, "torch", torch.get_num_threads()

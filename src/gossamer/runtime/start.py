@@ -23,7 +23,7 @@ from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.sizing import plan_kv
 
-__all__ = ["Started", "cache_directory", "load_graph", "start", "tuning_directory"]
+__all__ = ["Started", "cache_directory", "load_graph", "packed_directory", "start", "tuning_directory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,11 @@ def cache_directory() -> Path:
 def tuning_directory() -> Path:
     """Where in it the machine's tile choices lie."""
     return cache_directory() / "tuning"
+
+
+def packed_directory() -> Path:
+    """Where in it packed weights lie."""
+    return cache_directory() / "packed"
 
 
 def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
@@ -113,7 +118,8 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             reuse=config.memory_reuse is not None,
             unit_rows=None if config.layer_fusion is None else config.layer_fusion.rows,
             memory_budget=budget,
-            cache_dir=cache_directory() / "packed" if config.weight_cache else None,
+            cache_dir=packed_directory() if config.weight_cache else None,
+            cache_limit=config.weight_cache_limit,
             progress=progress,
         )
         if config.hardware_kernels is not None and config.hardware_kernels.autotune:

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-__all__ = ["FORMATS", "KV_ITEM"]
+import re
+from collections.abc import Collection, Iterable
+
+from gossamer.errors import ConfigError
+
+__all__ = ["FORMATS", "KV_ITEM", "require_kernels"]
 
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3, "int4": 4, "uint4": 5, "nf4": 6}
 """csrc/api.h: Format."""
 KV_ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 """Bytes of one element of a key or value."""
+
+
+def require_kernels(formats: Iterable[str], kv_dtype: str) -> None:
+    """Raises ConfigError for a weight format or a KV dtype that no native kernel reads, with the nearest in
+    width that one does."""
+    for what, asked, there in (
+        *(("weights", format, FORMATS) for format in sorted(formats)),
+        ("keys and values", kv_dtype, KV_ITEM),
+    ):
+        if asked not in there:
+            raise ConfigError(
+                f"the CPU backend has no kernels for {what} in {asked}; the nearest that it has is "
+                f"{_nearest(asked, there)} (all: {', '.join(there)})"
+            )
+
+
+def _nearest(asked: str, there: Collection[str]) -> str:
+    """The format of nearest width, the wider of two."""
+
+    def bits(format: str) -> int:
+        digits = re.search(r"\d+", format)
+        return int(digits[0]) if digits else 32
+
+    return min(there, key=lambda format: (abs(bits(format) - bits(asked)), -bits(format)))

@@ -6,23 +6,17 @@ never holds more than the block itself and a few rows (one tensor, where an expr
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gossamer import _native
 from gossamer.backends.cpu.formats import FORMATS
+from gossamer.backends.cpu.weight_cache import read_cache, write_cache
 from gossamer.checkpoint.weights import WeightSource, evaluate
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import FLOATS, Graph, Weight
@@ -35,7 +29,6 @@ _LAYOUT = 2  # raise when the packed layout changes
 _CHUNK = 16 << 20  # bytes of float32 rows packed at a time
 _CACHE_FROM = 64 << 20  # smaller models pack faster than a cache is worth
 _PANEL = 16
-_ABANDONED = 24 * 3600  # seconds after which no writer can still be at a file
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -117,17 +110,19 @@ def fill_block(
     places: Places,
     *,
     cache_dir: Path | None = None,
+    cache_limit: int | None = None,
     progress: Progress | None = None,
 ) -> bool:
     """Puts the graph's matrices into the block: from the cache where it holds them (True), else packed
     and then cached.
 
-    progress(bytes done, bytes in all) is called now and then. Raises CheckpointError for damaged tensors.
+    cache_limit: most bytes of the whole cache; None: no limit. progress(bytes done, bytes in all) is called
+    now and then. Raises CheckpointError for damaged tensors.
     """
     cache = None
     if cache_dir is not None and block.nbytes >= _CACHE_FROM:
         cache = cache_dir / f"{_key(graph, source)}.packed"
-        if _read_cache(cache, block):
+        if read_cache(cache, block, _LAYOUT, pool):
             return True
     done = 0
     for (name, index), (m, place) in places.items():
@@ -138,7 +133,7 @@ def fill_block(
         if progress is not None:
             progress(done, block.nbytes)
     if cache is not None:
-        _write_cache(cache, block)
+        write_cache(cache, block, _LAYOUT, pool, model=_described(graph), limit=cache_limit)
     return False
 
 
@@ -182,62 +177,10 @@ def _key(graph: Graph, source: WeightSource) -> str:
     return digest.hexdigest()[:40]
 
 
-def _read_cache(path: Path, block: Bytes) -> bool:
-    """Fills the block from the cache; False when there is no whole one.
-
-    Reading into huge pages beats mapping the file: its pages would be 4 KiB, and every token would pay
-    for the lookups.
-    """
-    if not path.is_file():  # opening a pipe would wait for its writer
-        return False
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.readline(4096))
-            start = file.tell()
-            if header != _header(block) or os.fstat(file.fileno()).st_size != start + block.nbytes:
-                return False
-            view = block.data
-            parts = max(1, min(4, os.cpu_count() or 1))
-            bounds = [block.nbytes * i // parts for i in range(parts + 1)]
-
-            def read(i: int) -> int:
-                low, high = bounds[i], bounds[i + 1]
-                while low < high:
-                    count = os.preadv(file.fileno(), [view[low : min(high, low + (64 << 20))]], start + low)
-                    if count == 0:
-                        return 0
-                    low += count
-                return 1
-
-            with ThreadPoolExecutor(parts) as threads:
-                return all(threads.map(read, range(parts)))
-    except (OSError, ValueError):
-        return False
-
-
-def _write_cache(path: Path, block: Bytes) -> None:
-    """Writes aside, then renames: a file of that name is whole, whoever else writes and whoever is killed.
-    A full or read-only disk costs the cache, not the run."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob("*.tmp"):  # by a writer that was killed
-            if left.stat().st_mtime < time.time() - _ABANDONED:
-                left.unlink()
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(_header(block)).encode() + b"\n")
-                file.write(block.data)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut after the rename leaves zeros under its name
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-
-
-def _header(block: Bytes) -> dict[str, Any]:
-    return {"format": "gossamer-packed", "layout": _LAYOUT, "bytes": int(block.nbytes)}
+def _described(graph: Graph) -> str:
+    """The model and its formats, for people who look into the cache."""
+    formats = dict.fromkeys(graph.weights[m.weight].stored for m in packed_matrices(graph))
+    return f"{graph.name} ({', '.join(formats)})"
 
 
 def _aligned(offset: int) -> int:

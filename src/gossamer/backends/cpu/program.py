@@ -12,22 +12,23 @@ import numpy.typing as npt
 
 from gossamer import _native
 from gossamer.backends.base import MemoryReport, ReceiptLine
-from gossamer.backends.cpu.formats import FORMATS, KV_ITEM
+from gossamer.backends.cpu.formats import FORMATS, KV_ITEM, require_kernels
 from gossamer.backends.cpu.lower import Instruction, Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
 from gossamer.backends.cpu.tuning import Choice, TuningFile, autotune
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, R, Value
-from gossamer.passes.memory_reuse import SizeOf, plain_size, plan_arena
+from gossamer.passes.memory_reuse import ArenaPlan, SizeOf, plain_size, plan_arena
 from gossamer.passes.quantization import auto_group
 from gossamer.passes.weight_formats import with_formats
 from gossamer.processor import processor_signature
 
-__all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes"]
+__all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes", "native_arena"]
 
 _MAX_LOGPROBS = 20
 _TUNED_FROM = 64 << 20  # bytes of weights
+_READ_SOME = {"embed", "experts"}  # ops that read the rows or experts they are asked for
 
 SAMPLE_ROW = np.dtype(
     [
@@ -64,7 +65,10 @@ def choose_isa(wanted: str | None) -> str:
     if wanted is None:
         return str(_native.best_isa())
     if wanted not in there:
-        raise ConfigError(f"this machine cannot run {wanted} kernels; it can run {', '.join(there)}")
+        raise ConfigError(
+            f"this machine cannot run {wanted} kernels; the nearest it can run is {there[-1]}"
+            + (f" (then {', '.join(reversed(there[:-1]))})" if there[1:] else "")
+        )
     return wanted
 
 
@@ -96,18 +100,15 @@ class CpuProgram:
         unit_rows: int | None = None,
         memory_budget: int | None = None,
         cache_dir: Path | None = None,
+        cache_limit: int | None = None,
         progress: Progress | None = None,
     ) -> None:
+        require_kernels({w.format for w in graph.weights.values()}, shape.kv_dtype)
         self.graph, self.shape, self.isa = graph, shape, isa
         self.pool = _start_pool(threads)
         self.threads = int(self.pool.size)
-        arena = plan_arena(
-            graph,
-            {"T": shape.tokens, "R": shape.rows, "S": shape.spans},
-            reuse=reuse,
-            unit_rows=unit_rows,
-            size_of=_size_in(graph),
-        )
+        counts = {"T": shape.tokens, "R": shape.rows, "S": shape.spans}
+        arena = native_arena(graph, counts, reuse=reuse, unit_rows=unit_rows)
         self._offsets = arena.offsets
         places, block_bytes = layout(graph)
         kv_bytes = shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
@@ -144,6 +145,9 @@ class CpuProgram:
             kv_tokens=shape.pages * shape.page_size,
             arena=arena.bytes,
             arena_separate=arena.separate,
+            arena_shared=arena.bytes
+            if reuse
+            else native_arena(graph, counts, reuse=True, unit_rows=unit_rows).bytes,
             workspace=workspace + scratch + self._step_bytes,
         )
         if memory_budget is not None and self.memory.total > memory_budget:
@@ -158,7 +162,14 @@ class CpuProgram:
             _touched(pool.reshape(-1))
         self.tunings: dict[str, dict[int, Choice]] = {}
         self.from_cache = fill_block(
-            graph, source, self.pool, self._block, places, cache_dir=cache_dir, progress=progress
+            graph,
+            source,
+            self.pool,
+            self._block,
+            places,
+            cache_dir=cache_dir,
+            cache_limit=cache_limit,
+            progress=progress,
         )
 
     def _add_matrices(self, places: Mapping[tuple[str, int], Any]) -> dict[tuple[str, int], int]:
@@ -285,21 +296,33 @@ class CpuProgram:
         values[:, target, :, :tokens] = values[:, source, :, :tokens]
 
     def receipt(self) -> list[ReceiptLine]:
-        """What ran since the start, instruction by instruction."""
+        """What ran since the start, instruction by instruction in the order of execution. Sampling is no
+        instruction; a step without sampled rows skips those that work on them, and does not count."""
+        ran = self.program.receipt()
+        whole = sum(nanoseconds for _, nanoseconds, _ in ran) or 1
         lines = []
-        for done, (calls, nanoseconds, rows) in zip(self._instructions, self.program.receipt(), strict=True):
-            stored = f"_{done.format}" if done.weights else ""
+        for done, (calls, nanoseconds, rows) in zip(self._instructions, ran, strict=True):
+            size = sum(self._place_bytes[w] for w in done.weights)
+            reads_all = size and calls and done.op not in _READ_SOME
             lines.append(
                 ReceiptLine(
                     node=done.node,
-                    kernel=f"{self.isa}.{done.op}{stored}",
+                    kernel=f"{done.op}_{done.format}" if done.weights else done.op,
+                    isa=self.isa,
                     calls=calls,
                     rows=rows,
-                    weight_bytes=sum(self._place_bytes[w] for w in done.weights),
+                    weight_bytes=size,
                     seconds=nanoseconds * 1e-9,
+                    share=nanoseconds / whole,
+                    gb_s=size * calls / max(nanoseconds, 1) if reads_all else None,
                 )
             )
         return lines
+
+
+def native_arena(graph: Graph, counts: Mapping[str, int], *, reuse: bool, unit_rows: int | None) -> ArenaPlan:
+    """The arena of a program whose steps have at most these counts of T, R and S."""
+    return plan_arena(graph, counts, reuse=reuse, unit_rows=unit_rows, size_of=_size_in(graph))
 
 
 def _size_in(graph: Graph) -> SizeOf:
