@@ -6,7 +6,7 @@ ASAN := .venv-asan
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 
-.PHONY: demo test test-asan lint format bench docs clean
+.PHONY: demo test test-asan lint format bench bench-kernels docs clean
 
 demo: $(VENV)/.installed  ## install, then show the main job on the embedded model
 	$(BIN)/gossamer demo
@@ -35,6 +35,9 @@ bench: $(VENV)/.installed  ## this machine's limits, then the embedded model aga
 	$(BIN)/gossamer probe
 	$(BIN)/gossamer bench latency gossamer/pocket --quantization int4 --input-len 256 --output-len 128 --batch-size 1
 	$(BIN)/gossamer bench throughput gossamer/pocket --quantization int4 --num-prompts 64
+
+bench-kernels: $(VENV)/.installed  ## every native kernel alone, against limits probed in the same run
+	$(BIN)/python -m benchmarks.kernels
 
 docs: $(VENV)/.installed  ## write the pages of docs/ that are made from the code
 	$(BIN)/python tools/docs.py
