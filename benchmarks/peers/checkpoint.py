@@ -29,10 +29,10 @@ def write_checkpoint(config: Path, target: Path, tokenizer: Path | None) -> None
     graph = build_graph(json.loads(config.read_text()))
     source = DummySource(graph)
     tensors = {leaf.name: leaf.shape for w in graph.weights.values() for leaf in leaves(w.expr)}
-    shutil.copy(config, target / "config.json")
+    shutil.copyfile(config, target / "config.json")
     if tokenizer is not None:
         for file in tokenizer.glob("*.json"):
-            shutil.copy(file, target / file.name)
+            shutil.copyfile(file, target / file.name)
     write_safetensors(
         target / "model.safetensors",
         {name: LazyTensor("BF16", shape, partial(_bf16, source, name)) for name, shape in tensors.items()},

@@ -33,6 +33,6 @@ WORKLOADS = {
 
 
 def prompts(vocab: int, sequences: int, length: int) -> list[list[int]]:
-    """Token ids, different for every sequence; the first few are left out, where special tokens live."""
+    """Token ids, different for every sequence."""
     rng = random.Random(f"{vocab} {length}")
-    return [[rng.randrange(min(1000, vocab // 2), vocab - 1000 if vocab > 4000 else vocab) for _ in range(length)] for _ in range(sequences)]
+    return [[rng.randrange(vocab) for _ in range(length)] for _ in range(sequences)]
