@@ -1,10 +1,11 @@
-"""The command line: python -m benchmarks.peers [--peers ...] [--shapes ...] [--workloads ...] [--rounds N]."""
+"""The command line of `python -m benchmarks.peers`."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.peers.contract import PEERS, get_peer
-from benchmarks.peers.runner import Contender, Settings, Shape, prepare_all, run_rounds, split_prefix
+from benchmarks.peers.runner import Contender, Settings, Shape, prepare_all, run_rounds
 from benchmarks.peers.table import markdown, picture, summarize
 from benchmarks.peers.workloads import WORKLOADS
 from gossamer.errors import ConfigError, GossamerError
@@ -21,6 +22,8 @@ from gossamer.errors import ConfigError, GossamerError
 __all__ = ["choose_contenders", "main"]
 
 _SHARED = Path(__file__).parents[3] / "shared"
+_TOKENIZER = _SHARED / "tokenizers" / "smollm2"
+_WORK = Path.home() / ".cache" / "gossamer" / "peers"
 
 
 def choose_contenders(text: str) -> list[Contender]:
@@ -55,13 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--work",
         type=Path,
-        default=Path.home() / ".cache" / "gossamer" / "peers",
+        default=_WORK,
         help="environments, models",
     )
     add("--shape-dir", type=Path, default=_SHARED / "models" / "shapes", help="folders with a config.json")
-    add(
-        "--tokenizer", type=Path, default=_SHARED / "tokenizers" / "smollm2", help="for exporters that insist"
-    )
+    add("--tokenizer", type=Path, default=_TOKENIZER, help="for exporters that insist")
     add("--time-limit", type=float, help="seconds after which nothing new is started")
     add("--run-limit", type=float, default=600.0, help="seconds for one process (default 600)")
     add("--prefix", default="", help="a command in front of every measurement, such as 'flock FILE'")
@@ -115,7 +116,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         work=args.work.resolve(),
         threads=args.threads,
         rounds=args.rounds,
-        prefix=split_prefix(args.prefix),
+        prefix=tuple(shlex.split(args.prefix)),
         run_limit=args.run_limit,
         time_limit=args.time_limit,
     )

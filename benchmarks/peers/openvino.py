@@ -82,7 +82,8 @@ def _tokenizer(checkpoint: Path, target: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+    made: Any = AutoTokenizer
+    tokenizer = made.from_pretrained(str(checkpoint))
     encode, decode = convert_tokenizer(tokenizer, with_detokenizer=True)
     openvino.save_model(encode, str(target / "openvino_tokenizer.xml"))
     openvino.save_model(decode, str(target / "openvino_detokenizer.xml"))

@@ -1,15 +1,14 @@
 """Runs everyone on everything, round by round, one process a measurement.
 
-Within a round all contenders run a workload one after another before the next workload begins, and each round
-starts with another contender, so that a machine that drifts does so for all of them. What cannot be installed,
-prepared or run is kept with its reason.
+Within a round all contenders run a workload one after another before the next workload begins, and each
+round starts with another contender, so that a machine that drifts does so for all of them. What cannot be
+installed, prepared or run is kept with its reason.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import time
@@ -24,6 +23,7 @@ from benchmarks.peers.workloads import Workload
 
 __all__ = ["Contender", "Settings", "Shape", "call_child", "prepare_all", "run_rounds"]
 
+_PLACE = ("shape", "contender", "workload")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -141,6 +141,7 @@ def prepare_all(
                 installed[contender.module] = ""
             except (PeerError, OSError) as error:
                 installed[contender.module] = f"not installed: {error}"
+                say(f"  {installed[contender.module]}")
         if reason := installed[contender.module]:
             contender.broken[""] = reason
             continue
@@ -164,6 +165,7 @@ def prepare_all(
                 done.touch()
             except PeerError as error:
                 contender.broken[shape.name] = f"not prepared: {error}"
+                say(f"  {contender.broken[shape.name]}")
 
 
 def run_rounds(
@@ -185,9 +187,7 @@ def run_rounds(
                     place = (shape.name, contender.name, work.name)
                     line = {
                         "round": number,
-                        "shape": shape.name,
-                        "contender": contender.name,
-                        "workload": work.name,
+                        **dict(zip(("shape", "contender", "workload"), place, strict=True)),
                     }
                     if reason := contender.reason(shape):
                         if number == 0:
@@ -196,20 +196,15 @@ def run_rounds(
                     if place in failed:
                         continue
                     if settings.time_limit is not None and time.monotonic() - began > settings.time_limit:
-                        yield line | {
-                            "error": f"not run: {settings.time_limit:.0f} s were over (--time-limit)"
-                        }
                         if number:
                             return
+                        over = f"{settings.time_limit:.0f} s were over (--time-limit)"
+                        yield line | {"error": f"not run: {over}"}
                         continue
-                    say(f"round {number + 1} of {settings.rounds}: {shape.name} {work.name} {contender.name}")
+                    say(f"round {number + 1} of {settings.rounds}: {' '.join(place)}")
+                    job = _run_job(contender, shape, work, settings)
                     try:
-                        yield line | call_child(
-                            contender,
-                            settings,
-                            _run_job(contender, shape, work, settings),
-                            prefix=settings.prefix,
-                        )
+                        yield line | call_child(contender, settings, job, prefix=settings.prefix)
                     except PeerError as error:
                         failed.add(place)
                         yield line | {"error": str(error)}
@@ -225,8 +220,3 @@ def _run_job(contender: Contender, shape: Shape, work: Workload, settings: Setti
         "vocab": shape.vocab,
         "workload": asdict(work),
     }
-
-
-def split_prefix(text: str) -> tuple[str, ...]:
-    """A command line as a shell would split it."""
-    return tuple(shlex.split(text))

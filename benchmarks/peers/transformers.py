@@ -48,7 +48,8 @@ def _load(target: Path, format: str, limits: Limits) -> _Session:
     torch.set_num_threads(limits.threads)
     torch.set_num_interop_threads(1)
     dtype = {"bf16": torch.bfloat16}[format]
-    return _Session(AutoModelForCausalLM.from_pretrained(str(target), dtype=dtype).eval())
+    model: Any = AutoModelForCausalLM.from_pretrained(str(target), dtype=dtype)
+    return _Session(model.eval())
 
 
 def _prepare(checkpoint: Path, target: Path, format: str) -> None:
