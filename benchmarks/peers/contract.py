@@ -61,8 +61,8 @@ class Session(Protocol):
 class Peer:
     """name: as tables show it; requirements: what pip installs into the peer's environment (none: it runs in
     this one); install_env, run_env: environment variables, where {threads} is the number of threads;
-    prepare(checkpoint, target, format) makes the directory or file `target` that load(target, format, limits)
-    reads; note: what a reader of the figures must know."""
+    unwanted: packages to remove after the install; prepare(checkpoint, target, format) makes the directory or
+    file `target` that load(target, format, limits) reads; note: what a reader of the figures must know."""
 
     name: str
     requirements: tuple[str, ...]
@@ -72,6 +72,7 @@ class Peer:
     install_args: tuple[str, ...] = ()
     install_env: Mapping[str, str] = field(default_factory=dict)
     run_env: Mapping[str, str] = field(default_factory=dict)
+    unwanted: tuple[str, ...] = ()
     note: str = ""
 
 

@@ -30,6 +30,8 @@ def install(peer: Peer, home: Path, log: Path) -> None:
         [sys.executable, "-m", "venv", str(home / "venv")],
         [str(python), "-m", "pip", "install", *peer.install_args, *peer.requirements],
     ]
+    if peer.unwanted:
+        commands.append([str(python), "-m", "pip", "uninstall", "-y", *peer.unwanted])
     for command in commands if not python.is_file() else commands[1:]:
         with log.open("w") as file:
             done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,19 +62,27 @@ def _load(target: Path, format: str, limits: Limits) -> _Session:
 
 
 def _prepare(checkpoint: Path, target: Path, format: str) -> None:
-    """Exports the model, then compresses its weights. int4-g64-all takes the head and embedding too; the
-    default keeps those in int8."""
+    """Exports the model, then compresses its weights. int4-all takes the head and embedding too, which
+    the default keeps in int8."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-    whole = format.endswith("-all")
-    options: dict[str, Any] = {"bits": 8, "sym": True}
+    options: dict[str, Any] = {"bits": 8}
     if format.startswith("int4"):
-        options = {"bits": 4, "sym": True, "group_size": 64, "ratio": 1.0, "all_layers": whole}
+        options = {"bits": 4, "group_size": _group(checkpoint)}
+    if format == "int4-all":
+        options |= {"sym": True, "ratio": 1.0, "all_layers": True}
     model = OVModelForCausalLM.from_pretrained(
         str(checkpoint), export=True, compile=False, quantization_config=OVWeightQuantizationConfig(**options)
     )
     model.save_pretrained(str(target))
     _tokenizer(checkpoint, target)
+
+
+def _group(checkpoint: Path) -> int:
+    """The largest usual group that divides every layer's input size."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    sizes = (config["hidden_size"], config["intermediate_size"])
+    return next((g for g in (128, 64) if all(size % g == 0 for size in sizes)), 32)
 
 
 def _tokenizer(checkpoint: Path, target: Path) -> None:
@@ -100,5 +109,8 @@ PEER = Peer(
     prepare=_prepare,
     load=_load,
     run_env={"HF_HUB_OFFLINE": "1"},
-    note="int4: symmetric groups of 64; int8: per channel, symmetric; activations and KV as it chooses",
+    # PyPI builds it for torch with CUDA; beside a CPU build it breaks the import of transformers.
+    unwanted=("torchvision",),
+    note="int4: groups of 128 (64 or 32 where those divide no input size), symmetric in int4-all; int8: "
+    "per channel; activations and KV as it chooses",
 )

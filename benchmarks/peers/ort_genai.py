@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.contract import Format, Limits, Peer, Timing
+from benchmarks.peers.contract import Format, Limits, Peer, PeerError, Timing
 
 __all__ = ["PEER"]
 
@@ -47,24 +49,22 @@ def _load(target: Path, format: str, limits: Limits) -> _Session:
 
 
 def _prepare(checkpoint: Path, target: Path, format: str) -> None:
-    """Groups of 32, integer activations (accuracy level 4), as the builder's own default for a CPU."""
-    from onnxruntime_genai.models.builder import create_model
-
-    create_model(
-        None,
-        str(checkpoint),
-        str(target),
-        "int4",
-        "cpu",
-        str(target.with_name("cache")),
-        int4_block_size=32,
-        int4_accuracy_level=4,
+    """Groups of 32, integer activations (accuracy level 4): the builder's own default for a CPU."""
+    options = ["int4_block_size=32", "int4_accuracy_level=4"]
+    where = ["-i", str(checkpoint), "-o", str(target), "-c", str(target.with_name("cache"))]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    done = subprocess.run(
+        [*builder, *where, "-p", "int4", "-e", "cpu", "--extra_options", *options],
+        capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        raise PeerError(f"the builder failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 PEER = Peer(
     name="ONNX Runtime GenAI",
-    requirements=("onnxruntime-genai==0.18.0", "onnx", "onnx-ir", "transformers==4.57.6", "torch==2.13.0"),
+    requirements=("onnxruntime-genai==0.18.0", "onnx", "onnx-ir", "transformers>=5.20", "torch==2.13.0"),
     formats=(Format("int4", 4, default=True),),
     prepare=_prepare,
     load=_load,

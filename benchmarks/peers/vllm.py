@@ -76,5 +76,7 @@ PEER = Peer(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     },
+    # PyPI builds them for torch with CUDA; beside a CPU build they break the import of transformers.
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
     note="bf16 KV in a pool of 1 GiB",
 )
