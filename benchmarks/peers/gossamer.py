@@ -13,20 +13,24 @@ __all__ = ["PEER"]
 
 
 class _Session:
+    """The engine itself, in token ids: no peer is asked for text."""
+
     def __init__(self, engine: Any) -> None:
         self.engine = engine
+        self.next_id = 0
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
-        from gossamer.engine.request import SamplingParams
+        from gossamer.engine.request import Request, SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         waiting = set()
         came = before = 0
         last_first = began = time.perf_counter()
         for prompt in prompts:
-            request = self.engine.new_id()
-            waiting.add(request)
-            self.engine.submit(request, tuple(prompt), params)
+            request = Request(id=str(self.next_id), prompt_ids=tuple(prompt), params=params)
+            self.next_id += 1
+            waiting.add(request.id)
+            self.engine.submit(request)
         while self.engine.has_work():
             updates = self.engine.step()
             came += sum(len(update.tokens) for update in updates)
@@ -42,8 +46,10 @@ def _prepare(checkpoint: Path, target: Path, format: str) -> None:
 
 
 def _load(target: Path, format: str, limits: Limits) -> _Session:
+    from gossamer.config import ContinuousBatching
+    from gossamer.engine.engine import Engine
     from gossamer.llm import engine_config
-    from gossamer.text_engine import TextEngine
+    from gossamer.runtime.start import start
 
     stored = {"dtype": "bfloat16"} if format == "bf16" else {"quantization": format}
     config = engine_config(
@@ -53,7 +59,8 @@ def _load(target: Path, format: str, limits: Limits) -> _Session:
         max_model_len=limits.tokens,
         **stored,  # type: ignore[arg-type]
     )
-    return _Session(TextEngine.start(config))
+    batching = config.continuous_batching or ContinuousBatching()
+    return _Session(Engine(start(config).executor, batching=batching, max_num_seqs=limits.sequences))
 
 
 PEER = Peer(

@@ -152,7 +152,8 @@ def prepare_all(
             if done.is_file() and target.exists():
                 continue
             say(f"prepare {contender.name} for {shape.name}")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (target.parent, done.parent):
+                folder.mkdir(parents=True, exist_ok=True)
             job = {
                 "job": "prepare",
                 "peer": contender.module,
