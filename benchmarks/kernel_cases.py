@@ -12,16 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from gossamer.backends.cpu.program import SAMPLE_ROW, kv_page_bytes
+from gossamer.bench.costs import step_costs
 from gossamer.config import EngineConfig, MixedPrecision, Quantization
 from gossamer.config.engine import KVType
 from gossamer.config.mixed_precision import HalfType
 from gossamer.config.quantization import GROUPS, WeightFormat
 from gossamer.errors import ConfigError
 from gossamer.graph.builder import Builder
+from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.base import node_cost, weight_bytes
 from gossamer.graph.weights import Constant, Stack, Tensor
 from gossamer.passes.mixed_precision import mixed_precision
+from gossamer.passes.pipeline import run_passes
 from gossamer.passes.quantization import quantization
 
 __all__ = ["Bench", "Case", "Store", "Work", "benches", "limit_of", "stores"]
@@ -37,14 +40,34 @@ _LAYERS = {
 _SAMPLED = 32  # rows of the head: it sees sampled rows alone
 _EXPERTS, _CHOSEN, _EXPERT_MLP = 32, 4, 1024
 _PAGE = 16
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": max(ROWS),  # the head has cases of its own
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One way to keep weights: its spelling and the pass that gives a graph's matrices that format."""
+    """One way to keep weights: its spelling, and the configuration that asks for it."""
 
     name: str
-    apply: Callable[[Graph], Graph]
+    config: EngineConfig
+
+    def apply(self, graph: Graph) -> Graph:
+        """The graph with its matrices in this format, and nothing else changed."""
+        if self.config.mixed_precision is not None:
+            return mixed_precision(graph, self.config)
+        return graph if self.config.quantization is None else quantization(graph, self.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +83,7 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Case:
     """One step over a bench's program. op: the receipt's name of what is measured ("sample" is the sampler,
-    which has no line there); spans: (tokens, first slot) of each sequence."""
+    which has no line there, "layer" everything); spans: (tokens, first slot) of each sequence."""
 
     name: str
     op: str
@@ -89,29 +112,22 @@ class Bench:
 def stores() -> list[Store]:
     """Every format and group that a model can be stored in, under the command line's spelling; a spelling
     that stores the same as an earlier one is left out."""
-    found = [Store("f32", lambda graph: graph)]
+    found = [Store("f32", EngineConfig(model="-"))]
     for half in get_args(HalfType):
-        config = EngineConfig(model="-", mixed_precision=MixedPrecision(dtype=half))
-        found.append(Store(half, _pass(mixed_precision, config)))
+        found.append(Store(half, EngineConfig(model="-", mixed_precision=MixedPrecision(dtype=half))))
     for format in get_args(WeightFormat):
         for group in (*sorted(GROUPS), None):
             try:
                 wanted = Quantization(format=format, group=group)
             except ConfigError:  # not every format has groups
                 continue
-            found.append(
-                Store(str(wanted), _pass(quantization, EngineConfig(model="-", quantization=wanted)))
-            )
+            found.append(Store(str(wanted), EngineConfig(model="-", quantization=wanted)))
     probe = _linear_graph(HIDDEN, HIDDEN, 1)
     seen: dict[tuple[str, int], Store] = {}
     for store in found:
         weight = store.apply(probe).weights["w0"]
         seen.setdefault((weight.format, weight.group), store)
     return list(seen.values())
-
-
-def _pass(run: Callable[[Graph, EngineConfig], Graph], config: EngineConfig) -> Callable[[Graph], Graph]:
-    return lambda graph: run(graph, config)
 
 
 def limit_of(format: str) -> str:
@@ -127,7 +143,9 @@ def benches(wanted: Callable[[str], bool], cold: int) -> Iterator[Bench]:
     cold: bytes that weights and KV should exceed, so that no cache holds them from one run to the next:
     an op that has fewer is repeated within the graph.
     """
-    for make in (_linear_benches, _attention_benches, _row_benches, _expert_benches, _sampling_benches):
+    for make in (
+        _linear_benches, _attention_benches, _row_benches, _expert_benches, _sampling_benches, _layer_benches
+    ):  # fmt: skip
         for names, build in make(cold):
             if any(map(wanted, names)):
                 bench = build()
@@ -317,6 +335,31 @@ def _sampling_benches(cold: int) -> Iterator[_Lazy]:
         return Bench("f32", _finish(b, logits, vocab=VOCAB), tuple(cases))
 
     yield names, build
+
+
+def _layer_benches(cold: int) -> Iterator[_Lazy]:
+    """Whole layers after every pass, as the product runs them: what fusion makes of the ops above. Up to 32
+    rows are sequences that decode at 128 tokens, more are one prompt."""
+    for store in stores():
+        names = [f"layer/{store.name}/m{m}" for m in ROWS]
+
+        def build(store: Store = store, names: list[str] = names) -> Bench:
+            def model(layers: int) -> Graph:
+                config = _MODEL | {"num_hidden_layers": layers}
+                return run_passes(build_graph(config), store.config)[0]
+
+            layers = _copies(step_costs(model(1), store.config.kv_dtype).matrix_bytes, cold)
+            graph = model(layers)
+            costs = step_costs(graph, store.config.kv_dtype)
+            cases = []
+            for name, m in zip(names, ROWS, strict=True):
+                spans = ((1, 127),) * m if m <= _SAMPLED else ((m, 0),)
+                read = costs.weight_bytes(m) + costs.kv_bytes(sum(span) for span in spans)
+                cases.append(Case(name, "layer", spans, Work(read, read, costs.macs(m, m))))
+            format = store.name.partition("-")[0]
+            return Bench(format, graph, tuple(cases), store.config.kv_dtype, table=max(ROWS) // _PAGE)
+
+        yield names, build
 
 
 def _finish(b: Builder, value: str, kv: tuple[KVGroup, ...] = (), vocab: int = max(ROWS)) -> Graph:

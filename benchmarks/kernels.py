@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.kernel_cases import Bench, Case, benches, limit_of
 from gossamer.backends.base import ReceiptLine
+from gossamer.backends.cpu.formats import FORMATS
 from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
 from gossamer.checkpoint.weights import DummySource
 from gossamer.errors import ConfigError, GossamerError
@@ -59,8 +60,9 @@ def measure(bench: Bench, *, isa: str, threads: int, seconds: float) -> Iterator
         while len(times) < _REPEATS or time.perf_counter() - began < seconds:
             times.append(_step(program, case))
         lines = _lines(program, case.op)
-        kernels = sorted({line.kernel for line in lines}) or [f"{isa}.{case.op}"]
-        yield Line(case, bench.format, ", ".join(kernels), median(times), max(1, len(lines)), len(times))
+        kernels = [f"{isa}.sample"] if case.op == "sample" else sorted({line.kernel for line in lines})
+        copies = bench.graph.layers if case.op == "layer" else max(1, len(lines))
+        yield Line(case, bench.format, ", ".join(kernels), median(times), copies, len(times))
 
 
 def _compile(bench: Bench, isa: str, threads: int) -> CpuProgram:
@@ -102,22 +104,21 @@ def _fill(program: CpuProgram, bench: Bench, case: Case) -> None:
 def _step(program: CpuProgram, case: Case) -> float:
     """One step; gives the seconds of the measured op, those of all its instructions together."""
     sampling = case.op == "sample"
-    before = _seconds(program, "" if sampling else case.op)
+    before = _seconds(program, case.op)
     stride = len(case.spans) * program.shape.table
     inside = program.run(case.tokens, len(case.spans), case.tokens, stride, sample=sampling)
-    spent = _seconds(program, "" if sampling else case.op) - before
+    spent = _seconds(program, case.op) - before
     return inside - spent if sampling else spent
 
 
 def _lines(program: CpuProgram, op: str) -> list[ReceiptLine]:
-    """Receipt lines of an op ("" for all); of embeds the last alone, since others make the inputs."""
-    lines = [x for x in program.receipt() if _is(x.kernel, op)]
+    """Receipt lines of an op; of embeds the last alone, since others make the inputs; all for a layer and
+    for the sampler, which runs after them."""
+    if op in ("layer", "sample"):
+        return program.receipt()
+    names = {op, *(f"{op}_{format}" for format in FORMATS)}
+    lines = [x for x in program.receipt() if x.kernel.partition(".")[2] in names]
     return lines[-1:] if op == "embed" else lines
-
-
-def _is(kernel: str, op: str) -> bool:
-    name = kernel.partition(".")[2]
-    return not op or name == op or name.startswith(f"{op}_")
 
 
 def _seconds(program: CpuProgram, op: str) -> float:

@@ -61,6 +61,16 @@ def test_attention_reads_its_kv_and_repeats_until_it_is_cold() -> None:
     assert line.copies == 3
 
 
+def test_a_layer_is_what_the_passes_make_of_it() -> None:
+    (bench,) = benches(lambda other: other in ("layer/int8/m1", "layer/int8/m64"), 100 << 20)
+    assert bench.graph.layers == 2 and len(bench.graph.weights) > 2 * 9
+    one, many = measure(bench, isa=_native.best_isa(), threads=1, seconds=0.0)
+    assert "linear" in one.kernel and "attention" in one.kernel and one.copies == 2
+    layer = 2048 * (2048 * 2 + 512 * 2 + 8192 * 3)
+    assert one.case.work.macs == 2 * layer + 512 * 2048 and many.case.work.macs == 64 * one.case.work.macs
+    assert one.case.work.read > 2 * layer
+
+
 def test_linear_work_is_its_weights_and_multiplications() -> None:
     (bench,) = benches(lambda other: other == "linear/bf16/kv-512x2048/m4", 1)
     work = bench.cases[0].work
