@@ -12,6 +12,7 @@ from benchmarks.peers.workloads import WORKLOADS
 __all__ = ["markdown", "picture", "summarize"]
 
 Line = Mapping[str, Any]
+_SHARE = 0.85  # of its processors' time; below, a figure is marked
 
 
 def summarize(lines: Iterable[Line]) -> list[dict[str, Any]]:
@@ -73,6 +74,11 @@ def markdown(summary: Sequence[Line], contenders: Mapping[str, Mapping[str, Any]
         for line in mine:
             if "error" in line:
                 errors.setdefault(f"{line['contender']}: {line['error']}", []).append(line["workload"])
+        if any("error" not in line and line["cpu_share"] < _SHARE for line in mine):
+            rows += [
+                "",
+                f"° its threads ran for less than {100 * _SHARE:.0f} % of the time: they slept, or others ran",
+            ]
         rows += ["", *(f"- {text} ({', '.join(w)})" for text, w in errors.items())] if errors else []
         parts.append("\n".join(rows))
     used = dict.fromkeys(a["versions"] for a in contenders.values() if a["versions"])
@@ -96,7 +102,7 @@ def _rate(cell: Line | None, lines: Sequence[Line], contenders: Mapping[str, Map
         and contenders[line["contender"]]["bits"] == bits
     ]
     rate = cell["tokens_per_s"]
-    text = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+    text = (f"{rate:.1f}" if rate < 100 else f"{rate:.0f}") + "°" * (cell["cpu_share"] < _SHARE)
     return f"**{text}**" if len(rivals) > 1 and rate == max(rivals) else text
 
 
