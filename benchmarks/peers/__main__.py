@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.markdown is not None:
         args.markdown.write_text(text)
     if args.picture is not None and any("error" not in line for line in summary):
-        picture(summary, args.picture)
+        picture(summary, report["contenders"], args.picture)
     print(text)
     return 0
 

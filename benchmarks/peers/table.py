@@ -77,7 +77,7 @@ def markdown(summary: Sequence[Line], contenders: Mapping[str, Mapping[str, Any]
         if any("error" not in line and line["cpu_share"] < _SHARE for line in mine):
             rows += [
                 "",
-                f"° its threads ran for less than {100 * _SHARE:.0f} % of the time: they slept, or others ran",
+                f"° its threads had less than {100 * _SHARE:.0f} % of the time: they slept, or others ran",
             ]
         rows += ["", *(f"- {text} ({', '.join(w)})" for text, w in errors.items())] if errors else []
         parts.append("\n".join(rows))
@@ -116,7 +116,7 @@ def _load(cells: Iterable[Line]) -> str:
     return f"{median(seconds):.1f}" if seconds else "-"
 
 
-def picture(summary: Sequence[Line], path: Path) -> None:
+def picture(summary: Sequence[Line], contenders: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Bars of tokens per second: a row of panels for each shape, a panel for each workload."""
     import matplotlib
 
@@ -126,7 +126,7 @@ def picture(summary: Sequence[Line], path: Path) -> None:
     done = [line for line in summary if "error" not in line]
     shapes = list(dict.fromkeys(line["shape"] for line in done))
     works = [w for w in WORKLOADS if any(line["workload"] == w for line in done)]
-    names = list(dict.fromkeys(line["contender"] for line in done))
+    names = sorted({line["contender"] for line in done}, key=lambda n: (contenders[n]["bits"], n))
     figure, axes = pyplot.subplots(
         len(shapes),
         len(works),
@@ -150,7 +150,9 @@ def picture(summary: Sequence[Line], path: Path) -> None:
             axis.set_yticks(range(len(names)), names, fontsize=8)
             axis.tick_params(axis="x", labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
-        row[0].invert_yaxis()
+            if not any((line["shape"], line["workload"]) == (shape, work) for line in done):
+                axis.set_visible(False)
+    axes[0][0].invert_yaxis()  # they all share it
     figure.supxlabel("tokens per second (median; whiskers: least and most)", fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -70,13 +70,13 @@ def test_markdown_compares_within_the_same_bits_and_keeps_errors() -> None:
 
 def test_figures_of_disturbed_runs_are_marked() -> None:
     text = markdown(summarize([line("Other q8", "decode1", 90.0, cpu_share=0.5)]), ABOUT)
-    assert "| 90.0° |" in text and "° its threads ran for less than 85 % of the time" in text
+    assert "| 90.0° |" in text and "° its threads had less than 85 % of the time" in text
     assert "°" not in markdown(summarize(LINES), ABOUT)
 
 
 def test_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    picture(summarize(LINES), tmp_path / "bars.png")
+    picture(summarize(LINES), ABOUT, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
