@@ -17,7 +17,6 @@ from gossamer.config import EngineConfig, MixedPrecision, Quantization
 from gossamer.config.engine import KVType
 from gossamer.config.mixed_precision import HalfType
 from gossamer.config.quantization import GROUPS, WeightFormat
-from gossamer.errors import ConfigError
 from gossamer.graph.builder import Builder
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph, KVGroup
@@ -116,11 +115,8 @@ def stores() -> list[Store]:
     for half in get_args(HalfType):
         found.append(Store(half, EngineConfig(model="-", mixed_precision=MixedPrecision(dtype=half))))
     for format in get_args(WeightFormat):
-        for group in (*sorted(GROUPS), None):
-            try:
-                wanted = Quantization(format=format, group=group)
-            except ConfigError:  # not every format has groups
-                continue
+        for group in (*GROUPS[format], None):
+            wanted = Quantization(format=format, group=group)
             found.append(Store(str(wanted), EngineConfig(model="-", quantization=wanted)))
     probe = _linear_graph(HIDDEN, HIDDEN, 1)
     seen: dict[tuple[str, int], Store] = {}
