@@ -60,7 +60,11 @@ def measure(bench: Bench, *, isa: str, threads: int, seconds: float) -> Iterator
         while len(times) < _REPEATS or time.perf_counter() - began < seconds:
             times.append(_step(program, case))
         lines = _lines(program, case.op)
-        kernels = [f"{isa}.sample"] if case.op == "sample" else sorted({line.kernel for line in lines})
+        kernels = (
+            [f"{isa}.sample"]
+            if case.op == "sample"
+            else sorted({f"{line.isa}.{line.kernel}" for line in lines})
+        )
         copies = bench.graph.layers if case.op == "layer" else max(1, len(lines))
         yield Line(case, bench.format, ", ".join(kernels), median(times), copies, len(times))
 
@@ -117,7 +121,7 @@ def _lines(program: CpuProgram, op: str) -> list[ReceiptLine]:
     if op in ("layer", "sample"):
         return program.receipt()
     names = {op, *(f"{op}_{format}" for format in FORMATS)}
-    lines = [x for x in program.receipt() if x.kernel.partition(".")[2] in names]
+    lines = [x for x in program.receipt() if x.kernel in names]
     return lines[-1:] if op == "embed" else lines
 
 
@@ -134,7 +138,7 @@ def report(line: Line, rates: Rates) -> dict[str, Any]:
     fraction = max(of_read, of_peak)
     return {
         "name": line.case.name,
-        "kernel": line.kernel,
+        "kernel": f"{line.isa}.{line.kernel}",
         "us": round(seconds / line.copies * 1e6, 2),
         "gb_s": round(work.moved / seconds / 1e9, 2),
         "gmac_s": round(work.macs / seconds / 1e9, 2) if work.macs else None,
