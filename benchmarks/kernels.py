@@ -138,7 +138,7 @@ def report(line: Line, rates: Rates) -> dict[str, Any]:
     fraction = max(of_read, of_peak)
     return {
         "name": line.case.name,
-        "kernel": f"{line.isa}.{line.kernel}",
+        "kernel": line.kernel,
         "us": round(seconds / line.copies * 1e6, 2),
         "gb_s": round(work.moved / seconds / 1e9, 2),
         "gmac_s": round(work.macs / seconds / 1e9, 2) if work.macs else None,
