@@ -25,7 +25,7 @@ def format_rows(graph: Graph, config: EngineConfig) -> list[dict[str, Any]]:
     places, _ = layout(stored)
     sizes: dict[str, int] = {}
     for (name, _), (_, place) in places.items():
-        sizes[name] = sizes.get(name, 0) + place.data[1] + place.scales[1]
+        sizes[name] = sizes.get(name, 0) + place.bytes
     return [
         {
             "weight": c.weight,
