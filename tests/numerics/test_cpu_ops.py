@@ -224,7 +224,7 @@ def test_attention_same_bits_however_it_is_cut(isa: str, kv_dtype: str) -> None:
             count = min(chunk, tokens - start)
             program.ids[:count] = np.arange(start, start + count)
             program.positions[:count] = np.arange(start, start + count)
-            program.spans[0] = (0, count, start, 0)
+            program.spans[0] = (0, count, start, 0, 0)
             program.tables[: len(table)] = table
             program.run(count, 1, 0, len(table), sample=False)
             rows.append(program.value("logits", count).copy())

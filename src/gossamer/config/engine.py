@@ -19,7 +19,7 @@ from gossamer.errors import ConfigError
 
 BackendName = Literal["cpu", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-KVType = Literal["f32", "f16", "bf16"]
+KVType = Literal["f32", "f16", "bf16", "int8", "int4"]
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
 

@@ -92,13 +92,13 @@ class LocalExecutor:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        lines: list[tuple[int, int, int, int]] = []
+        lines: list[tuple[int, int, int, int, int]] = []
         sampler = _Sampler(self._rows)
         for i, span in enumerate(spans):
             if span.parents is not None or span.adapter:
                 raise NotBuiltError("token trees and adapters are not built yet")
             row, count = len(ids), len(span.tokens)
-            lines.append((row, count, span.start, i * width))
+            lines.append((row, count, span.start, i * width, 0))
             ids += self._known(span)
             positions += range(span.start, span.start + count)
             for g, table in enumerate(span.tables):
