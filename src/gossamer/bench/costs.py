@@ -1,7 +1,8 @@
 """What a step must read and multiply at least, from the graph: the numerators of the fractions.
 
-Definitions: docs of `gossamer bench`. Bytes of weights and of KV are those of their layouts, scales included; a
-lookup reads its rows alone, so that a tied head counts once. MACs are those of linear layers and experts.
+Definitions: docs of `gossamer bench`. Bytes of weights and of KV are those of their layouts, scales
+included; a lookup reads its rows alone, so that a tied head counts once. MACs are those of linear layers and
+experts.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from gossamer.backends.cpu.lower import Instruction, Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
 from gossamer.backends.cpu.tuning import Choice, TuningFile, autotune
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from gossamer.graph.ir import Graph, R, Value
 from gossamer.passes.memory_reuse import SizeOf, plain_size, plan_arena
 from gossamer.passes.quantization import auto_group
@@ -28,6 +28,7 @@ __all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes"]
 
 _MAX_LOGPROBS = 20
 _TUNED_FROM = 64 << 20  # bytes of weights
+_MAX_HEAD_DIM = 1024  # csrc/generic/kv.h: kMaxHeadDim
 
 SAMPLE_ROW = np.dtype(
     [
@@ -77,8 +78,8 @@ class CpuProgram:
     """One program with its memory. Input arrays are filled in place, then `run` executes the step.
 
     ids, positions [T], rows [R] int32; spans [S, 5] int32 (row, count, start, table offset, 1 for a tree);
-    parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype SAMPLE_ROW. Outputs: token, logprob, top_ids,
-    top_logprobs, bad, one line per row.
+    parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype
+    SAMPLE_ROW. Outputs: token, logprob, top_ids, top_logprobs, bad, one line per row.
     """
 
     def __init__(
@@ -170,6 +171,11 @@ class CpuProgram:
         """kv[group]: [layers of the group, pages, bytes of a page]."""
         self.kv: list[npt.NDArray[np.uint8]] = []
         for group in self.graph.kv_groups:
+            if group.head_dim > _MAX_HEAD_DIM:
+                raise UnsupportedModelError(
+                    f"heads of {group.head_dim} are beyond the {_MAX_HEAD_DIM} that the CPU kernels take; "
+                    "use --backend reference"
+                )
             page = group_page_bytes(group, self.shape.page_size, self.shape.kv_dtype)
             block = _native.allocate(len(group.layers) * self.shape.pages * page)
             self.kv.append(block.reshape(len(group.layers), self.shape.pages, page))
