@@ -78,7 +78,7 @@ class ReferenceExecutor:
         out = self.model(
             torch.tensor(ids),
             torch.tensor(positions),
-            torch.tensor(rows),
+            torch.tensor(rows, dtype=torch.int64),
             KVState(tuple(spans), self._cache, self._kv_dtype),
         )
         logits = out["logits"].float().numpy()
