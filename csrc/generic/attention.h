@@ -55,13 +55,28 @@ struct Attention {
     }
   }
 
+  // The keys or values that a split's two passes want kAhead keys after those of the block at j.
+  const uint8_t* ahead(const TileRows& rows, int64_t base, int64_t j, bool values) const {
+    const KeyRange split = clip(rows.all, base, base + kSplit);
+    int64_t at = j + kAhead;
+    if (at >= split.hi && !values)
+      at = split.lo + (at - split.hi) / kBlockTokens * kBlockTokens, values = true;
+    else if (at >= split.hi)
+      values = false;
+    if (at >= rows.all.hi || at >= blocks.tail) at = j, values = false;
+    if (at >= blocks.tail) return w.gathered;
+    return blocks.block(at) + (values ? blocks.at.values : 0);
+  }
+
   void add_scores(const TileRows& rows, KeyRange keys, int64_t base, int64_t token) const {
     Chunk chunk = find_chunk<Kind>(blocks, keys, token, w.gathered);
     for (int64_t b = 0; b < chunk.count(); b++) {
+      const int64_t j = keys.lo + b * kBlockTokens;
+      chunk.next[b] = ahead(rows, base, j, false);
       if constexpr (Kind::kInteger) {
         using Scale = typename Kind::Scale;
         const uint8_t* block = chunk.block[b];
-        const int64_t j = keys.lo + b * kBlockTokens;
+        prefetch(chunk.next[b] + blocks.at.key_scales, blocks.at.values - blocks.at.key_scales);
         store(w.key_scales + (j - keys.lo),
               load(reinterpret_cast<const Scale*>(block + blocks.at.key_scales)));
         store(w.value_scales + (j - base),
@@ -69,8 +84,9 @@ struct Attention {
       }
       if constexpr (!Kind::kDirect) {
         uint8_t* to = w.unpacked + b * unpacked_bytes;
+        prefetch(chunk.next[b], blocks.at.key_scales);
         Kind::unpack_keys(chunk.block[b], d_pad, to);
-        chunk.block[b] = to;
+        chunk.block[b] = chunk.next[b] = to;
       }
     }
     register_rows(rows, keys, [&](int64_t m, int64_t count, KeyRange seen) {
@@ -78,19 +94,16 @@ struct Attention {
       const ScoreTask task{w.q + m * q_bytes, q_bytes,      d_pad / kUnit,
                            w.factors + m,     w.starts + m, w.scores + m * kScoreStride + (seen.lo - base),
                            kScoreStride};
-      score_rows<Dot>(count, task, chunk.block + skip, w.key_scales + skip * kBlockTokens,
+      const uint8_t* const* next = m == rows.first ? chunk.next : chunk.block;
+      score_rows<Dot>(count, task, chunk.block + skip, next + skip, w.key_scales + skip * kBlockTokens,
                       (seen.hi - seen.lo + kBlockTokens - 1) / kBlockTokens);
     });
   }
 
-  void add_values(int64_t m, int64_t count, const uint8_t* const* from, int64_t number, int64_t key) const {
-    const ValueTask task{p_of(m) + key / kBlockTokens * Kind::kBlockBytes,
-                         kScoreStride * 4,
-                         Kind::kBlockBytes,
-                         from,
-                         number,
-                         d_pad,
-                         part_of(m)};
+  void add_values(int64_t m, int64_t count, const uint8_t* const* from, const uint8_t* const* next,
+                  int64_t number, int64_t key) const {
+    const uint8_t* p = p_of(m) + key / kBlockTokens * Kind::kBlockBytes;
+    const ValueTask task{p, kScoreStride * 4, Kind::kBlockBytes, from, next, number, d_pad, part_of(m)};
     value_rows<Dot, kParts>(count, task);
   }
 
@@ -103,14 +116,16 @@ struct Attention {
     for (int64_t b = 0; b < chunk.count(); b++) {
       const int64_t j = keys.lo + b * kBlockTokens;
       chunk.block[b] += blocks.at.values;
+      chunk.next[b] = ahead(rows, base, j, true);
       const bool whole = Kind::kInteger || (j >= rows.common.lo && j + kBlockTokens <= rows.common.hi);
       if (Kind::kDirect && whole) continue;
       uint8_t* to = w.unpacked + b * unpacked_bytes;
+      prefetch(chunk.next[b], blocks.at.key_scales);
       if constexpr (Kind::kDirect)
         __builtin_memcpy(to, chunk.block[b], size_t(unpacked_bytes));
       else
         Kind::unpack_values(chunk.block[b], d_pad, to);
-      chunk.block[b] = to;
+      chunk.block[b] = chunk.next[b] = to;
       if constexpr (!Kind::kInteger) {
         if (whole) continue;
         hide_values<kUnit>(to, d_pad, rows.seen_from - j, rows.all.hi - j);
@@ -120,7 +135,8 @@ struct Attention {
     }
     if (!any_alone) {
       register_rows(rows, keys, [&](int64_t m, int64_t count, KeyRange seen) {
-        add_values(m, count, chunk.block + (seen.lo - keys.lo) / kBlockTokens,
+        const int64_t skip = (seen.lo - keys.lo) / kBlockTokens;
+        add_values(m, count, chunk.block + skip, (m == rows.first ? chunk.next : chunk.block) + skip,
                    (seen.hi - seen.lo + kBlockTokens - 1) / kBlockTokens, seen.lo - base);
       });
       return;
@@ -136,7 +152,7 @@ struct Attention {
           if constexpr (!Kind::kInteger) hide_values<kUnit>(w.single, d_pad, seen.lo - j, seen.hi - j);
           block = w.single;
         }
-        add_values(m, 1, &block, 1, j - base);
+        add_values(m, 1, &block, &block, 1, j - base);
       }
     }
   }
@@ -178,14 +194,7 @@ struct Attention {
   // token: of the tree, when the rows are its own and the split reaches the tail.
   void attend_split(const TileRows& rows, int64_t base, int64_t token) const {
     const KeyRange keys = clip(rows.all, base, base + kSplit);
-    auto after = [&](int64_t j) { return clip(rows.all, j, j + kChunk); };
-    chunks(keys, [&](KeyRange chunk) {
-      if (chunk.hi < keys.hi)
-        prefetch_keys(blocks, after(chunk.hi));
-      else
-        prefetch_values(blocks, after(keys.lo));
-      add_scores(rows, chunk, base, token);
-    });
+    chunks(keys, [&](KeyRange chunk) { add_scores(rows, chunk, base, token); });
     RowStatistics split[kTile];
     for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
       const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
@@ -193,13 +202,7 @@ struct Attention {
                                    {keys.lo - base, keys.hi - base}, args.softcap, w.value_scales);
       start_part(m, split[m]);
     }
-    chunks(keys, [&](KeyRange chunk) {
-      if (chunk.hi < keys.hi)
-        prefetch_values(blocks, after(chunk.hi));
-      else
-        prefetch_keys(blocks, after(chunk.hi));
-      add_values(rows, chunk, base, token);
-    });
+    chunks(keys, [&](KeyRange chunk) { add_values(rows, chunk, base, token); });
     for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
       const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
       if (seen.lo < seen.hi) merge(m, tile.sees[m].lo >= base, split[m]);

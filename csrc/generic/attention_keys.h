@@ -30,6 +30,7 @@ struct Blocks {
 struct Chunk {
   KeyRange keys;  // at most kChunk, from a multiple of 16
   const uint8_t* block[kChunk / kBlockTokens];
+  const uint8_t* next[kChunk / kBlockTokens];  // what is wanted kAhead keys later
   int64_t count() const { return (keys.hi - keys.lo + kBlockTokens - 1) / kBlockTokens; }
 };
 
@@ -51,7 +52,7 @@ inline void gather_path(const Blocks& blocks, int64_t token, uint8_t* to, Chunk&
 // token: whose path it is where the keys lie beyond the tail.
 template <class Kind>
 inline Chunk find_chunk(const Blocks& blocks, KeyRange keys, int64_t token, uint8_t* gathered) {
-  Chunk chunk{keys, {}};
+  Chunk chunk{keys, {}, {}};
   if (keys.lo < blocks.tail) {
     for (int64_t b = 0; b < chunk.count(); b++) chunk.block[b] = blocks.block(keys.lo + b * kBlockTokens);
   } else {
@@ -63,16 +64,6 @@ inline Chunk find_chunk(const Blocks& blocks, KeyRange keys, int64_t token, uint
 
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i);
-}
-
-inline void prefetch_keys(const Blocks& blocks, KeyRange keys) {
-  for (int64_t j = keys.lo; j < keys.hi && j < blocks.tail; j += kBlockTokens)
-    prefetch(blocks.block(j), blocks.at.values);
-}
-
-inline void prefetch_values(const Blocks& blocks, KeyRange keys) {
-  for (int64_t j = keys.lo; j < keys.hi && j < blocks.tail; j += kBlockTokens)
-    prefetch(blocks.block(j) + blocks.at.values, blocks.at.bytes - blocks.at.values);
 }
 
 // Whether a block of float values, d_pad columns of words, holds an infinity or a NaN.

@@ -1,6 +1,8 @@
 // The two products of attention over blocks of 16 tokens: scores = q K and part += p V. Every element is one
 // chain of Dot steps in ascending order, so its bits do not depend on how rows and columns are blocked.
 //
+// `next`: blocks that will be wanted later, asked for along the way.
+//
 // Operands of the rows are words in scratch. Row r of a call is part r % kParts of row r / kParts: p of
 // integer formats has two parts, each of them a row to the loops here.
 
@@ -27,8 +29,11 @@ struct LaneOf<vi> {
 
 template <class Dot, int kParts, int R, int B>
 GOSSAMER_INLINE void dot(typename Dot::Acc (&c)[R][B], const uint8_t* a, int64_t lda,
-                         const uint8_t* const (&b)[B], int64_t step, int64_t depth) {
+                         const uint8_t* const (&b)[B], const uint8_t* const (&ahead)[B], int64_t step,
+                         int64_t depth) {
   for (int64_t k = 0; k < depth; k++, a += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < B; j++) __builtin_prefetch(ahead[j] + k * step);
     typename Dot::Value value[B];
 #pragma GCC unroll 4
     for (int j = 0; j < B; j++) value[j] = Dot::value(b[j] + k * step);
@@ -60,17 +65,17 @@ struct ScoreTask {
 };
 
 template <class Dot, int R, int B>
-inline void score_block(const ScoreTask& t, const uint8_t* const* blocks, const float* key_scales,
-                        float* scores) {
+inline void score_block(const ScoreTask& t, const uint8_t* const* blocks, const uint8_t* const* next,
+                        const float* key_scales, float* scores) {
   typename Dot::Acc c[R][B];
-  const uint8_t* b[B];
+  const uint8_t *b[B], *ahead[B];
 #pragma GCC unroll 4
-  for (int j = 0; j < B; j++) b[j] = blocks[j];
+  for (int j = 0; j < B; j++) b[j] = blocks[j], ahead[j] = next[j];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < B; j++) c[r][j] = start_at(typename Dot::Acc{}, t.starts[r]);
-  dot<Dot, 1>(c, t.q, t.q_bytes, b, 64, t.depth);
+  dot<Dot, 1>(c, t.q, t.q_bytes, b, ahead, 64, t.depth);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -79,21 +84,21 @@ inline void score_block(const ScoreTask& t, const uint8_t* const* blocks, const 
 }
 
 template <class Dot, int R, int B>
-inline void score_blocks(const ScoreTask& t, const uint8_t* const* blocks, const float* key_scales,
-                         int64_t count, float* scores) {
-  for (; count >= B; count -= B, blocks += B, key_scales += 16 * B, scores += 16 * B)
-    score_block<Dot, R, B>(t, blocks, key_scales, scores);
+inline void score_blocks(const ScoreTask& t, const uint8_t* const* blocks, const uint8_t* const* next,
+                         const float* key_scales, int64_t count, float* scores) {
+  for (; count >= B; count -= B, blocks += B, next += B, key_scales += 16 * B, scores += 16 * B)
+    score_block<Dot, R, B>(t, blocks, next, key_scales, scores);
   if constexpr (B > 1)
-    if (count) score_blocks<Dot, R, B / 2>(t, blocks, key_scales, count, scores);
+    if (count) score_blocks<Dot, R, B / 2>(t, blocks, next, key_scales, count, scores);
 }
 
 template <class Dot, int R = kMaxRows>
 inline void score_rows(int64_t rows, const ScoreTask& t, const uint8_t* const* blocks,
-                       const float* key_scales, int64_t count) {
+                       const uint8_t* const* next, const float* key_scales, int64_t count) {
   if (rows == R)
-    score_blocks<Dot, R, blocks_for(R)>(t, blocks, key_scales, count, t.scores);
+    score_blocks<Dot, R, blocks_for(R)>(t, blocks, next, key_scales, count, t.scores);
   else if constexpr (R > 1)
-    score_rows<Dot, R - 1>(rows, t, blocks, key_scales, count);
+    score_rows<Dot, R - 1>(rows, t, blocks, next, key_scales, count);
 }
 
 // Rows of p against the values of some blocks, added to `part`.
@@ -101,7 +106,7 @@ struct ValueTask {
   const uint8_t* p;
   int64_t p_bytes;        // from a row (all its parts) to the next
   int64_t p_block_bytes;  // from 16 keys to the next
-  const uint8_t* const* blocks;
+  const uint8_t *const *blocks, *const *next;
   int64_t count, d_pad;
   void* part;  // [row][part][d_pad]
 };
@@ -118,10 +123,13 @@ inline void value_block(const ValueTask& t, int64_t column) {
     for (int j = 0; j < B; j++) c[r][j] = load(static_cast<const Lane*>(part + r * t.d_pad + 16 * j));
   const uint8_t* p = t.p;
   for (int64_t i = 0; i < t.count; i++, p += t.p_block_bytes) {
-    const uint8_t* b[B];
+    const uint8_t *b[B], *ahead[B];
 #pragma GCC unroll 4
-    for (int j = 0; j < B; j++) b[j] = t.blocks[i] + (column + j) * 64;
-    dot<Dot, kParts>(c, p, t.p_bytes, b, t.d_pad * 4, kBlockTokens / Dot::kUnit);
+    for (int j = 0; j < B; j++) {
+      b[j] = t.blocks[i] + (column + j) * 64;
+      ahead[j] = t.next[i] + (column + j) * 64;
+    }
+    dot<Dot, kParts>(c, p, t.p_bytes, b, ahead, t.d_pad * 4, kBlockTokens / Dot::kUnit);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
