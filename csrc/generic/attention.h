@@ -55,28 +55,39 @@ struct Attention {
     }
   }
 
-  // The keys or values that a split's two passes want kAhead keys after those of the block at j.
-  const uint8_t* ahead(const TileRows& rows, int64_t base, int64_t j, bool values) const {
+  // What is asked for while keys at j are read: in a first split keys further on, later the first half of the
+  // split's values (at every other block), for the keys came during the split before.
+  const uint8_t* after_keys(const TileRows& rows, int64_t base, int64_t j) const {
     const KeyRange split = clip(rows.all, base, base + kSplit);
-    int64_t at = j + kAhead;
-    if (at >= split.hi && !values)
-      at = split.lo + (at - split.hi) / kBlockTokens * kBlockTokens, values = true;
-    else if (at >= split.hi)
-      values = false;
-    if (at >= rows.all.hi || at >= blocks.tail) at = j, values = false;
-    if (at >= blocks.tail) return w.gathered;
-    return blocks.block(at) + (values ? blocks.at.values : 0);
+    const bool first = rows.all.lo >= base;
+    const int64_t block = (j - split.lo) / kBlockTokens;
+    const int64_t at = first ? j + kAhead : split.lo + block / 2 * kBlockTokens;
+    if (at >= split.hi || at >= blocks.tail || (!first && block % 2 == 0)) return nullptr;
+    return blocks.block(at) + (first ? 0 : blocks.at.values);
+  }
+  // While values are read: the next split's keys.
+  const uint8_t* after_values(const TileRows& rows, int64_t j) const {
+    const int64_t at = j + kSplit;
+    return at < rows.all.hi && at < blocks.tail ? blocks.block(at) : nullptr;
+  }
+  // During the softmax: the rest of the split's values.
+  Errand values_errand(const TileRows& rows, int64_t base) const {
+    const KeyRange split = clip(rows.all, base, base + kSplit);
+    const int64_t count = (split.hi - split.lo + kBlockTokens - 1) / kBlockTokens;
+    const int64_t skip = rows.all.lo >= base ? 0 : count / 2;
+    return Errand(blocks, {split.lo + skip * kBlockTokens, split.hi}, rows.count * count);
   }
 
   void add_scores(const TileRows& rows, KeyRange keys, int64_t base, int64_t token) const {
     Chunk chunk = find_chunk<Kind>(blocks, keys, token, w.gathered);
     for (int64_t b = 0; b < chunk.count(); b++) {
       const int64_t j = keys.lo + b * kBlockTokens;
-      chunk.next[b] = ahead(rows, base, j, false);
+      const uint8_t* later = after_keys(rows, base, j);
+      chunk.next[b] = later ? later : chunk.block[b];
       if constexpr (Kind::kInteger) {
         using Scale = typename Kind::Scale;
         const uint8_t* block = chunk.block[b];
-        prefetch(chunk.next[b] + blocks.at.key_scales, blocks.at.values - blocks.at.key_scales);
+        if (rows.all.lo >= base && later) prefetch_scales(blocks, later);
         store(w.key_scales + (j - keys.lo),
               load(reinterpret_cast<const Scale*>(block + blocks.at.key_scales)));
         store(w.value_scales + (j - base),
@@ -84,7 +95,7 @@ struct Attention {
       }
       if constexpr (!Kind::kDirect) {
         uint8_t* to = w.unpacked + b * unpacked_bytes;
-        prefetch(chunk.next[b], blocks.at.key_scales);
+        if (later) prefetch(later, blocks.at.key_scales);
         Kind::unpack_keys(chunk.block[b], d_pad, to);
         chunk.block[b] = chunk.next[b] = to;
       }
@@ -116,11 +127,13 @@ struct Attention {
     for (int64_t b = 0; b < chunk.count(); b++) {
       const int64_t j = keys.lo + b * kBlockTokens;
       chunk.block[b] += blocks.at.values;
-      chunk.next[b] = ahead(rows, base, j, true);
+      const uint8_t* later = after_values(rows, j);
+      chunk.next[b] = later ? later : chunk.block[b];
+      if (later) prefetch_scales(blocks, later);
       const bool whole = Kind::kInteger || (j >= rows.common.lo && j + kBlockTokens <= rows.common.hi);
       if (Kind::kDirect && whole) continue;
       uint8_t* to = w.unpacked + b * unpacked_bytes;
-      prefetch(chunk.next[b], blocks.at.key_scales);
+      if (later) prefetch(later, blocks.at.key_scales);
       if constexpr (Kind::kDirect)
         __builtin_memcpy(to, chunk.block[b], size_t(unpacked_bytes));
       else
@@ -196,10 +209,11 @@ struct Attention {
     const KeyRange keys = clip(rows.all, base, base + kSplit);
     chunks(keys, [&](KeyRange chunk) { add_scores(rows, chunk, base, token); });
     RowStatistics split[kTile];
+    Errand errand = values_errand(rows, base);
     for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
       const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
       split[m] = softmax_row<Kind>(w.scores + m * kScoreStride, {seen.lo - base, seen.hi - base},
-                                   {keys.lo - base, keys.hi - base}, args.softcap, w.value_scales);
+                                   {keys.lo - base, keys.hi - base}, args.softcap, w.value_scales, errand);
       start_part(m, split[m]);
     }
     chunks(keys, [&](KeyRange chunk) { add_values(rows, chunk, base, token); });

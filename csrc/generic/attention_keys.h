@@ -30,7 +30,7 @@ struct Blocks {
 struct Chunk {
   KeyRange keys;  // at most kChunk, from a multiple of 16
   const uint8_t* block[kChunk / kBlockTokens];
-  const uint8_t* next[kChunk / kBlockTokens];  // what is wanted kAhead keys later
+  const uint8_t* next[kChunk / kBlockTokens];  // what is asked for meanwhile
   int64_t count() const { return (keys.hi - keys.lo + kBlockTokens - 1) / kBlockTokens; }
 };
 
@@ -65,6 +65,37 @@ inline Chunk find_chunk(const Blocks& blocks, KeyRange keys, int64_t token, uint
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i);
 }
+
+inline void prefetch_scales(const Blocks& blocks, const uint8_t* block) {
+  prefetch(block + blocks.at.key_scales, blocks.at.values - blocks.at.key_scales);
+}
+
+// Asks memory for the values of `keys`, spread over `steps` steps of other work.
+struct Errand {
+  const Blocks& blocks;
+  KeyRange keys;
+  int64_t rate, left = 0;
+  const uint8_t* line = nullptr;
+
+  Errand(const Blocks& blocks, KeyRange keys, int64_t steps) : blocks(blocks), keys(keys), rate(0) {
+    if (keys.hi > blocks.tail) this->keys.hi = blocks.tail;
+    const int64_t count = (this->keys.hi - keys.lo + kBlockTokens - 1) / kBlockTokens;
+    if (count > 0) rate = (count * lines() + steps - 1) / steps;
+  }
+  int64_t lines() const { return (blocks.at.bytes - blocks.at.values + 63) / 64; }
+  void step() {
+    for (int64_t i = 0; i < rate; i++) {
+      if (left == 0) {
+        if (keys.lo >= keys.hi) return;
+        line = blocks.block(keys.lo) + blocks.at.values;
+        left = lines();
+        keys.lo += kBlockTokens;
+      }
+      __builtin_prefetch(line);
+      line += 64, left--;
+    }
+  }
+};
 
 // Whether a block of float values, d_pad columns of words, holds an infinity or a NaN.
 template <int kUnit>

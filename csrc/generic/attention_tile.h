@@ -1,9 +1,9 @@
 // What a tile of attention is: which rows, which keys they see, and the scratch they work in.
 
-constexpr int kSplit = 512;                // part of the result's definition
-constexpr int kChunk = 64;                 // keys that the rows of a tile go through together
-constexpr int kAhead = 128;                // keys between asking memory for one and using it
-constexpr int kTile = 64;                  // rows of a tile
+constexpr int kSplit = 512;  // part of the result's definition
+constexpr int kChunk = 64;   // keys that the rows of a tile go through together
+constexpr int kAhead = 128;  // keys between asking memory for one and using it, in a first split
+constexpr int kTile = 64;    // rows of a tile
 constexpr int kScoreStride = kSplit + 16;  // off the power of two, which would crowd a few cache sets
 constexpr int64_t kAttentionRows = 32;     // of a call: enough to share K and V, few enough to share out
 

@@ -1,5 +1,5 @@
 // Softmax of a row of scores within a split. The row's blocks that any row of its tile sees hold p
-// afterwards, zero for keys that this row does not see.
+// afterwards, zero for keys that this row does not see. Memory has an errand to do meanwhile.
 
 struct RowStatistics {
   float maximum, total;
@@ -29,11 +29,13 @@ inline float hide_and_find_top(float* s, int64_t lo, int64_t hi, float softcap) 
 constexpr float kTopP = 16383.0f;
 constexpr int kPartBits = 7;
 
-inline RowStatistics integer_p(float* s, int64_t lo, int64_t hi, float maximum, const float* value_scales) {
+inline RowStatistics integer_p(float* s, int64_t lo, int64_t hi, float maximum, const float* value_scales,
+                               Errand& errand) {
   const int64_t first = lo / 16 * 16, end = (hi + 15) / 16 * 16;
   const vf peak = set1(maximum);
   vf total = set1(0.0f), top = set1(0.0f), bad = set1(0.0f);
   for (int64_t j = first; j < end; j += 16) {
+    errand.step();
     const vf p = exp(load(s + j) - peak);
     total = total + p;
     const vf v = select(lanes(lo - j, hi - j), p * load(value_scales + j), set1(0.0f));
@@ -67,11 +69,12 @@ inline RowStatistics integer_p(float* s, int64_t lo, int64_t hi, float maximum, 
 }
 
 template <class Kind>
-inline RowStatistics float_p(float* s, int64_t lo, int64_t hi, float maximum) {
+inline RowStatistics float_p(float* s, int64_t lo, int64_t hi, float maximum, Errand& errand) {
   const int64_t first = lo / 16 * 16, end = (hi + 15) / 16 * 16;
   const vf peak = set1(maximum);
   vf total = set1(0.0f);
   for (int64_t j = first; j < end; j += 16) {
+    errand.step();
     const vf p = exp(load(s + j) - peak);
     total = total + p;
     Kind::put_p(reinterpret_cast<uint8_t*>(s) + j / 16 * Kind::kBlockBytes, p);
@@ -82,15 +85,15 @@ inline RowStatistics float_p(float* s, int64_t lo, int64_t hi, float maximum) {
 // s: scores from the split's first key; seen: by the row, all: by any row of the tile, both from there.
 template <class Kind>
 inline RowStatistics softmax_row(float* s, KeyRange seen, KeyRange all, float softcap,
-                                 const float* value_scales) {
+                                 const float* value_scales, Errand& errand) {
   RowStatistics out{-kInf, 0.0f, 0.0f, {0, 0}};
   const bool any = seen.lo < seen.hi;
   if (any) {
     const float maximum = hide_and_find_top(s, seen.lo, seen.hi, softcap);
     if constexpr (Kind::kInteger)
-      out = integer_p(s, seen.lo, seen.hi, maximum, value_scales);
+      out = integer_p(s, seen.lo, seen.hi, maximum, value_scales, errand);
     else
-      out = float_p<Kind>(s, seen.lo, seen.hi, maximum);
+      out = float_p<Kind>(s, seen.lo, seen.hi, maximum, errand);
   }
   auto clear = [&](int64_t from, int64_t to) {
     for (int64_t j = from; j < to; j += 16)
