@@ -103,7 +103,9 @@ int64_t kv_page_bytes(const KvLayout& kv);
 struct Span {
   int32_t row, count, start;
   int32_t table;  // offset of the sequence's pages in the group's block table
-  int32_t tree;   // 1: the step's `parents` of these rows hold (offset in the span, -1: the token before it)
+  // Tokens of a tree that come before row `row` (a tile of rows may begin inside one), or -1: no tree. The
+  // step's `parents` of a tree's rows hold offsets from its first token, -1: the token before it.
+  int32_t tree;
 };
 
 struct AttentionArgs {

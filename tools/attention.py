@@ -83,8 +83,7 @@ def _run(program: CpuProgram, tokens: int, start: int) -> dict[str, float]:
     before = program.receipt()
     program.ids[:tokens] = np.arange(tokens)
     program.positions[:tokens] = np.arange(start, start + tokens)
-    program.spans[0] = 0
-    program.spans[0, :3] = (0, tokens, start)
+    program.spans[0] = (0, tokens, start, 0, -1)
     program.run(tokens, 1, 0, program.shape.pages, sample=False)
     seconds: dict[str, float] = {}
     for old, new in zip(before, program.receipt(), strict=True):

@@ -234,7 +234,7 @@ struct Attention {
         continue;
       }
       for (int64_t i = 0; i < tile.count; i++)
-        attend_split(TileRows(tile, i * tile.heads, tile.heads), base, tile.first + i);
+        attend_split(TileRows(tile, i * tile.heads, tile.heads), base, blocks.before + tile.first + i);
     }
     for (int64_t m = 0; m < tile.rows; m++) {
       float* out = tile.out + m / tile.heads * args.ldo + m % tile.heads * d;

@@ -7,7 +7,8 @@ struct Blocks {
   const int32_t* table;
   KvBlock at;
   int64_t page_size, page_bytes, d_pad;
-  const int32_t* parents;  // of the span's tokens, or null
+  const int32_t* parents;  // of the tree's tokens, or null
+  int64_t before;          // tokens of the tree before the span's first row
   int64_t start, tail;     // tail: from here positions are not slots; beyond everything without a tree
 
   Blocks(const AttentionArgs& args, const Span& span, int32_t kv_head)
@@ -17,9 +18,11 @@ struct Blocks {
     const int64_t head_bytes = page_size / kBlockTokens * at.bytes;
     page_bytes = kv.kv_heads * head_bytes;
     pool = static_cast<const uint8_t*>(args.pool) + kv_head * head_bytes;
-    parents = span.tree ? args.parents + span.row : nullptr;
-    start = span.start;
-    tail = span.tree ? start / kBlockTokens * kBlockTokens : int64_t(1) << 40;
+    const bool tree = span.tree >= 0;
+    before = tree ? span.tree : 0;
+    parents = tree ? args.parents + span.row - before : nullptr;
+    start = span.start - before;
+    tail = tree ? start / kBlockTokens * kBlockTokens : int64_t(1) << 40;
   }
   // The block that a slot lies in.
   const uint8_t* block(int64_t slot) const {

@@ -73,8 +73,9 @@ struct AttentionTile {
         q(args.q + (span.row + first) * args.ldq + head * args.kv.head_dim),
         out(args.out + (span.row + first) * args.ldo + head * args.kv.head_dim) {
     for (int64_t i = 0; i < count; i++) {
-      const int64_t at = span.tree ? depth_of(args.parents + span.row, first + i) : first + i;
-      const int64_t position = span.start + at, lo = position - args.window + 1;
+      const int64_t before = span.tree < 0 ? 0 : span.tree, token = before + first + i;
+      const int64_t at = span.tree < 0 ? token : depth_of(args.parents + span.row - before, token);
+      const int64_t position = span.start - before + at, lo = position - args.window + 1;
       for (int64_t m = i * heads; m < (i + 1) * heads; m++)
         sees[m] = {args.window > 0 && lo > 0 ? lo : 0, position + 1};
     }

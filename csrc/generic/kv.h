@@ -161,8 +161,9 @@ inline void with_row(Format dtype, F f) {
 
 inline void kv_write(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
                      const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t r0, int64_t r1) {
-  with_row(kv.dtype,
-           [&](auto row) { kv_write_as<decltype(row)>(kv, pool, block_table, span, k, ldk, v, ldv, r0, r1); });
+  with_row(kv.dtype, [&](auto row) {
+    kv_write_as<decltype(row)>(kv, pool, block_table, span, k, ldk, v, ldv, r0, r1);
+  });
 }
 
 inline void kv_copy(const KvLayout& kv, void* pool, int32_t source, int32_t target, int64_t tokens) {

@@ -95,7 +95,7 @@ def run_cpu(
     stride = len(spans) * width
     for i, (row, count, start) in enumerate(spans):
         program.positions[row : row + count] = np.arange(start, start + count)
-        program.spans[i] = (row, count, start, i * width, 0)
+        program.spans[i] = (row, count, start, i * width, -1)
         for g in range(len(graph.kv_groups)):
             program.tables[g * stride + i * width : g * stride + i * width + len(tables[i])] = tables[i]
     program.run(tokens, len(spans), tokens, stride, sample=False)

@@ -99,7 +99,7 @@ def run_cut(program: CpuProgram, chunks: list[int], table: np.ndarray, poison: b
     for count in chunks:
         program.ids[:count] = np.arange(start, start + count)
         program.positions[:count] = np.arange(start, start + count)
-        program.spans[0] = (0, count, start, 0, 0)
+        program.spans[0] = (0, count, start, 0, -1)
         program.run(count, 1, 0, len(table), sample=False)
         rows.append(program.value("logits", count).copy())
         start += count
@@ -202,7 +202,7 @@ def step(program: CpuProgram, ids: list[int], start: int, parents: tuple[int, ..
     depths = range(count) if parents is None else tree_depths(parents)
     program.ids[:count] = ids
     program.positions[:count] = [start + d for d in depths]
-    program.spans[0] = (0, count, start, 0, int(parents is not None))
+    program.spans[0] = (0, count, start, 0, -1 if parents is None else 0)
     if parents is not None:
         program.parents[:count] = parents
     program.run(count, 1, 0, program.shape.table, sample=False)

@@ -99,7 +99,7 @@ class LocalExecutor:
             if span.adapter:
                 raise NotBuiltError("adapters are not built yet")
             row, count = len(ids), len(span.tokens)
-            lines.append((row, count, span.start, i * width, int(span.parents is not None)))
+            lines.append((row, count, span.start, i * width, -1 if span.parents is None else 0))
             ids += self._known(span)
             if span.parents is None:
                 positions += range(span.start, span.start + count)
