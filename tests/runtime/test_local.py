@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.config import EngineConfig
+from gossamer.config import EngineConfig, LayerFusion
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, KVOp, LastSampled, RowResult, Sampling, Span, StepPlan
 from gossamer.errors import GraphError, NotBuiltError
@@ -104,6 +104,23 @@ def test_a_tree_samples_what_its_paths_would(executor: LocalExecutor) -> None:
     for row, path in zip(found, ((5, 7), (6, 8)), strict=True):
         (chain,) = run(executor, span(0, path, 20, [0, 1]))
         assert row == chain
+
+
+def test_a_tree_that_a_tile_of_rows_cuts(tmp_path: Path) -> None:
+    """Fused layers run over 16 rows at a time: a tree of 40 tokens gives the bits of its longest path."""
+    (tmp_path / "config.json").write_text(json.dumps(llama_config()))
+    config = EngineConfig(
+        model=str(tmp_path), load_format="dummy", max_model_len=64, max_num_seqs=4,
+        layer_fusion=LayerFusion(rows=16),
+    )  # fmt: skip
+    executor = start(config).executor
+    sampling = Sampling(SamplingParams(temperature=0, logprobs=3), 0, (), ())
+    parents = tuple(i - 2 if i > 1 else -1 for i in range(40))  # two paths, token by token in turn
+    executor.collect(executor.submit(StepPlan((Span(0, PROMPT, 0, (), ([0, 1],)),))))
+    tree = Span(0, tuple(range(5, 45)), 20, (38,), ([0, 1, 2, 3],), sampling, parents=parents)
+    (found,) = executor.collect(executor.submit(StepPlan((tree,)))).rows[0]
+    path = Span(0, tuple(range(5, 45, 2)), 20, (19,), ([0, 1, 2, 3],), sampling)
+    assert executor.collect(executor.submit(StepPlan((path,)))).rows[0] == [found]
 
 
 def test_a_tree_whose_parents_come_later_is_an_error(executor: LocalExecutor) -> None:

@@ -77,8 +77,8 @@ def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:
 class CpuProgram:
     """One program with its memory. Input arrays are filled in place, then `run` executes the step.
 
-    ids, positions [T], rows [R] int32; spans [S, 5] int32 (row, count, start, table offset, 0 for a tree or -1);
-    parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype
+    ids, positions [T], rows [R] int32; spans [S, 5] int32 (row, count, start, table offset, 0 for a tree or
+    -1); parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype
     SAMPLE_ROW. Outputs: token, logprob, top_ids, top_logprobs, bad, one line per row.
     """
 

@@ -101,7 +101,8 @@ def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
     """[..., K] padded with zeros and cut into [..., groups, size]."""
     from torch.nn.functional import pad
 
-    return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    padded = pad(x, (0, -x.shape[-1] % size))
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // size, size)
 
 
 def _quotients(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
