@@ -1,7 +1,7 @@
 // The bodies that are written once for every ISA. An isa/*.cpp includes this inside its own namespace, once,
-// after <cstddef>, <cstdint>, api.h, generic/prepare.h and, on x86, <immintrin.h>. Nothing here may have external linkage or
-// instantiate a shared template (std::vector, std::min, ...): the linker would keep one copy of such a
-// function for all ISAs, and it might be the one that this machine cannot run.
+// after <cstddef>, <cstdint>, api.h, generic/prepare.h and, on x86, <immintrin.h>. Nothing here may have
+// external linkage or instantiate a shared template (std::vector, std::min, ...): the linker would keep one
+// copy of such a function for all ISAs, and it might be the one that this machine cannot run.
 
 namespace generic {
 namespace {
