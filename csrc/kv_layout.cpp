@@ -16,6 +16,9 @@ int64_t bits(Format dtype) {
       return 8;
     case Format::int4:
       return 4;
+    case Format::uint4:  // of weights alone
+    case Format::nf4:
+      break;
   }
   return 0;
 }

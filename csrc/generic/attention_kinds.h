@@ -168,5 +168,8 @@ inline void with_kind(Format dtype, F f) {
       return f(KindInt8{});
     case Format::int4:
       return f(KindInt4{});
+    case Format::uint4:  // of weights alone
+    case Format::nf4:
+      return;
   }
 }

@@ -156,6 +156,9 @@ inline void with_row(Format dtype, F f) {
       return f(RowInt8{});
     case Format::int4:
       return f(RowInt4{});
+    case Format::uint4:  // of weights alone
+    case Format::nf4:
+      return;
   }
 }
 
