@@ -89,7 +89,7 @@ def _fill(program: CpuProgram, bench: Bench, case: Case) -> None:
     row = 0
     for i, (count, start) in enumerate(case.spans):
         program.positions[row : row + count] = np.arange(start, start + count)
-        program.spans[i] = (row, count, start, i * bench.table)
+        program.spans[i] = (row, count, start, i * bench.table, -1)
         row += count
     tables = len(case.spans) * bench.table
     for group in range(len(bench.graph.kv_groups)):

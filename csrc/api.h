@@ -72,22 +72,40 @@ void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* 
 
 // ---- KV pages ------------------------------------------------------------------------------------
 
-// One layer's pool: pages x kv_heads x (K tile, V tile), dtype f32, f16 or bf16.
-// K tile: [head_dim][page_size] (transposed: 16 tokens side by side); V tile: [page_size][d_pad].
-// page_size is a multiple of 16; d_pad is head_dim rounded up to 16, the padding stays zero.
+// One layer's pool: pages x kv_heads x (page_size / 16) blocks. A block is 16 tokens under one kv head: K,
+// the scales of K, the scales of V, V. K is a matrix of d_pad x 16 tokens, V one of 16 tokens x d_pad; in
+// both, `unit` steps of the axis that dot products run along (K: the head's, V: the tokens') lie side by
+// side, as those of packed weights do: element (depth, column) is number
+// ((depth / unit) * columns + column) * unit + depth % unit of
+//   f32, f16  unit 1       bf16  unit 2
+//   int8      unit 4       stored unsigned (value + 128), value = integer * scale, scales float[16]
+//   int4      unit 8       in 4 bytes: low nibbles depth..depth+3, high nibbles depth+4..depth+7, unsigned
+//                          (value + 8), scales fp16[16]
+// There is one scale per token and head. page_size is a multiple of 16; d_pad is head_dim rounded up to 16,
+// and what a token's key and value have there is zero.
 struct KvLayout {
   Format dtype;
   int32_t kv_heads, head_dim, d_pad, page_size;
-  int64_t k_tile() const { return int64_t(head_dim) * page_size; }  // elements
-  int64_t v_tile() const { return int64_t(page_size) * d_pad; }
-  int64_t page_elements() const { return kv_heads * (k_tile() + v_tile()); }
 };
+constexpr int kBlockTokens = 16;
 
-// One contiguous run of tokens of one sequence in this step: rows [row, row + count) of the step's
-// matrices; the first of them stands at slot and position `start` of its sequence.
+// Byte offsets within a block, and its size.
+struct KvBlock {
+  int64_t key_scales, value_scales, values, bytes;
+};
+KvLayout kv_layout(Format dtype, int32_t kv_heads, int32_t head_dim, int32_t page_size);  // kv_layout.cpp
+KvBlock kv_block(const KvLayout& kv);
+int64_t kv_page_bytes(const KvLayout& kv);
+
+// One contiguous run of tokens of one sequence in this step: rows [row, row + count) of the step's matrices
+// go to slots start, start + 1, ... of the sequence. Without a tree a token's position is its slot. In a tree
+// it is start + depth, and it sees the slots below start and its own ancestors.
 struct Span {
   int32_t row, count, start;
   int32_t table;  // offset of the sequence's pages in the group's block table
+  // Tokens of a tree that come before row `row` (a tile of rows may begin inside one), or -1: no tree. The
+  // step's `parents` of a tree's rows hold offsets from its first token, -1: the token before it.
+  int32_t tree;
 };
 
 struct AttentionArgs {
@@ -102,6 +120,7 @@ struct AttentionArgs {
   float softcap;   // > 0: scores = softcap * tanh(scores / softcap)
   int32_t window;  // > 0: a token sees the last `window` tokens, itself included
   const int32_t* block_table;
+  const int32_t* parents;  // [T]; read for spans that are trees
 };
 
 // ---- sampling ------------------------------------------------------------------------------------
@@ -196,8 +215,11 @@ struct Kernels {
   // attention ------------------------------------------------------------------------------------------
   // Writes rows [r0, r1) of one span (relative to it) into its pages; k and v point at row r0, leading
   // dimensions ldk and ldv. block_table is the whole group's; the span says where its own entries begin.
+  // Two calls at a time must not write slots of the same 16 (4-bit numbers share bytes).
   void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
                    const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t r0, int64_t r1);
+  // Copies the first `tokens` tokens of a page to another, all heads.
+  void (*kv_copy)(const KvLayout& kv, void* pool, int32_t source, int32_t target, int64_t tokens);
   // Attention of query rows [r0, r1) of one span (relative to it) under one kv head.
   void (*attention)(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
                     void* scratch);

@@ -117,8 +117,8 @@ struct Runner {
   }
 
   int add_kv(int dtype, int kv_heads, int head_dim, int page_size, Bytes pool_bytes, int group) {
-    KvLayout layout{Format(dtype), kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size};
-    return program.add_kv({layout, pool_bytes.data(), group});
+    return program.add_kv(
+        {kv_layout(Format(dtype), kv_heads, head_dim, page_size), pool_bytes.data(), group});
   }
 
   // Operands are (offset, bytes per row or 0).
@@ -145,11 +145,12 @@ struct Runner {
     program.set_scratch(scratch.data(), int64_t(scratch.size()) / pool->size() / 64 * 64);
   }
 
-  void bind_step(Ints ids, Ints positions, Ints rows, Ints spans, Ints tables) {
+  void bind_step(Ints ids, Ints positions, Ints rows, Ints spans, Ints parents, Ints tables) {
     buffers.ids = ids.data();
     buffers.positions = positions.data();
     buffers.rows = rows.data();
     buffers.spans = reinterpret_cast<const Span*>(spans.data());
+    buffers.parents = parents.data();
     buffers.tables = tables.data();
   }
 
@@ -206,8 +207,8 @@ NB_MODULE(_native, m) {
   m.def("activation_bytes", [](int f, int group, int64_t rows, int64_t k) {
     return activation_bytes(Format(f), group, rows, k);
   });
-  m.def("kv_page_elements", [](int kv_heads, int head_dim, int page_size) {
-    return KvLayout{Format::f32, kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size}.page_elements();
+  m.def("kv_page_bytes", [](int dtype, int kv_heads, int head_dim, int page_size) {
+    return kv_page_bytes(kv_layout(Format(dtype), kv_heads, head_dim, page_size));
   });
   m.def("allocate", &allocate, "Zeroed bytes on huge pages where there are any.");
   m.attr("sample_row_bytes") = sizeof(SampleRow);
@@ -254,6 +255,8 @@ NB_MODULE(_native, m) {
              return r.program.scratch_bytes(vocab, tokens, rows) * r.pool->size();
            })
       .def("set_memory", &Runner::set_memory)
+      .def("copy_tokens", [](Runner& r, int kv, int source, int target,
+                             int64_t tokens) { r.program.copy_tokens(kv, source, target, tokens); })
       .def("bind_step", &Runner::bind_step)
       .def("bind_sampling", &Runner::bind_sampling)
       .def("bind_sampled", &Runner::bind_sampled)

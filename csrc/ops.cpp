@@ -397,6 +397,7 @@ void Program::attend(const Instruction& in, const Window& w, const StepBuffers& 
   args.softcap = float(in.reals[1]);
   args.window = int32_t(in.ints[2]);
   args.block_table = buffers.tables + kv.group * counts.table_stride;
+  args.parents = buffers.parents + w.first;
   // A tile is one kv head over attention_rows queries of one span; spans differ in length.
   const int64_t height = kernels_->attention_rows, heads = kv.layout.kv_heads;
   int64_t tiles = 0;

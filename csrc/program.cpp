@@ -123,6 +123,7 @@ void Program::run_unit(Segment& segment, const Unit& unit, const StepBuffers& bu
         part.row = int32_t(a - r0);
         part.count = int32_t(b - a);
         part.start = int32_t(span.start + (a - span.row));
+        if (span.tree >= 0) part.tree = int32_t(span.tree + (a - span.row));
         clipped_.push_back(part);
       }
       window.spans = clipped_.data();

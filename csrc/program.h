@@ -87,6 +87,7 @@ struct StepBuffers {
   const int32_t* positions = nullptr;  // [T]
   const int32_t* rows = nullptr;       // [R] token of each sampled row
   const Span* spans = nullptr;         // [S]
+  const int32_t* parents = nullptr;    // [T] of rows whose span is a tree
   const int32_t* tables = nullptr;     // [groups][S][pages]; a span's `table` is its offset within a group
   SampleArgs sample{};
 };
@@ -102,6 +103,10 @@ class Program {
   int32_t add_packed(const PackedWeight& weight);
   int32_t add_vector(const float* data);
   int32_t add_kv(const KvLayer& layer);
+  // Copies the first `tokens` tokens of a page of one layer to another.
+  void copy_tokens(int32_t kv, int32_t source, int32_t target, int64_t tokens) const {
+    kernels_->kv_copy(kv_[kv].layout, kv_[kv].pool, source, target, tokens);
+  }
   void set_arena(uint8_t* arena) { arena_ = arena; }
   void set_workspace(uint8_t* workspace) { workspace_ = workspace; }
   // Instruction `index` of all, counted over the segments.

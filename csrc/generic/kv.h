@@ -1,52 +1,176 @@
-// Writing keys and values into pages: V rows as they come, K transposed, up to 16 tokens at a time.
+// Writing keys and values into pages. Layout: api.h.
 
-template <class T>
-inline void write_keys(T* to, int64_t page_size, const float* from, int64_t ld, int64_t d, int64_t tokens) {
-  for (int64_t i = 0; i < d; i++) {
-    float side[kLanes];
-    if (tokens == kLanes) {
-      for (int t = 0; t < kLanes; t++) side[t] = from[t * ld + i];
-      store(to + i * page_size, load(side));
-    } else {
-      for (int64_t t = 0; t < kLanes; t++) side[t] = t < tokens ? from[t * ld + i] : 0.0f;
-      store_n(to + i * page_size, load(side), tokens);
-    }
-  }
-}
-
-template <class T>
-inline void write_values(T* to, int64_t d_pad, const float* from, int64_t ld, int64_t d, int64_t tokens) {
-  for (int64_t t = 0; t < tokens; t++) {
+// One token's row as stored: `Element`s of which kUnit lie side by side in K and V.
+template <class T, int kUnitOf>
+struct PlainRow {
+  using Element = T;
+  static constexpr int kUnit = kUnitOf;
+  static constexpr bool kNibbles = false;
+  static void make(const float* x, int64_t d, int64_t d_pad, T* row, uint8_t*, int64_t) {
     int64_t i = 0;
-    for (; i + 16 <= d; i += 16) store(to + t * d_pad + i, load(from + t * ld + i));
-    if (i < d) store_n(to + t * d_pad + i, load_n(from + t * ld + i, d - i), d - i);
+    for (; i + kLanes <= d; i += kLanes) store(row + i, load(x + i));
+    if (i < d_pad) store(row + i, load_n(x + i, d - i));
+  }
+};
+using RowF32 = PlainRow<float, 1>;
+using RowF16 = PlainRow<f16, 1>;
+using RowBf16 = PlainRow<bf16, 2>;
+
+struct RowInt8 {
+  using Element = uint8_t;
+  static constexpr int kUnit = 4;
+  static constexpr bool kNibbles = false;
+  static void make(const float* x, int64_t d, int64_t d_pad, uint8_t* row, uint8_t* scales, int64_t token) {
+    int32_t sum;
+    quantize_run(x, d, d_pad, reinterpret_cast<int8_t*>(row), reinterpret_cast<float*>(scales) + token, &sum);
+    for (int64_t i = 0; i < d_pad; i++) row[i] ^= 0x80;
+  }
+};
+
+// A nibble an element; put_key and put_value pair them.
+struct RowInt4 {
+  using Element = uint8_t;
+  static constexpr int kUnit = 4;
+  static constexpr bool kNibbles = true;
+  static void make(const float* x, int64_t d, int64_t d_pad, uint8_t* row, uint8_t* scales, int64_t token) {
+    float low = 0.0f, high = 0.0f, bad = 0.0f;
+    for (int64_t i = 0; i < d; i++) {
+      low = x[i] < low ? x[i] : low;
+      high = x[i] > high ? x[i] : high;
+      bad += x[i] * 0.0f;
+    }
+    uint16_t* half = reinterpret_cast<uint16_t*>(scales) + token;
+    *half = float_to_half((high > -low ? high : low) / -8.0f + bad);
+    const float scale = half_to_float(*half);
+    const float magnitude = scale < 0.0f ? -scale : scale;
+    const float divisor = magnitude > 0.0f && magnitude < kInf ? scale : kInf;
+    for (int64_t i = 0; i < d; i++) {
+      float v = x[i] / divisor;
+      v = v >= -8.0f ? v : -8.0f;  // a NaN too: the scale carries it
+      v = v > 7.0f ? 7.0f : v;
+      row[i] = uint8_t(round_to_int(v) + 8);
+    }
+    for (int64_t i = d; i < d_pad; i++) row[i] = 8;
+  }
+};
+
+template <class Row>
+inline void put_key(uint8_t* keys, int64_t token, const typename Row::Element* row, int64_t d_pad) {
+  using E = typename Row::Element;
+  constexpr int kUnit = Row::kUnit;
+  E* to = reinterpret_cast<E*>(keys) + token * kUnit;
+  if constexpr (Row::kNibbles) {
+    for (int64_t i = 0; i < d_pad; i += 8, to += kLanes * kUnit)
+      for (int b = 0; b < 4; b++) to[b] = uint8_t(row[i + b] | row[i + 4 + b] << 4);
+  } else {
+    for (int64_t i = 0; i < d_pad; i += kUnit, to += kLanes * kUnit)
+      __builtin_memcpy(to, row + i, kUnit * sizeof(E));
   }
 }
 
-template <class T>
-inline void kv_write_as(const KvLayout& kv, T* pool, const int32_t* block_table, const Span& span,
+template <class Row>
+inline void put_value(uint8_t* values, int64_t token, const typename Row::Element* row, int64_t d_pad) {
+  using E = typename Row::Element;
+  constexpr int kUnit = Row::kUnit;
+  if constexpr (Row::kNibbles) {
+    uint8_t* to = values + token / 8 * d_pad * 4 + token % 4;
+    const int shift = token & 4, keep = 0xf0 >> shift;
+    for (int64_t i = 0; i < d_pad; i++) to[4 * i] = uint8_t((to[4 * i] & keep) | row[i] << shift);
+  } else {
+    E* to = reinterpret_cast<E*>(values) + token / kUnit * d_pad * kUnit + token % kUnit;
+    for (int64_t i = 0; i < d_pad; i++) to[i * kUnit] = row[i];
+  }
+}
+
+constexpr int64_t kMaxHeadDim = 1024;  // rows are staged on the stack
+
+template <class Row>
+inline void kv_write_as(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
                         const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t r0, int64_t r1) {
-  const int64_t d = kv.head_dim;
-  const int64_t k_tile = d * kv.page_size, v_tile = int64_t(kv.page_size) * kv.d_pad;
-  for (int64_t r = r0, tokens; r < r1; r += tokens) {
-    const int64_t position = span.start + r, page = position / kv.page_size, slot = position % kv.page_size;
-    tokens = kLanes - slot % kLanes;  // to the end of the 16 slots that lie side by side
-    if (tokens > r1 - r) tokens = r1 - r;
-    T* tile = pool + block_table[span.table + page] * (kv.kv_heads * (k_tile + v_tile));
-    const float *k_row = k + (r - r0) * ldk, *v_row = v + (r - r0) * ldv;
-    for (int64_t h = 0; h < kv.kv_heads; h++, tile += k_tile + v_tile) {
-      write_keys(tile + slot, kv.page_size, k_row + h * d, ldk, d, tokens);
-      write_values(tile + k_tile + slot * kv.d_pad, kv.d_pad, v_row + h * d, ldv, d, tokens);
+  const KvBlock at = kv_block(kv);
+  const int64_t d = kv.head_dim, blocks = kv.page_size / kBlockTokens;
+  for (int64_t r = r0; r < r1; r++) {
+    const int64_t slot = span.start + r, in_page = slot % kv.page_size, token = slot % kBlockTokens;
+    const int64_t page = block_table[span.table + slot / kv.page_size];
+    uint8_t* block =
+        static_cast<uint8_t*>(pool) + (page * kv.kv_heads * blocks + in_page / kBlockTokens) * at.bytes;
+    const float *key = k + (r - r0) * ldk, *value = v + (r - r0) * ldv;
+    for (int64_t h = 0; h < kv.kv_heads; h++, block += blocks * at.bytes, key += d, value += d) {
+      typename Row::Element row[kMaxHeadDim];
+      Row::make(key, d, kv.d_pad, row, block + at.key_scales, token);
+      put_key<Row>(block, token, row, kv.d_pad);
+      Row::make(value, d, kv.d_pad, row, block + at.value_scales, token);
+      put_value<Row>(block + at.values, token, row, kv.d_pad);
     }
+  }
+}
+
+// Copies a token from one block to another, or to another place in its own.
+template <class Row>
+inline void copy_token(const KvBlock& at, int64_t d_pad, const uint8_t* from, int64_t source, uint8_t* to,
+                       int64_t target) {
+  using E = typename Row::Element;
+  constexpr int kUnit = Row::kUnit;
+  const int64_t word = kUnit * int64_t(sizeof(E)), step = word * kLanes;
+  for (int64_t i = 0; i < at.key_scales; i += step)
+    __builtin_memcpy(to + i + target * word, from + i + source * word, size_t(word));
+  const int64_t scale = (at.value_scales - at.key_scales) / kBlockTokens;
+  const int64_t offsets[] = {at.key_scales, at.value_scales};
+  for (int64_t scales : offsets)
+    __builtin_memcpy(to + scales + target * scale, from + scales + source * scale, size_t(scale));
+  typename Row::Element row[kMaxHeadDim];
+  if constexpr (Row::kNibbles) {
+    const uint8_t* value = from + at.values + source / 8 * d_pad * 4 + source % 4;
+    for (int64_t i = 0; i < d_pad; i++) row[i] = value[4 * i] >> (source & 4) & 15;
+  } else {
+    const E* value = reinterpret_cast<const E*>(from + at.values) + source / kUnit * d_pad * kUnit;
+    for (int64_t i = 0; i < d_pad; i++) row[i] = value[i * kUnit + source % kUnit];
+  }
+  put_value<Row>(to + at.values, target, row, d_pad);
+}
+
+template <class Row>
+inline void kv_copy_as(const KvLayout& kv, uint8_t* pool, int32_t source, int32_t target, int64_t tokens) {
+  const KvBlock at = kv_block(kv);
+  const int64_t blocks = kv.page_size / kBlockTokens;
+  for (int64_t h = 0; h < kv.kv_heads; h++) {
+    for (int64_t t = 0; t < tokens; t++) {
+      const int64_t block = h * blocks + t / kBlockTokens, token = t % kBlockTokens;
+      copy_token<Row>(at, kv.d_pad, pool + (source * kv.kv_heads * blocks + block) * at.bytes, token,
+                      pool + (target * kv.kv_heads * blocks + block) * at.bytes, token);
+    }
+  }
+}
+
+// f(row type) of the format that the pages are stored in.
+template <class F>
+inline void with_row(Format dtype, F f) {
+  switch (dtype) {
+    case Format::f32:
+      return f(RowF32{});
+    case Format::f16:
+      return f(RowF16{});
+    case Format::bf16:
+      return f(RowBf16{});
+    case Format::int8:
+      return f(RowInt8{});
+    case Format::int4:
+      return f(RowInt4{});
+    case Format::uint4:  // of weights alone
+    case Format::nf4:
+      return;
   }
 }
 
 inline void kv_write(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
                      const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t r0, int64_t r1) {
-  if (kv.dtype == Format::f32)
-    kv_write_as(kv, static_cast<float*>(pool), block_table, span, k, ldk, v, ldv, r0, r1);
-  else if (kv.dtype == Format::f16)
-    kv_write_as(kv, static_cast<f16*>(pool), block_table, span, k, ldk, v, ldv, r0, r1);
-  else
-    kv_write_as(kv, static_cast<bf16*>(pool), block_table, span, k, ldk, v, ldv, r0, r1);
+  with_row(kv.dtype, [&](auto row) {
+    kv_write_as<decltype(row)>(kv, pool, block_table, span, k, ldk, v, ldv, r0, r1);
+  });
+}
+
+inline void kv_copy(const KvLayout& kv, void* pool, int32_t source, int32_t target, int64_t tokens) {
+  with_row(kv.dtype, [&](auto row) {
+    kv_copy_as<decltype(row)>(kv, static_cast<uint8_t*>(pool), source, target, tokens);
+  });
 }

@@ -1,7 +1,7 @@
 // The bodies that are written once for every ISA. An isa/*.cpp includes this inside its own namespace, once,
-// after <cstddef>, <cstdint>, api.h and, on x86, <immintrin.h>. Nothing here may have external linkage or
-// instantiate a shared template (std::vector, std::min, ...): the linker would keep one copy of such a
-// function for all ISAs, and it might be the one that this machine cannot run.
+// after <cstddef>, <cstdint>, api.h, generic/prepare.h and, on x86, <immintrin.h>. Nothing here may have
+// external linkage or instantiate a shared template (std::vector, std::min, ...): the linker would keep one
+// copy of such a function for all ISAs, and it might be the one that this machine cannot run.
 
 namespace generic {
 namespace {
@@ -13,7 +13,12 @@ namespace {
 #include "generic/rope.h"
 #include "generic/experts.h"
 #include "generic/kv.h"
+#include "generic/dots.h"
 #include "generic/gemm.h"
+#include "generic/attention_kinds.h"
+#include "generic/attention_tile.h"
+#include "generic/attention_keys.h"
+#include "generic/softmax.h"
 #include "generic/attention.h"
 #include "generic/select.h"
 #include "generic/sample.h"
@@ -34,6 +39,7 @@ static void fill_generic(Kernels& table) {
   table.finish = generic::finish;
   table.rope = generic::rope;
   table.kv_write = generic::kv_write;
+  table.kv_copy = generic::kv_copy;
   table.attention = generic::attention;
   table.attention_rows = generic::kAttentionRows;
   table.attention_scratch = generic::attention_scratch;

@@ -240,6 +240,19 @@ GOSSAMER_INLINE void store(int32_t* x, vi v) {
   for (int i = 0; i < kParts; i++) __builtin_memcpy(x + i * kPartLanes, &v.p[i], kBytes);
 }
 
+// The lowest byte of every lane.
+GOSSAMER_INLINE void store_bytes(uint8_t* x, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)x, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v.p[0]));
+#else
+  typedef uint8_t nb __attribute__((vector_size(kPartLanes)));
+  for (int i = 0; i < kParts; i++) {
+    const nb bytes = __builtin_convertvector((nu)v.p[i] & 255, nb);
+    __builtin_memcpy(x + i * kPartLanes, &bytes, sizeof bytes);
+  }
+#endif
+}
+
 // The first n <= 16 lanes; a load fills the others with `rest`.
 GOSSAMER_INLINE vf load_n(const float* x, int64_t n, float rest = 0.0f) {
 #if defined(__AVX512F__)

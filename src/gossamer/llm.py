@@ -59,10 +59,10 @@ def engine_config(
     dtype: auto (what config.json says the checkpoint is), float32, bfloat16 or float16; quantization:
     int8, int4, uint4 or nf4, or one with its group (int8-g16, int8-g32; int4-g32, int4-g64, int4-g128, and so
     uint4 and nf4); weight_formats: {pattern: format} for matrices that are to be stored otherwise, such as
-    {"layers.*.mlp.down_proj": "int8", "head": "bf16"}; kv_cache_dtype: float32, bfloat16 or float16; isa:
-    scalar, avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); autotune: measure how to cut layers
-    into tiles at the first start; the rest are fields of EngineConfig. Raises ConfigError for anything else,
-    and CheckpointError where config.json cannot be read.
+    {"layers.*.mlp.down_proj": "int8", "head": "bf16"}; kv_cache_dtype: float32, bfloat16, float16, int8 or
+    int4; isa: scalar, avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); autotune: measure how to
+    cut layers into tiles at the first start; the rest are fields of EngineConfig. Raises ConfigError for
+    anything else, and CheckpointError where config.json cannot be read.
     """
     half = None
     model = str(model) if isinstance(model, os.PathLike) else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gossamer.backends.cpu.formats import FORMATS, KV_ITEM, require_kernels
+from gossamer.backends.cpu.formats import FORMATS, KV_FORMATS, require_kernels
 from gossamer.cli.receipt import receipt_table
 from gossamer.config import EngineConfig, Quantization
 from gossamer.errors import ConfigError
@@ -28,7 +28,7 @@ def test_a_format_without_kernels_names_the_nearest(formats: set[str], kv_dtype:
 
 def test_every_format_that_may_be_asked_for_has_kernels() -> None:
     require_kernels(FORMATS, "bf16")
-    for kv_dtype in KV_ITEM:
+    for kv_dtype in KV_FORMATS:
         require_kernels((), kv_dtype)
 
 

@@ -87,6 +87,8 @@ def test_damaged_models(
         (("--quantization", "int4", "--dtype", "bfloat16"), "give one"),
         (("--dtype", "float12"), "bfloat16"),
         (("--kv-cache-dtype", "int1"), "bf16"),
+        (("--kv-cache-dtype", "fp8"), "int8"),
+        (("--kv-cache-dtype", "fp8_e5m2"), "int8"),
         (("--load-format", "pickle"), "safetensors"),
         (("--backend", "gpu"), "reference"),
         (("--isa", "neon9"), "avx2"),

@@ -46,7 +46,7 @@ def test_generate_says_why_it_ended(cli: Cli, stories: Path) -> None:
 
 def test_the_memory_table_of_the_reference_says_what_it_holds(cli: Cli, stories: Path) -> None:
     ran = cli("generate", stories, "-p", "Once", "-n", 1, "-q", "int8", "--backend", "reference")
-    assert "f32, holding int8 values" in ran.err and "tokens (f32) in 1 page of 16" in ran.err
+    assert "f32, holding int8 values" in ran.err and "tokens (f32, holding bf16 values) in" in ran.err
 
 
 def test_generate_several_with_logprobs_stop_and_receipt(cli: Cli, stories: Path) -> None:

@@ -1,7 +1,7 @@
 """A request's tokens and log-probabilities do not depend on what runs beside it, nor on how it is cut.
 
-On the CPU backend this is exact to the last bit: greedy and seeded, in every weight format, in any batch,
-with any prefill chunk, page size and thread count, and after preemption.
+On the CPU backend this is exact to the last bit: greedy and seeded, in every format of weights and KV, in
+any batch, with any prefill chunk, page size and thread count, and after preemption.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ params = st.builds(
     page_size=st.sampled_from([16, 48]),
     threads=st.sampled_from([1, 2]),
     pool=st.sampled_from([None, 10]),
+    kv_dtype=st.sampled_from(["bf16", "f32", "int8", "int4"]),
 )
 def test_alone_and_together(
     requests: list[tuple[tuple[int, ...], SamplingParams]],
@@ -123,20 +124,22 @@ def test_alone_and_together(
     page_size: int,
     threads: int,
     pool: int | None,
+    kv_dtype: str,
 ) -> None:
-    alone = [run([r], format, max_num_seqs=1)[0] for r in requests]
+    alone = [run([r], format, max_num_seqs=1, kv_dtype=kv_dtype)[0] for r in requests]
     options: dict[str, object] = {}
     if pool is not None:  # a pool for little more than one sequence, so that running ones are preempted
         from gossamer.backends.cpu.program import kv_page_bytes
         from gossamer.graph.families import build_graph
 
-        per_page = kv_page_bytes(build_graph(CONFIG), page_size, "bf16")
+        per_page = kv_page_bytes(build_graph(CONFIG), page_size, kv_dtype)
         options["kv_bytes"] = (-(-256 // page_size) + 1) * per_page
     together = run(
         requests,
         format,
         max_num_seqs=6,
         max_num_batched_tokens=budget,
+        kv_dtype=kv_dtype,
         continuous_batching=ContinuousBatching(prefill_chunk=chunk),
         paged_attention=PagedAttention(page_size=page_size),
         parallel_computing=ParallelComputing(threads=threads),

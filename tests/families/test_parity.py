@@ -146,7 +146,7 @@ def test_the_cpu_backend_prefilled_in_chunks(pair: Pair, isa: str) -> None:
             program.ids[row : row + len(part)] = part
             program.positions[row : row + len(part)] = range(start, start + len(part))
             program.rows[row : row + len(part)] = range(row, row + len(part))
-            program.spans[len(spans)] = (row, len(part), start, 4 * len(spans))
+            program.spans[len(spans)] = (row, len(part), start, 4 * len(spans), -1)
             spans.append((i, row, len(part)))
             row += len(part)
         tables = [page for i, _, _ in spans for page in range(4 * i, 4 * i + 4)] * len(graph.kv_groups)

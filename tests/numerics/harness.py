@@ -95,7 +95,7 @@ def run_cpu(
     stride = len(spans) * width
     for i, (row, count, start) in enumerate(spans):
         program.positions[row : row + count] = np.arange(start, start + count)
-        program.spans[i] = (row, count, start, i * width)
+        program.spans[i] = (row, count, start, i * width, -1)
         for g in range(len(graph.kv_groups)):
             program.tables[g * stride + i * width : g * stride + i * width + len(tables[i])] = tables[i]
     program.run(tokens, len(spans), tokens, stride, sample=False)
@@ -134,13 +134,14 @@ def run_reference(
     *,
     spans: tuple[tuple[int, int, int], ...] = (),
     cache: Callable[[], dict] | None = None,
+    kv_dtype: str = "f32",
 ) -> np.ndarray:
-    """The same in torch, float32 (formats are applied to the weights, not to activations)."""
+    """The same in torch, float32 (formats are applied to weights and KV, not to activations)."""
     model = ReferenceModel.load(graph, Arrays(arrays))
     spans = spans or ((0, tokens, 0),)
     rows = tuple(SpanRows(i, row, count, start) for i, (row, count, start) in enumerate(spans))
     positions = torch.cat([torch.arange(start, start + count) for _, count, start in spans])
     ids = torch.arange(tokens)
     with torch.inference_mode():
-        out = model(ids, positions, ids, KVState(rows, cache() if cache else None))
+        out = model(ids, positions, ids, KVState(rows, cache() if cache else None, kv_dtype))
     return out["logits"].numpy()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from gossamer.graph.ir import KVGroup
 from gossamer.graph.ops.formats import round_activations, round_weight
 from tests.numerics.harness import ISAS, OpGraph, make_cpu, run_cpu, run_reference
 
@@ -142,90 +141,3 @@ def test_experts(isa: str, format: str, group: int, tolerance: float, renormalis
     close(got, run_reference(graph, g.arrays, m), tolerance)
     program = make_cpu(graph, g.arrays, m, isa=isa, threads=1)
     assert np.array_equal(run_cpu(graph, g.arrays, 4, isa=isa, program=program), got[:4])
-
-
-def attention_graph(
-    tokens: int, heads: int, kv_heads: int, size: int, window: int | None = None, softcap: float | None = None
-) -> OpGraph:
-    g = OpGraph()
-    q = g.input("q", 2 * random(tokens, heads * size))
-    k, v = (g.input(name, random(tokens, kv_heads * size, seed=i + 1)) for i, name in enumerate("kv"))
-    kv = g.builder.op("kv_write", k, v, layer=0, head_dim=size)
-    g.result = g.builder.op(  # type: ignore[attr-defined]
-        "attention",
-        q,
-        kv,
-        layer=0,
-        heads=heads,
-        head_dim=size,
-        scale=size**-0.5,
-        window=window,
-        softcap=softcap,
-    )
-    g.group = (KVGroup("full", (0,), kv_heads, size, window),)  # type: ignore[attr-defined]
-    return g
-
-
-@pytest.mark.parametrize("size", [8, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-def test_attention_head_sizes(isa: str, size: int, heads: int, kv_heads: int) -> None:
-    g = attention_graph(70, heads, kv_heads, size)
-    graph = g.finish(g.result, g.group)  # type: ignore[attr-defined]
-    spans = ((0, 1, 0), (1, 50, 0), (51, 19, 0))
-    tables = [[6], [3, 0, 5, 1], [2, 7]]
-    close(
-        run_cpu(graph, g.arrays, 70, isa=isa, spans=spans, tables=tables, pages=8),
-        run_reference(graph, g.arrays, 70, spans=spans),
-        5e-6,
-    )
-
-
-@pytest.mark.parametrize("window", [None, 1, 20, 600])
-@pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("f32", 5e-6), ("f16", 2e-3), ("bf16", 2e-2)])
-def test_attention_long(
-    isa: str, window: int | None, softcap: float | None, kv_dtype: str, tolerance: float
-) -> None:
-    tokens = 1100  # more than two splits of keys
-    g = attention_graph(tokens, 2, 1, 16, window, softcap)
-    graph = g.finish(g.result, g.group)  # type: ignore[attr-defined]
-    got = run_cpu(graph, g.arrays, tokens, isa=isa, pages=70, kv_dtype=kv_dtype)
-    close(got, run_reference(graph, g.arrays, tokens), tolerance)
-
-
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
-def test_attention_same_bits_however_it_is_cut(isa: str, kv_dtype: str) -> None:
-    """Chunks, page sizes, page order, threads and what a page held before leave every bit alone."""
-    tokens, window = 700, 300
-    g = attention_graph(tokens, 4, 2, 24, window)
-    graph = g.finish(g.result, g.group)  # type: ignore[attr-defined]
-    whole = run_cpu(graph, g.arrays, tokens, isa=isa, pages=64, kv_dtype=kv_dtype)
-    for page_size, pages, threads, chunk in (
-        (32, 24, 1, 1000),
-        (112, 7, 2, 97),
-        (16, 44, 2, 33),
-        (704, 1, 1, 250),
-    ):
-        program = make_cpu(
-            graph,
-            g.arrays,
-            tokens,
-            isa=isa,
-            threads=threads,
-            page_size=page_size,
-            pages=pages,
-            kv_dtype=kv_dtype,
-        )
-        for pool in program.kv:
-            pool[:, :, :] = 0xFF  # NaN in every format: what masked slots hold must not show
-        table = list(np.random.default_rng(page_size).permutation(pages))
-        rows = []
-        for start in range(0, tokens, chunk):
-            count = min(chunk, tokens - start)
-            program.ids[:count] = np.arange(start, start + count)
-            program.positions[:count] = np.arange(start, start + count)
-            program.spans[0] = (0, count, start, 0)
-            program.tables[: len(table)] = table
-            program.run(count, 1, 0, len(table), sample=False)
-            rows.append(program.value("logits", count).copy())
-        assert np.array_equal(np.concatenate(rows), whole), (page_size, chunk)

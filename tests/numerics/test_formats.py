@@ -70,7 +70,7 @@ def test_any_rows_of_a_batch_have_the_same_bits(
     rows = data.draw(st.lists(st.integers(0, m - 1), min_size=1, max_size=m))
     program = make_cpu(graph, g.arrays, m, isa=isa, threads=threads)
     program.ids[: len(rows)] = rows
-    program.spans[0] = (0, len(rows), 0, 0)
+    program.spans[0] = (0, len(rows), 0, 0, -1)
     program.run(len(rows), 1, len(rows), 1, sample=False)
     assert np.array_equal(program.value("logits", len(rows)), whole[rows])
     rounded = round_weight(torch.from_numpy(w), *stored).double()

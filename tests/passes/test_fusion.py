@@ -98,7 +98,7 @@ def logits(
         row, where = 0, []
         for s, n in enumerate(lengths):
             a, b = n * chunk // chunks, n * (chunk + 1) // chunks
-            program.spans[s] = (row, b - a, a, s * pages)
+            program.spans[s] = (row, b - a, a, s * pages, -1)
             program.ids[row : row + b - a] = ids[starts[s] + a : starts[s] + b]
             program.positions[row : row + b - a] = np.arange(a, b)
             where += range(starts[s] + a, starts[s] + b)

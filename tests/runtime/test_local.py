@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.config import EngineConfig
+from gossamer.config import EngineConfig, LayerFusion
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, KVOp, LastSampled, RowResult, Sampling, Span, StepPlan
-from gossamer.errors import NotBuiltError
+from gossamer.errors import GraphError, NotBuiltError
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.start import start
 from tests.graph.small import llama_config
@@ -21,7 +21,7 @@ from tests.graph.small import llama_config
 PROMPT = tuple(range(3, 23))  # a page of 16 and 4 more
 
 
-@pytest.fixture(params=["f32", "bf16"])
+@pytest.fixture(params=["f32", "bf16", "int8", "int4"])
 def executor(request: pytest.FixtureRequest, tmp_path: Path) -> LocalExecutor:
     """Two KV groups, heads of 8: a page's tail and its padding are both there."""
     fields = llama_config(architectures=["Qwen2ForCausalLM"], sliding_window=8, use_sliding_window=True)
@@ -69,7 +69,7 @@ def test_a_copy_takes_the_tokens_it_names_and_no_more(executor: LocalExecutor) -
     changed = [(a != b).sum() for a, b in zip(before, executor.program.kv, strict=True)]
     run(executor, kv_ops=copies(16, 0, 1))
     whole = [(a != b).sum() for a, b in zip(before, executor.program.kv, strict=True)]
-    assert all(0 < a < b * 6 / 16 for a, b in zip(changed, whole, strict=True))
+    assert all(0 < a < b * 7 / 16 for a, b in zip(changed, whole, strict=True))
     assert all(np.array_equal(p[:, 0], p[:, 1]) and p.size for p in executor.program.kv)
 
 
@@ -87,13 +87,45 @@ def test_a_token_may_be_named_before_it_is_known(executor: LocalExecutor) -> Non
     [
         StepPlan((span(0, (1,), 0, [0]),), program="draft"),
         StepPlan((span(0, (1,), 0, [0], adapter=1),)),
-        StepPlan((span(0, (1, 2), 0, [0], parents=(-1, -1)),)),
         StepPlan((), (KVOp("out", 0, 0, 0, 16),)),
     ],
 )
 def test_what_it_cannot_do_it_refuses(executor: LocalExecutor, plan: StepPlan) -> None:
     with pytest.raises(NotBuiltError):
         executor.submit(plan)
+
+
+def test_a_tree_samples_what_its_paths_would(executor: LocalExecutor) -> None:
+    """Tokens 20 and 21 branch from the prompt; 22 continues 20, 23 continues 21."""
+    run(executor, span(0, PROMPT, 0, [0, 1]))
+    sampling = Sampling(SamplingParams(temperature=0, logprobs=3), 0, (), ())
+    tree = Span(0, (5, 6, 7, 8), 20, (2, 3), ([0, 1], [0, 1]), sampling, parents=(-1, -1, 0, 1))
+    (found,) = executor.collect(executor.submit(StepPlan((tree,)))).rows
+    for row, path in zip(found, ((5, 7), (6, 8)), strict=True):
+        (chain,) = run(executor, span(0, path, 20, [0, 1]))
+        assert row == chain
+
+
+def test_a_tree_that_a_tile_of_rows_cuts(tmp_path: Path) -> None:
+    """Fused layers run over 16 rows at a time: a tree of 40 tokens gives the bits of its longest path."""
+    (tmp_path / "config.json").write_text(json.dumps(llama_config()))
+    config = EngineConfig(
+        model=str(tmp_path), load_format="dummy", max_model_len=64, max_num_seqs=4,
+        layer_fusion=LayerFusion(rows=16),
+    )  # fmt: skip
+    executor = start(config).executor
+    sampling = Sampling(SamplingParams(temperature=0, logprobs=3), 0, (), ())
+    parents = tuple(i - 2 if i > 1 else -1 for i in range(40))  # two paths, token by token in turn
+    executor.collect(executor.submit(StepPlan((Span(0, PROMPT, 0, (), ([0, 1],)),))))
+    tree = Span(0, tuple(range(5, 45)), 20, (38,), ([0, 1, 2, 3],), sampling, parents=parents)
+    (found,) = executor.collect(executor.submit(StepPlan((tree,)))).rows[0]
+    path = Span(0, tuple(range(5, 45, 2)), 20, (19,), ([0, 1, 2, 3],), sampling)
+    assert executor.collect(executor.submit(StepPlan((path,)))).rows[0] == [found]
+
+
+def test_a_tree_whose_parents_come_later_is_an_error(executor: LocalExecutor) -> None:
+    with pytest.raises(GraphError, match="parent 1 of token 0"):
+        executor.submit(StepPlan((span(0, (1, 2), 0, [0], parents=(1, -1)),)))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -110,3 +142,24 @@ def test_a_vocabulary_smaller_than_the_logprobs_asked_for(backend: Any, tmp_path
     assert result.logprob is not None
     assert sorted(token for token, _ in result.logprob.top) == [0, 1]
     assert all(np.isfinite(logprob) for _, logprob in result.logprob.top)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8", "int4"])
+def test_the_reference_takes_trees_and_the_kv_type(kv_dtype: Any, tmp_path: Path) -> None:
+    """Same weights, same steps: both executors find the same likely tokens, in chains and trees."""
+    (tmp_path / "config.json").write_text(json.dumps(llama_config()))
+    found = []
+    for backend in ("cpu", "reference"):
+        config = EngineConfig(
+            model=str(tmp_path), load_format="dummy", max_model_len=64, max_num_seqs=4,
+            kv_dtype=kv_dtype, backend=backend,
+        )  # fmt: skip
+        executor = start(config).executor
+        sampling = Sampling(SamplingParams(temperature=0, logprobs=3), 0, (), ())
+        executor.collect(executor.submit(StepPlan((Span(0, PROMPT, 0, (), ([0, 1],)),))))
+        tree = Span(0, (5, 6, 7, 8), 20, (2, 3), ([0, 1],), sampling, parents=(-1, -1, 0, 1))
+        found.append(executor.collect(executor.submit(StepPlan((tree,)))).rows[0])
+    for cpu, reference in zip(*found, strict=True):
+        assert cpu.logprob is not None and reference.logprob is not None
+        assert cpu.token == reference.token
+        assert abs(cpu.logprob.logprob - reference.logprob.logprob) < 2e-3

@@ -1,7 +1,8 @@
 """What a step must read and multiply at least, from the graph: the numerators of the fractions.
 
-Definitions: docs of `gossamer bench`. Weight bytes are those of the packed layout, scales included; a
-lookup reads its rows alone, so that a tied head counts once. MACs are those of linear layers and experts.
+Definitions: docs of `gossamer bench`. Bytes of weights and of KV are those of their layouts, scales
+included; a lookup reads its rows alone, so that a tied head counts once. MACs are those of linear layers and
+experts.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gossamer.backends.cpu.formats import KV_ITEM
+from gossamer.backends.cpu.formats import group_page_bytes
 from gossamer.backends.cpu.packing import layout
 from gossamer.graph.ir import Graph, R
 from gossamer.graph.ops.base import node_cost
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
 __all__ = ["ExpertBytes", "StepCosts", "step_costs"]
+
+_BLOCK = 16  # tokens; the unit of KV pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ def step_costs(graph: Graph, kv_dtype: str) -> StepCosts:
         lookup_bytes=lookups,
         experts=tuple(experts),
         kv=tuple(
-            (len(g.layers) * 2 * g.kv_heads * g.head_dim * KV_ITEM[kv_dtype], g.window)
+            (len(g.layers) * group_page_bytes(g, _BLOCK, kv_dtype) // _BLOCK, g.window)
             for g in graph.kv_groups
         ),
     )

@@ -50,9 +50,9 @@ def memory_table(started: Started) -> Table:
     size = started.executor.limits.page_size
     stored = _stored(started.graph)
     reference = config.backend == "reference"
-    place, kv_dtype = ("reference", "f32") if reference else (started.isa, config.kv_dtype)
-    if reference and stored != "f32":
-        stored = f"f32, holding {stored} values"
+    place, keys = "reference" if reference else started.isa, str(config.kv_dtype)
+    if reference:
+        stored, keys = (t if t == "f32" else f"f32, holding {t} values" for t in (stored, keys))
     threads = f"{started.threads} thread{'s' if started.threads != 1 else ''}"
     table = Table(
         title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}, {threads}[/]",
@@ -70,7 +70,7 @@ def memory_table(started: Started) -> Table:
     table.add_row(
         "KV pages" if paged else "KV slots",
         format_size(memory.kv),
-        f"{memory.kv_tokens:,} tokens ({kv_dtype}) in {pages:,} {'page' if paged else 'slot'}"
+        f"{memory.kv_tokens:,} tokens ({keys}) in {pages:,} {'page' if paged else 'slot'}"
         f"{'s' if pages != 1 else ''} of {size:,}",
     )
     table.add_row("context", f"{started.max_model_len:,}", "tokens, the longest sequence")

@@ -20,11 +20,7 @@ from gossamer.errors import ConfigError
 
 BackendName = Literal["cpu", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-KVType = Literal["f32", "f16", "bf16"]
-_POSITIVE = (
-    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_bytes", "memory_budget",
-    "weight_cache_limit",
-)  # fmt: skip
+KVType = Literal["f32", "f16", "bf16", "int8", "int4"]
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
 
@@ -61,7 +57,8 @@ class EngineConfig:
     static_batching: StaticBatching | None = None
 
     kv_dtype: KVType = "bf16"
-    """What keys and values are stored in (the reference backend keeps f32, and its memory table says so)."""
+    """What keys and values are stored in; int8 and int4 with one scale per token and head. The reference
+    backend holds the same values in f32."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together; None: the model's own, cut to what memory holds."""
     max_num_seqs: int = 32
@@ -81,6 +78,10 @@ class EngineConfig:
             ("load format", self.load_format, get_args(LoadFormat)),
             ("KV dtype", self.kv_dtype, get_args(KVType)),
         ):
+            if name == "KV dtype" and value.startswith("fp8"):
+                raise ConfigError(
+                    f"KV dtype {value!r} does not exist here; int8 is as small, and nearest to it"
+                )
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is unknown; choose {', '.join(allowed)}")
         for name in (

@@ -21,6 +21,7 @@ from gossamer.engine.step import (
     StepResult,
 )
 from gossamer.errors import NotBuiltError
+from gossamer.graph.ops.attention import tree_depths
 
 __all__ = ["LocalExecutor"]
 
@@ -92,15 +93,19 @@ class LocalExecutor:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        lines: list[tuple[int, int, int, int]] = []
+        lines: list[tuple[int, int, int, int, int]] = []
         sampler = _Sampler(self._rows)
         for i, span in enumerate(spans):
-            if span.parents is not None or span.adapter:
-                raise NotBuiltError("token trees and adapters are not built yet")
+            if span.adapter:
+                raise NotBuiltError("adapters are not built yet")
             row, count = len(ids), len(span.tokens)
-            lines.append((row, count, span.start, i * width))
+            lines.append((row, count, span.start, i * width, -1 if span.parents is None else 0))
             ids += self._known(span)
-            positions += range(span.start, span.start + count)
+            if span.parents is None:
+                positions += range(span.start, span.start + count)
+            else:
+                positions += [span.start + depth for depth in tree_depths(span.parents)]
+                program.parents[row : row + count] = span.parents
             for g, table in enumerate(span.tables):
                 tables[g, i, : len(table)] = table
             for offset in span.rows:

@@ -17,7 +17,7 @@ from gossamer.engine.request import TokenLogprob
 from gossamer.engine.step import ExecutorLimits, Handle, LastSampled, RowResult, Span, StepPlan, StepResult
 from gossamer.errors import ConfigError, MemoryBudgetError, NotBuiltError
 from gossamer.graph.ir import Graph
-from gossamer.graph.ops.attention import KVCache, KVState, SpanRows
+from gossamer.graph.ops.attention import KVCache, KVState, SpanRows, tree_depths
 from gossamer.graph.ops.sampling import sample_row
 from gossamer.runtime.sizing import KVPlan
 
@@ -25,11 +25,13 @@ __all__ = ["ReferenceExecutor", "start_reference"]
 
 
 class ReferenceExecutor:
-    """Runs the graph's reference. Keys and values lie in one tensor per sequence, in float32; the plan's
-    pages are not used, but a sequence whose first page changes hands starts anew."""
+    """Runs the graph's reference. Keys and values lie in one float32 tensor per sequence, holding what
+    kv_dtype would; the plan's pages are not used, but a sequence whose first page changes hands starts
+    anew."""
 
-    def __init__(self, model: ReferenceModel, limits: ExecutorLimits) -> None:
+    def __init__(self, model: ReferenceModel, limits: ExecutorLimits, kv_dtype: str) -> None:
         self.model = model
+        self._kv_dtype = kv_dtype
         self._limits = limits
         self._cache: KVCache = {}
         self._owner: dict[int, int] = {}
@@ -44,8 +46,8 @@ class ReferenceExecutor:
 
     def submit(self, plan: StepPlan) -> Handle:
         """Computes the step now. Raises NotBuiltError for what the reference does not do."""
-        if plan.kv_ops or plan.program != "target" or any(s.parents or s.adapter for s in plan.spans):
-            raise NotBuiltError("the reference backend runs plain spans of one program; use --backend cpu")
+        if plan.kv_ops or plan.program != "target" or any(s.adapter for s in plan.spans):
+            raise NotBuiltError("the reference backend runs spans of one program; use --backend cpu")
         start = time.perf_counter()
         with torch.inference_mode():
             self._next += 1
@@ -68,12 +70,16 @@ class ReferenceExecutor:
         for span in plan.spans:
             self._take_over(span)
             row = len(ids)
-            spans.append(SpanRows(span.sequence, row, len(span.tokens), span.start))
+            spans.append(SpanRows(span.sequence, row, len(span.tokens), span.start, span.parents))
             ids += [self._last[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens]
-            positions += range(span.start, span.start + len(span.tokens))
+            depths = range(len(span.tokens)) if span.parents is None else tree_depths(span.parents)
+            positions += [span.start + depth for depth in depths]
             rows += [row + offset for offset in span.rows]
         out = self.model(
-            torch.tensor(ids), torch.tensor(positions), torch.tensor(rows), KVState(tuple(spans), self._cache)
+            torch.tensor(ids),
+            torch.tensor(positions),
+            torch.tensor(rows, dtype=torch.int64),
+            KVState(tuple(spans), self._cache, self._kv_dtype),
         )
         logits = out["logits"].float().numpy()
         results: list[list[RowResult]] = []
@@ -169,4 +175,4 @@ def start_reference(
         arena_shared=0,
         workspace=0,
     )
-    return ReferenceExecutor(model, limits), memory, "torch", torch.get_num_threads()
+    return ReferenceExecutor(model, limits, config.kv_dtype), memory, "torch", torch.get_num_threads()

@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from gossamer import _native
 from gossamer.errors import ConfigError
+from gossamer.graph.ir import KVGroup
 
-__all__ = ["FORMATS", "KV_ITEM", "require_kernels"]
+__all__ = ["FORMATS", "KV_FORMATS", "group_page_bytes", "require_kernels"]
 
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3, "int4": 4, "uint4": 5, "nf4": 6}
 """csrc/api.h: Format."""
-KV_ITEM = {"f32": 4, "f16": 2, "bf16": 2}
-"""Bytes of one element of a key or value."""
+KV_FORMATS = ("f32", "f16", "bf16", "int8", "int4")
+"""Formats of weights that keys and values have kernels for, too."""
+
+
+def group_page_bytes(group: KVGroup, page_size: int, kv_dtype: str) -> int:
+    """Bytes of one page of `page_size` tokens in one layer of a KV group, scales and padding included."""
+    return int(_native.kv_page_bytes(FORMATS[kv_dtype], group.kv_heads, group.head_dim, page_size))
 
 
 def require_kernels(formats: Iterable[str], kv_dtype: str) -> None:
@@ -20,7 +27,7 @@ def require_kernels(formats: Iterable[str], kv_dtype: str) -> None:
     width that one does."""
     for what, asked, there in (
         *(("weights", format, FORMATS) for format in sorted(formats)),
-        ("keys and values", kv_dtype, KV_ITEM),
+        ("keys and values", kv_dtype, KV_FORMATS),
     ):
         if asked not in there:
             raise ConfigError(

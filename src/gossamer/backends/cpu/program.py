@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from gossamer import _native
 from gossamer.backends.base import MemoryReport, ReceiptLine
-from gossamer.backends.cpu.formats import FORMATS, KV_ITEM, require_kernels
+from gossamer.backends.cpu.formats import FORMATS, group_page_bytes, require_kernels
 from gossamer.backends.cpu.lower import Instruction, Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
 from gossamer.backends.cpu.tuning import Choice, TuningFile, autotune
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
 from gossamer.graph.ir import Graph, R, Value
 from gossamer.passes.memory_reuse import ArenaPlan, SizeOf, plain_size, plan_arena
 from gossamer.passes.quantization import auto_group
@@ -29,6 +29,7 @@ __all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes", "native_are
 _MAX_LOGPROBS = 20
 _TUNED_FROM = 64 << 20  # bytes of weights
 _READ_SOME = {"embed", "experts"}  # ops that read the rows or experts they are asked for
+_MAX_HEAD_DIM = 1024  # csrc/generic/kv.h: kMaxHeadDim
 
 SAMPLE_ROW = np.dtype(
     [
@@ -74,18 +75,15 @@ def choose_isa(wanted: str | None) -> str:
 
 def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:
     """Bytes of one page of every KV group together, all layers."""
-    return sum(
-        len(g.layers) * _native.kv_page_elements(g.kv_heads, g.head_dim, page_size) * KV_ITEM[kv_dtype]
-        for g in graph.kv_groups
-    )
+    return sum(len(g.layers) * group_page_bytes(g, page_size, kv_dtype) for g in graph.kv_groups)
 
 
 class CpuProgram:
     """One program with its memory. Input arrays are filled in place, then `run` executes the step.
 
-    ids, positions [T], rows [R] int32; spans [S, 4] int32 (row, count, start, table offset); tables int32
-    [groups, S, table], flat; sample_rows of dtype SAMPLE_ROW. Outputs: token, logprob, top_ids,
-    top_logprobs, bad, one line per row.
+    ids, positions [T], rows [R] int32; spans [S, 5] int32 (row, count, start, table offset, 0 for a tree or
+    -1); parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype
+    SAMPLE_ROW. Outputs: token, logprob, top_ids, top_logprobs, bad, one line per row.
     """
 
     def __init__(
@@ -120,6 +118,7 @@ class CpuProgram:
             raise _too_large(memory_budget or 0, graph, shape, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
+        self._kv_layers = self._add_kv()
         lowering = Lowering(
             graph=graph,
             program=self.program,
@@ -128,7 +127,7 @@ class CpuProgram:
             unit_rows=unit_rows or shape.tokens,
             matrices=self._add_matrices(places),
             vectors={name: self.program.add_vector(v) for name, v in self._vectors.items()},
-            kv_layers=self._add_kv(),
+            kv_layers=self._kv_layers,
         )
         lower(lowering)
         self._instructions = tuple(lowering.emitted)
@@ -181,10 +180,14 @@ class CpuProgram:
 
     def _allocate_kv(self) -> None:
         """kv[group]: [layers of the group, pages, bytes of a page]."""
-        item = KV_ITEM[self.shape.kv_dtype]
         self.kv: list[npt.NDArray[np.uint8]] = []
         for group in self.graph.kv_groups:
-            page = _native.kv_page_elements(group.kv_heads, group.head_dim, self.shape.page_size) * item
+            if group.head_dim > _MAX_HEAD_DIM:
+                raise UnsupportedModelError(
+                    f"heads of {group.head_dim} are beyond the {_MAX_HEAD_DIM} that the CPU kernels take; "
+                    "use --backend reference"
+                )
+            page = group_page_bytes(group, self.shape.page_size, self.shape.kv_dtype)
             block = _native.allocate(len(group.layers) * self.shape.pages * page)
             self.kv.append(block.reshape(len(group.layers), self.shape.pages, page))
 
@@ -204,9 +207,9 @@ class CpuProgram:
 
     def _make_step_arrays(self) -> None:
         s, groups = self.shape, len(self.graph.kv_groups)
-        self.ids, self.positions = (np.zeros(s.tokens, np.int32) for _ in range(2))
+        self.ids, self.positions, self.parents = (np.zeros(s.tokens, np.int32) for _ in range(3))
         self.rows = np.zeros(s.rows, np.int32)
-        self.spans = np.zeros((s.spans, 4), np.int32)
+        self.spans = np.zeros((s.spans, 5), np.int32)
         self.tables = np.zeros(groups * s.spans * s.table, np.int32)
         if SAMPLE_ROW.itemsize != _native.sample_row_bytes:
             raise AssertionError("SAMPLE_ROW and csrc/api.h: SampleRow differ")
@@ -215,7 +218,7 @@ class CpuProgram:
         self.top_ids = np.zeros((s.rows, _MAX_LOGPROBS), np.int32)
         self.top_logprobs = np.zeros((s.rows, _MAX_LOGPROBS), np.float32)
         self.bad = np.zeros(s.rows, np.uint8)
-        self.program.bind_step(self.ids, self.positions, self.rows, self.spans, self.tables)
+        self.program.bind_step(self.ids, self.positions, self.rows, self.spans, self.parents, self.tables)
         self.program.bind_sampled(self.token, self.logprob, self.top_ids, self.top_logprobs, self.bad)
         empty = np.zeros(1, np.int32)
         self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
@@ -286,14 +289,9 @@ class CpuProgram:
         return self._arena[start : start + rows * width * 4].view(np.float32).reshape(rows, width)
 
     def copy_tokens(self, group: int, source: int, target: int, tokens: int) -> None:
-        """Copies the first tokens of a page to another in every layer of a KV group. Layout: csrc/api.h."""
-        g, size = self.graph.kv_groups[group], self.shape.page_size
-        elements = self.kv[group].view(f"u{KV_ITEM[self.shape.kv_dtype]}")
-        pages = elements.reshape(len(g.layers), self.shape.pages, g.kv_heads, -1)
-        keys = pages[..., : g.head_dim * size].reshape(*pages.shape[:3], g.head_dim, size)
-        values = pages[..., g.head_dim * size :].reshape(*pages.shape[:3], size, -1)
-        keys[:, target, ..., :tokens] = keys[:, source, ..., :tokens]
-        values[:, target, :, :tokens] = values[:, source, :, :tokens]
+        """Copies the first tokens of a page to another in every layer of a KV group."""
+        for layer in self.graph.kv_groups[group].layers:
+            self.program.copy_tokens(self._kv_layers[layer], source, target, tokens)
 
     def receipt(self) -> list[ReceiptLine]:
         """What ran since the start, instruction by instruction in the order of execution. Sampling is no

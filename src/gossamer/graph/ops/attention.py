@@ -15,21 +15,28 @@ from typing import TYPE_CHECKING, Any
 from gossamer.errors import GraphError
 from gossamer.graph.ir import Node, Shape, Weight
 from gossamer.graph.ops.base import Cost, Signature, added, elements, op, scaled
+from gossamer.graph.ops.formats import round_kv, round_queries
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KVCache", "KVState", "SpanRows"]
+__all__ = ["KVCache", "KVState", "SpanRows", "tree_depths"]
 
 
 @dataclass(frozen=True, slots=True)
 class SpanRows:
-    """Rows [row, row + count) of the step are tokens start, start + 1, ... of `sequence`."""
+    """Rows [row, row + count) of the step are tokens in slots start, start + 1, ... of `sequence`.
+
+    parents: for a tree, the offset in the span of each token's parent (-1: the token before the span). A
+    token of a tree stands at position start + depth and sees the slots before `start`, its ancestors and
+    itself; without a tree positions are slots. A window counts positions.
+    """
 
     sequence: int
     row: int
     count: int
     start: int
+    parents: tuple[int, ...] | None = None
 
 
 KVCache = dict[tuple[int, int], "tuple[torch.Tensor, torch.Tensor]"]
@@ -40,11 +47,13 @@ KVCache = dict[tuple[int, int], "tuple[torch.Tensor, torch.Tensor]"]
 class KVState:
     """How the step's rows belong to sequences, and what came before them (None: nothing did).
 
-    The spans cover the step's rows in order, without gaps.
+    The spans cover the step's rows in order, without gaps. format: what the cache stores keys and values in
+    (`formats.round_kv`), which also says how attention sees its queries.
     """
 
     spans: tuple[SpanRows, ...]
     cache: KVCache | None = None
+    format: str = "f32"
 
 
 def _write_shapes(node: Node, inputs: Sequence[Shape], weights: Sequence[Weight]) -> Signature:
@@ -63,6 +72,8 @@ def _kv_write(
     import torch
 
     k, v = (x.reshape(x.shape[0], -1, attrs["head_dim"]) for x in inputs)
+    if kv.format != "f32":
+        k, v = (round_kv(x, kv.format).to(x.dtype) for x in (k, v))
     if kv.cache is None:
         return ((k, v),)
     for span in kv.spans:
@@ -124,11 +135,13 @@ def _attention(
     import torch
 
     q_THD = inputs[0].reshape(-1, attrs["heads"], attrs["head_dim"])
+    if kv.format != "f32":
+        q_THD = round_queries(q_THD, kv.format).to(q_THD.dtype)
     if kv.cache is None:
         k, v = inputs[1]
-        lengths = {span.count for span in kv.spans}
-        unwindowed = attrs["window"] is None or max(lengths) <= attrs["window"]
-        if len(lengths) == 1 and unwindowed and attrs["softcap"] is None:
+        lengths = {span.count if span.parents is None else None for span in kv.spans}
+        unwindowed = attrs["window"] is None or max(s.count for s in kv.spans) <= attrs["window"]
+        if len(lengths) == 1 and None not in lengths and unwindowed and attrs["softcap"] is None:
             return (_batched(q_THD, k, v, len(kv.spans), attrs["scale"]),)
     out = []
     for span in kv.spans:
@@ -137,7 +150,7 @@ def _attention(
             k_CHD, v_CHD = kv.cache[(inputs[1], span.sequence)]
         else:
             k_CHD, v_CHD = k[rows], v[rows]
-        out.append(_attend(q_THD[rows], k_CHD, v_CHD, span.start, attrs))
+        out.append(_attend(q_THD[rows], k_CHD, v_CHD, span, attrs))
     return (torch.cat(out).flatten(-2),)
 
 
@@ -152,7 +165,7 @@ def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: int, 
 
 
 def _attend(
-    q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, start: int, attrs: Mapping[str, Any]
+    q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, span: SpanRows, attrs: Mapping[str, Any]
 ) -> torch.Tensor:
     """Softmax(scale * q.k) v of one sequence with every mask written out."""
     import torch
@@ -162,13 +175,49 @@ def _attend(
     scores_HTC = torch.einsum("thd,chd->htc", q_THD, k).float() * attrs["scale"]
     if attrs["softcap"] is not None:
         scores_HTC = (scores_HTC / attrs["softcap"]).tanh() * attrs["softcap"]
-    query = torch.arange(start, start + q_THD.shape[0], device=q_THD.device)[:, None]
-    key = torch.arange(k.shape[0], device=q_THD.device)
-    hidden = key > query
-    if attrs["window"] is not None:
-        hidden |= key <= query - attrs["window"]
+    hidden = _hidden(span, k.shape[0], attrs["window"], q_THD.device)
     weights_HTC = scores_HTC.masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
     return torch.einsum("htc,chd->thd", weights_HTC, v)
+
+
+def _hidden(span: SpanRows, slots: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[rows, slots]: which slots each row of the span does not see."""
+    import torch
+
+    if span.parents is None:
+        position = torch.arange(slots, device=device)
+        query = position[span.start : span.start + span.count, None]
+        hidden = position > query
+    else:
+        ahead = span.start  # of the tree: everything before it is seen by all
+        position = torch.tensor(
+            [*range(ahead), *(ahead + d for d in tree_depths(span.parents))], device=device
+        )
+        query = position[ahead:, None]
+        hidden = torch.ones(span.count, slots, dtype=torch.bool, device=device)
+        hidden[:, :ahead] = False
+        for token, parent in enumerate(span.parents):  # an ancestor's slots, then its own
+            if parent >= 0:
+                hidden[token] = hidden[parent]
+            hidden[token, ahead + token] = False
+    if window is not None:
+        hidden = hidden | (position <= query - window)
+    return hidden
+
+
+def tree_depths(parents: Sequence[int]) -> list[int]:
+    """Depth of every token of a tree: 0 for a child of the token before the span.
+
+    Raises GraphError for a parent that is not an earlier token of the span.
+    """
+    depths: list[int] = []
+    for token, parent in enumerate(parents):
+        if not -1 <= parent < token:
+            raise GraphError(
+                f"parent {parent} of token {token}: a tree names an earlier token of its span, or -1"
+            )
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return depths
 
 
 op(

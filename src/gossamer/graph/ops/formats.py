@@ -1,8 +1,11 @@
-"""What storing a number in few bits does to it: the specification of the weight formats, in torch.
+"""What storing a number in few bits does to it: the specification of the formats of weights and KV, in torch.
 
 Round-to-nearest, half to even. A quantized linear layer is exactly
     y = round_activations(x) . round_weight(w)^T
-up to the order of float additions; kernels are tested against that.
+up to the order of float additions, and attention over stored keys and values is attention of
+round_queries(q) over round_kv(k) and round_kv(v), up to that and to the rounding of its probabilities (bf16
+for bf16, 1/16383 of the largest of 512 neighbours, times the scale of its value, for int8 and int4); kernels
+are tested against both.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NF4", "round_activations", "round_weight"]
+__all__ = ["NF4", "round_activations", "round_kv", "round_queries", "round_weight"]
 
 NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 """The levels of NF4 (Dettmers et al., QLoRA, 2023: quantiles of a normal distribution, which span -1 .. 1),
@@ -73,11 +76,33 @@ def round_activations(x: torch.Tensor, format: str, group: int = 0) -> torch.Ten
     return rounded
 
 
+def round_kv(x: torch.Tensor, format: str) -> torch.Tensor:
+    """Float32 values of keys or values [..., head_dim] as KV pages of that format store them.
+
+    int8: one scale max|x|/127 per token and head. int4: a fp16 scale per token and head, the signed extreme
+    over -8, and 16 levels -8..7.
+    """
+    import torch
+
+    if format == "int8":
+        return round_activations(x, "int8").float()
+    if format == "int4":
+        return round_weight(x, "int4", x.shape[-1])
+    return x.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[format]).float()
+
+
+def round_queries(q: torch.Tensor, format: str) -> torch.Tensor:
+    """Queries [..., head_dim] as attention over KV of that format sees them: bf16 for bf16, symmetric int8
+    per token and head for int8 and int4, untouched for f32 and f16."""
+    return round_activations(q, "int8" if format == "int4" else format)
+
+
 def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
     """[..., K] padded with zeros and cut into [..., groups, size]."""
     from torch.nn.functional import pad
 
-    return pad(x, (0, -x.shape[-1] % size)).reshape(*x.shape[:-1], -1, size)
+    padded = pad(x, (0, -x.shape[-1] % size))
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // size, size)
 
 
 def _quotients(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

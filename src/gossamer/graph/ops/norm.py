@@ -37,7 +37,7 @@ def _rms_norm(
     from torch.nn.functional import rms_norm
 
     (x,), (w,) = inputs, weights
-    heads = x.reshape(x.shape[0], -1, w.shape[0]).float()
+    heads = x.reshape(x.shape[0], x.shape[1] // w.shape[0], w.shape[0]).float()
     return (rms_norm(heads, w.shape, w.float(), attrs["eps"]).flatten(-2).to(x.dtype),)
 
 
