@@ -83,12 +83,10 @@ void Program::experts(const Instruction& in, const Window& w) {
       std::memcpy(gathered + r * hidden, x + order[r] / k * hidden, hidden * sizeof(float));
   });
 
-  const auto prepare = [&](const PackedWeight& reader, const float* from) {
+  const auto ready = [&](const PackedWeight& reader, const float* from) {
     const Activations act =
         activations_over(reader.format, reader.group, rows, reader.k, prepared, from, reader.k);
-    over_rows(rows, reader.k, [&](int64_t r0, int64_t r1, int) {
-      kernels_->prepare(reader.format, reader.group, reader.k, from, reader.k, act, r0, r1);
-    });
+    prepare(reader, from, act);
     return act;
   };
   // Tiles: (expert in use, range of panels).
@@ -111,7 +109,7 @@ void Program::experts(const Instruction& in, const Window& w) {
     kernels_->linear(weight, rows_of(act, starts[e], starts[e + 1]), nullptr, out + starts[e] * weight.n,
                      weight.n, p0, p1, scratch(worker));
   };
-  const Activations act = prepare(gate, gathered);
+  const Activations act = ready(gate, gathered);
   over_panels(width, [&](int32_t e, int64_t p0, int64_t p1, int worker) {
     multiply(gates, e, act, gated, p0, p1, worker);
     multiply(ups, e, act, upped, p0, p1, worker);
@@ -120,7 +118,7 @@ void Program::experts(const Instruction& in, const Window& w) {
     kernels_->finish(finish, upped + at, width, starts[e + 1] - starts[e],
                      std::min(width, p1 * kPanel) - p0 * kPanel);
   });
-  const Activations narrowed = prepare(down, upped);
+  const Activations narrowed = ready(down, upped);
   over_panels(hidden, [&](int32_t e, int64_t p0, int64_t p1, int worker) {
     multiply(downs, e, narrowed, downed, p0, p1, worker);
   });

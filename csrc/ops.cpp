@@ -66,8 +66,12 @@ void Program::execute(const Instruction& in, const Window& w, const StepBuffers&
     over_rows(m * in.ints[0], work, [&](int64_t i0, int64_t i1, int) { body(i0, i1); });
   };
   switch (in.op) {
-    case Op::prepare:  // in: x; weights: any weight that will read it. Fills the workspace.
-      return prepare(in, w);
+    case Op::prepare: {  // in: x; weights: any weight that will read it. Fills the workspace.
+      const PackedWeight& reader = weights_[in.weights[0]].packed;
+      const float* x = input(in, 0, w);
+      return prepare(reader, x,
+                     activations_over(reader.format, reader.group, m, reader.k, workspace_, x, reader.k));
+    }
     case Op::linear:  // in: x, residual; out: y; weights: matrices, then as many biases or -1;
                       // ints: parts, source, gated, act or -1, residual, head
       return linear(in, w);
@@ -161,13 +165,25 @@ void Program::execute(const Instruction& in, const Window& w, const StepBuffers&
   }
 }
 
-void Program::prepare(const Instruction& in, const Window& w) {
-  const PackedWeight& reader = weights_[in.weights[0]].packed;
-  const float* x = input(in, 0, w);
-  const Activations act =
-      activations_over(reader.format, reader.group, w.count, reader.k, workspace_, x, reader.k);
-  over_rows(w.count, reader.k, [&](int64_t r0, int64_t r1, int) {
-    kernels_->prepare(reader.format, reader.group, reader.k, x, reader.k, act, r0, r1);
+void Program::prepare(const PackedWeight& reader, const float* x, const Activations& act) {
+  const int64_t m = act.m, k = reader.k, group = reader.group;
+  // A group's scales of several rows lie together: threads that share out such rows would fight for the line,
+  // so they share out inputs instead.
+  const int64_t rows = group ? std::min(m, kLineRows) : 1;
+  const int64_t inputs = group ? std::max(kTileWork / rows / group, int64_t(1)) * group : k;
+  const int64_t columns = ceil_div(k, inputs);
+  over_rows(ceil_div(m, rows) * columns, rows * std::min(inputs, k), [&](int64_t t0, int64_t t1, int) {
+    for (int64_t t = t0; t < t1; t++) {
+      const int64_t r0 = t / columns * rows, c0 = t % columns * inputs;
+      Activations part = rows_of(act, r0, std::min(m, r0 + rows));
+      if (c0 > 0) {
+        part.data = static_cast<const uint8_t*>(part.data) + c0;
+        part.scales += c0 / group * part.scale_stride;
+        part.sums += c0 / group * part.scale_stride;
+      }
+      kernels_->prepare(reader.format, reader.group, std::min(inputs, k - c0), x + r0 * k + c0, k, part, 0,
+                        part.m);
+    }
   });
 }
 
@@ -177,17 +193,20 @@ void Program::norm_prepare(const Instruction& in, const Window& w) {
   const float *x = input(in, 0, w), eps = float(in.reals[0]);
   const Activations act =
       activations_over(reader.format, reader.group, w.count, d, output(in, 0, w), nullptr, d);
-  over_rows(w.count, 2 * d, [&](int64_t r0, int64_t r1, int worker) {
-    float* normed = reinterpret_cast<float*>(scratch(worker));
-    for (int64_t r = r0; r < r1; r += kNormRows) {
-      const int64_t rows = std::min(kNormRows, r1 - r);
-      if (in.ints[1])
-        kernels_->layer_norm(x + r * d, vector(in, 0), vector(in, 1), eps, normed, d, 0, rows);
-      else
-        kernels_->rms_norm(x + r * d, vector(in, 0), eps, normed, d, 0, rows);
-      kernels_->prepare(reader.format, reader.group, d, normed, d, rows_of(act, r, r + rows), 0, rows);
-    }
-  });
+  over_rows(
+      w.count, 2 * d,
+      [&](int64_t r0, int64_t r1, int worker) {
+        float* normed = reinterpret_cast<float*>(scratch(worker));
+        for (int64_t r = r0; r < r1; r += kNormRows) {
+          const int64_t rows = std::min(kNormRows, r1 - r);
+          if (in.ints[1])
+            kernels_->layer_norm(x + r * d, vector(in, 0), vector(in, 1), eps, normed, d, 0, rows);
+          else
+            kernels_->rms_norm(x + r * d, vector(in, 0), eps, normed, d, 0, rows);
+          kernels_->prepare(reader.format, reader.group, d, normed, d, rows_of(act, r, r + rows), 0, rows);
+        }
+      },
+      reader.group ? kLineRows : 1);
 }
 
 // An even number of panels, since wide kernels take them in pairs.

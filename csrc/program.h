@@ -152,7 +152,8 @@ class Program {
   void timed(Instruction& in, const Window& window, const StepBuffers& buffers, const StepCounts& counts);
   void execute(const Instruction& in, const Window& window, const StepBuffers& buffers,
                const StepCounts& counts);
-  void prepare(const Instruction& in, const Window& w);
+  // Makes act.m rows of x ready for a weight.
+  void prepare(const PackedWeight& reader, const float* x, const Activations& act);
   void norm_prepare(const Instruction& in, const Window& w);
   void linear(const Instruction& in, const Window& w);
   void linear_top1(const Instruction& in, const Window& w, const SampleArgs& sample);
@@ -182,9 +183,10 @@ class Program {
     return in.weights[i] < 0 ? nullptr : weights_[in.weights[i]].vector;
   }
   uint8_t* scratch(int worker) const { return scratch_ + worker * scratch_stride_; }
-  // body(r0, r1, worker) over row ranges that are worth waking a thread for.
+  // body(r0, r1, worker) over row ranges that are worth waking a thread for; they begin at multiples of
+  // `together`, for rows whose results share a cache line.
   template <class F>
-  void over_rows(int64_t rows, int64_t work_per_row, F&& body);
+  void over_rows(int64_t rows, int64_t work_per_row, F&& body, int64_t together = 1);
   // body(span, r0, r1, worker): rows [r0, r1) of a span, relative to it, at most `step` (a multiple of 16
   // slots wherever the span allows it).
   template <class F>
@@ -211,14 +213,16 @@ enum LinearInts { kParts, kSource, kGated, kAct, kResidual, kHead };
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 
+constexpr int64_t kLineRows = 16;     // rows whose scales of one group lie in one cache line
 constexpr int64_t kTileWork = 16384;  // elements below which waking another thread costs more than it saves
 
 // Rows [r0, r1) of prepared activations.
 Activations rows_of(const Activations& a, int64_t r0, int64_t r1);
 
 template <class F>
-void Program::over_rows(int64_t rows, int64_t work_per_row, F&& body) {
-  const int64_t step = std::max<int64_t>(1, kTileWork / std::max<int64_t>(1, work_per_row));
+void Program::over_rows(int64_t rows, int64_t work_per_row, F&& body, int64_t together) {
+  const int64_t enough = std::max<int64_t>(1, kTileWork / std::max<int64_t>(1, work_per_row));
+  const int64_t step = ceil_div(enough, together) * together;
   pool_->parallel(ceil_div(rows, step), [&](int64_t tile, int worker) {
     body(tile * step, std::min(rows, (tile + 1) * step), worker);
   });
