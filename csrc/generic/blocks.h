@@ -4,7 +4,7 @@
 // An ISA gives one struct F per format:
 //   kRows, kPanels   the largest register tile
 //   kUnit            inputs that one step of the tile takes
-//   kBlock           inputs per L1 block (a multiple of every group)
+//   kBlock           inputs per L1 block of a 32 KiB cache (a multiple of every group)
 //   kNarrowRows      up to here weights are read as they are packed, which costs less than unpacking them
 //   tile<MR, P>(t)   adds inputs [t.k0, t.k1) to MR rows x P panels; partial sums travel through t.acc
 //   Narrow           the variant that reads packed panels once, for few rows (F where nothing is unpacked)
@@ -13,6 +13,8 @@
 //   kUnpackedBytes   0, or bytes per input and panel that unpack(w, panel, k0, k1, to) writes
 // A value depends on the order of the inputs alone, which is the same in all of these.
 #pragma once
+#include <unistd.h>
+
 #include "api.h"
 
 namespace gossamer {
@@ -23,7 +25,8 @@ constexpr int64_t kMaxBlockRows = 256;         // rows that share one sweep over
 constexpr int64_t kActivationBytes = 1 << 19;  // of those rows, to stay in L2 beside the weights
 constexpr int64_t kPrefetchBytes = 4096;       // how far ahead the narrow path asks for weights
 constexpr int64_t kAccBytes = kMaxBlockRows * 2 * kPanel * 4;
-constexpr int64_t kUnpackBytes = 16384;  // both panels of an L1 block
+constexpr int64_t kMostBlocks = 2;
+constexpr int64_t kUnpackBytes = kMostBlocks * 16384;  // both panels of an L1 block
 
 struct Tile {
   const PackedWeight* w;
@@ -154,10 +157,21 @@ void linear_narrow(Tile t, int64_t p0, int64_t p1) {
   }
 }
 
+// How many times kBlock fits: a cache of 48 KiB has room for weights of twice as many inputs, which halves
+// the traffic of partial sums.
+inline int64_t blocks_in_l1() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= (48 << 10) ? kMostBlocks : 1;
+  return found;
+#else
+  return 1;
+#endif
+}
+
 template <class F>
 void linear_wide(Tile t, int64_t p0, int64_t p1, uint8_t* unpacked) {
   const PackedWeight& w = *t.w;
-  const int64_t bytes = input_bytes(w.format), m = t.act->m;
+  const int64_t bytes = input_bytes(w.format), m = t.act->m, block = F::kBlock * blocks_in_l1();
   uint8_t* const acc = t.acc;
   const int64_t fit = kActivationBytes / larger(1, smaller(t.act->row_stride_bytes, w.k_pad * 4));
   const int64_t sweeps = ceil_div(m, smaller(kMaxBlockRows, larger(64, fit)));
@@ -171,13 +185,13 @@ void linear_wide(Tile t, int64_t p0, int64_t p1, uint8_t* unpacked) {
       t.panel = p;
       for (int64_t k = 0; k < w.k_pad; k = t.k1) {
         t.k0 = k;
-        t.k1 = smaller(k + F::kBlock, w.k_pad);
+        t.k1 = smaller(k + block, w.k_pad);
         t.b = panel_data(w, p) + k * bytes;
         t.b_panel = w.k_pad * bytes;
         const uint8_t* next = t.last() ? panel_data(w, p + panels) : panel_data(w, p) + t.k1 * bytes;
         if constexpr (F::kUnpackedBytes > 0) {
           t.b = unpacked;
-          t.b_panel = F::kBlock * F::kUnpackedBytes;
+          t.b_panel = block * F::kUnpackedBytes;
           for (int64_t i = 0; i < panels; i++) F::unpack(w, p + i, k, t.k1, unpacked + i * t.b_panel);
         }
         for (int64_t i = 0; i < blocks; i++) {
@@ -197,7 +211,8 @@ constexpr int64_t kLinearScratch = kAccBytes + kUnpackBytes;
 template <class F>
 void linear_blocked(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
                     int64_t p0, int64_t p1, void* scratch) {
-  static_assert(F::kPanels * F::kBlock * F::kUnpackedBytes <= kUnpackBytes, "an L1 block fits its buffer");
+  static_assert(kMostBlocks * F::kPanels * F::kBlock * F::kUnpackedBytes <= kUnpackBytes,
+                "an L1 block fits its buffer");
   if (act.m <= 0) return;
   Tile t{};
   t.w = &w;
