@@ -47,7 +47,7 @@ _MODEL = {
     "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
     "vocab_size": max(ROWS),  # the head has cases of its own
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "hidden_act": "silu",
@@ -201,8 +201,8 @@ def _attention_graph(layers: int) -> Graph:
 
 def _attention_benches(cold: int) -> Iterator[_Lazy]:
     steps: dict[str, tuple[tuple[int, int], ...]] = {
-        **{f"decode/c{c}/s{s}": ((1, c - 1),) * s for c in (1024, 4096) for s in (1, 16)},
-        **{f"prefill/c{c}/m512": ((512, c - 512),) for c in (512, 4096)},
+        **{f"decode/c{c}/s{s}": ((1, c - 1),) * s for c in (1024, 8192) for s in (1, 16)},
+        **{f"prefill/c{c}/m{m}": ((m, c - m),) for c, m in ((512, 512), (4096, 512), (4096, 4096))},
     }
     for dtype in get_args(KVType):
         for step, spans in steps.items():
