@@ -6,7 +6,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
+#include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -64,6 +67,39 @@ void pin_to(int cpu) {
 
 }  // namespace
 
+// A worker's own stretch of a job's tiles. It takes them from the front, so that it walks through memory in
+// one direction and finds the next tile asked for already; the others take from the back once they have
+// finished theirs.
+class alignas(64) Stretch {
+ public:
+  void set(int64_t begin, int64_t end) { both_.store(pack(begin, end), std::memory_order_relaxed); }
+  bool take_front(int64_t& tile) {
+    return take([&](uint64_t begin, uint64_t end) {
+      tile = int64_t(begin);
+      return pack(int64_t(begin) + 1, int64_t(end));
+    });
+  }
+  bool take_back(int64_t& tile) {
+    return take([&](uint64_t begin, uint64_t end) {
+      tile = int64_t(end) - 1;
+      return pack(int64_t(begin), int64_t(end) - 1);
+    });
+  }
+
+ private:
+  static uint64_t pack(int64_t begin, int64_t end) { return uint64_t(end) << 32 | uint64_t(begin); }
+  template <class F>
+  bool take(F&& rest) {
+    uint64_t now = both_.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t begin = now & 0xffffffff, end = now >> 32;
+      if (begin >= end) return false;
+      if (both_.compare_exchange_weak(now, rest(begin, end), std::memory_order_relaxed)) return true;
+    }
+  }
+  std::atomic<uint64_t> both_{0};  // begin, and end above it
+};
+
 // A job is done when its tiles are, not when every worker has seen it: a worker that sleeps or has lost its
 // core keeps nobody waiting. Workers therefore enter a job through a gate. The caller opens it once the
 // job's fields are written, and closes it once no tile is left; the fields may change when the gate is
@@ -77,9 +113,8 @@ struct Pool::State {
 
   Fn fn = nullptr;
   void* context = nullptr;
-  int64_t tiles = 0;
+  std::unique_ptr<Stretch[]> stretches;  // one for each worker
 
-  alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int> gate{kClosed};
   alignas(64) std::atomic<uint64_t> epoch{0};  // raised by every job, and to stop
   std::atomic<bool> stop{false};
@@ -106,8 +141,11 @@ struct Pool::State {
   }
 
   void take_tiles(int worker) {
-    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;)
-      fn(context, tile, worker);
+    int64_t tile;
+    while (stretches[worker].take_front(tile)) fn(context, tile, worker);
+    for (int i = 1; i < size; i++) {
+      while (stretches[(worker + i) % size].take_back(tile)) fn(context, tile, worker);
+    }
   }
 
   // Entering a closed gate is allowed, but must be followed by leaving it at once.
@@ -150,6 +188,7 @@ Pool::Pool(int threads) : state_(new State) {
   const std::vector<int> cpus = allowed_processors();
   const int processors = cpus.empty() ? int(std::thread::hardware_concurrency()) : int(cpus.size());
   state_->size = threads > 0 ? threads : (processors > 0 ? processors : 1);
+  state_->stretches.reset(new Stretch[size_t(state_->size)]);
   for (int worker = 1; worker < state_->size; worker++) {
     // With more workers than processors there is nothing to gain from pinning.
     const int cpu = state_->size <= int(cpus.size()) ? cpus[size_t(worker)] : -1;
@@ -168,6 +207,7 @@ int Pool::size() const { return state_->size; }
 
 void Pool::run(int64_t tiles, Fn fn, void* context) {
   if (tiles <= 0) return;
+  if (tiles > INT32_MAX) throw std::length_error("a job of more than 2^31 tiles");
   if (tiles == 1 || state_->size == 1) {
     for (int64_t tile = 0; tile < tiles; tile++) fn(context, tile, 0);
     return;
@@ -175,8 +215,8 @@ void Pool::run(int64_t tiles, Fn fn, void* context) {
   std::lock_guard<std::mutex> turn(state_->running);
   state_->fn = fn;
   state_->context = context;
-  state_->tiles = tiles;
-  state_->next.store(0, std::memory_order_relaxed);
+  for (int64_t worker = 0; worker < state_->size; worker++)
+    state_->stretches[worker].set(tiles * worker / state_->size, tiles * (worker + 1) / state_->size);
   state_->gate.fetch_and(~State::kClosed);
   state_->announce();
   state_->take_tiles(0);

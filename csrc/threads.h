@@ -1,4 +1,5 @@
-// A small pool: the caller is worker 0; tiles are taken from an atomic counter, since cores are shared.
+// A small pool: the caller is worker 0. Each worker has its own stretch of a job's tiles and takes from the
+// others' when it is done, since cores are shared and of unequal speed.
 #pragma once
 #include <cstdint>
 #include <functional>
