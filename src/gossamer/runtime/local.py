@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -49,6 +50,12 @@ class LocalExecutor:
             windows=tuple(g.window for g in groups),
         )
         self._rows = program.sample_rows.view(np.uint8).data
+        # Views of the program's arrays: for the few numbers of a decode step cheaper than numpy's own slices.
+        self._ids, self._positions, self._sampled = (
+            a.data for a in (program.ids, program.positions, program.rows)
+        )
+        self._spans, self._tables = program.spans.reshape(-1).data, program.tables.data
+        self._token, self._bad = program.token.data, program.bad.data
         self._last: OrderedDict[int, int] = OrderedDict()
         self._results: dict[Handle, StepResult] = {}
         self._next = 0
@@ -87,39 +94,36 @@ class LocalExecutor:
         """Fills the program's step arrays; gives tokens, rows, the table stride, and whether every row takes
         its largest logit as it is."""
         program, spans = self.program, plan.spans
-        groups = len(program.graph.kv_groups)
         width = max(len(table) for span in spans for table in span.tables)
-        tables = program.tables[: groups * len(spans) * width].reshape(groups, len(spans), width)
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        lines: list[tuple[int, int, int, int, int]] = []
+        stride = len(spans) * width
+        ids, positions, rows, lines = (array("i") for _ in range(4))
         sampler = _Sampler(self._rows)
         for i, span in enumerate(spans):
             if span.adapter:
                 raise NotBuiltError("adapters are not built yet")
             row, count = len(ids), len(span.tokens)
-            lines.append((row, count, span.start, i * width, -1 if span.parents is None else 0))
-            ids += self._known(span)
+            lines.extend((row, count, span.start, i * width, -1 if span.parents is None else 0))
+            ids.extend(self._known(span))
             if span.parents is None:
-                positions += range(span.start, span.start + count)
+                positions.extend(range(span.start, span.start + count))
             else:
-                positions += [span.start + depth for depth in tree_depths(span.parents)]
+                positions.extend(span.start + depth for depth in tree_depths(span.parents))
                 program.parents[row : row + count] = span.parents
             for g, table in enumerate(span.tables):
-                tables[g, i, : len(table)] = table
+                at = g * stride + i * width
+                self._tables[at : at + len(table)] = array("i", table)
             for offset in span.rows:
                 rows.append(row + offset)
             if span.rows:
                 assert span.sampling is not None
                 sampler.add(span.sampling, len(span.rows))
-        program.ids[: len(ids)] = ids
-        program.positions[: len(ids)] = positions
-        program.rows[: len(rows)] = rows
-        program.spans[: len(spans)] = lines
+        self._ids[: len(ids)] = ids
+        self._positions[: len(ids)] = positions
+        self._sampled[: len(rows)] = rows
+        self._spans[: len(lines)] = lines
         if sampler.extras:
             sampler.bind(program)
-        return len(ids), len(rows), len(spans) * width, sampler.greedy and not sampler.extras
+        return len(ids), len(rows), stride, sampler.greedy and not sampler.extras
 
     def _known(self, span: Span) -> Sequence[int]:
         """The span's ids, with tokens that were not known to the planner filled in."""
@@ -128,7 +132,7 @@ class LocalExecutor:
     def _unpack(self, plan: StepPlan) -> list[list[RowResult]]:
         program = self.program
         count = sum(len(span.rows) for span in plan.spans)
-        tokens, bad = program.token[:count].tolist(), program.bad[:count].tolist()
+        tokens, bad = self._token[:count].tolist(), self._bad[:count].tolist()
         out: list[list[RowResult]] = []
         row = 0
         for span in plan.spans:
