@@ -56,7 +56,8 @@ def test_the_cache_serves_the_same_bytes(packed: Fill, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncate", "grow", "empty", "layout", "version", "header", "list", "bit", "last", "sums"]
+    "damage",
+    ["truncate", "grow", "empty", "layout", "version", "header", "list", "deep", "bit", "last", "sums"],
 )
 def test_a_damaged_file_is_made_again(packed: Fill, tmp_path: Path, damage: str) -> None:
     want, _ = packed()
@@ -65,7 +66,7 @@ def test_a_damaged_file_is_made_again(packed: Fill, tmp_path: Path, damage: str)
     header = json.loads(data[:4096])
     if damage in ("layout", "version"):
         header[damage] -= 1
-    lines = {"header": b"{", "list": b"[]"}
+    lines = {"header": b"{", "list": b"[]", "deep": b"[" * 4096}
     data[:4096] = lines.get(damage, json.dumps(header).encode()).ljust(4096)
     flipped = {"bit": 4096 + MIB + 5, "last": 4096 + want.nbytes - 1, "sums": len(data) - 1}
     if damage in flipped:
@@ -154,6 +155,21 @@ def test_the_least_recently_used_make_room(packed: Fill, tmp_path: Path) -> None
     assert not packed("b", limit=MIB)[1] and not packed("b", limit=MIB)[1]  # larger than all the room
     make_room(tmp_path, 0)
     assert cache_entries(tmp_path) == [] and cache_entries(tmp_path / "absent") == []
+
+
+def test_what_is_not_kept_drives_nothing_out(tmp_path: Path) -> None:
+    pool = _native.Pool(1)
+    for name, size in (("small", MIB), ("large", 3 * MIB)):
+        path = tmp_path / f"{name}.packed"
+        write_cache(path, np.ones(size, np.uint8), 1, pool, model=name, limit=2 * MIB)
+    assert [entry.model for entry in cache_entries(tmp_path)] == ["small"]
+
+
+def test_what_is_no_file_is_no_entry(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.packed")
+    (tmp_path / "directory.packed").mkdir()
+    (tmp_path / "deep.packed").write_bytes(b"[" * 4096)
+    assert [(entry.path.name, entry.model) for entry in cache_entries(tmp_path)] == [("deep.packed", "")]
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, MIB - 1, MIB, MIB + 1, 3 * MIB + 77])

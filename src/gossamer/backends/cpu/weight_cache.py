@@ -49,10 +49,10 @@ class CacheEntry:
 
 def read_cache(path: Path, block: Bytes, layout: int, pool: _native.Pool) -> bool:
     """Fills the block from a file of this packed layout; False where there is no whole and undamaged one."""
-    if not path.is_file():  # opening a pipe would wait for its writer
-        return False
     sums = np.empty(_native.checksum_blocks(block.nbytes), np.uint64)
     try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            return False
         with path.open("rb") as file:
             header = _header(file.read(_HEADER))
             same = (header.get("version"), header.get("layout"), header.get("bytes"))
@@ -84,7 +84,7 @@ def write_cache(
             if left.stat().st_mtime < time.time() - _ABANDONED:
                 left.unlink()
         if limit is not None:
-            make_room(path.parent, limit - size)
+            make_room(path.parent, limit - size if size <= limit else limit)
             if size > limit:
                 return
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -125,6 +125,8 @@ def make_room(directory: Path, limit: int) -> list[CacheEntry]:
 def _entries(directory: Path) -> Iterator[CacheEntry]:
     for path in directory.glob(f"*{_SUFFIX}"):
         try:
+            if not path.is_file():
+                continue
             status = path.stat()
             with path.open("rb") as file:
                 header = _header(file.read(_HEADER))
@@ -142,7 +144,7 @@ def _entries(directory: Path) -> Iterator[CacheEntry]:
 def _header(start: bytes) -> dict[str, Any]:
     try:
         header = json.loads(start)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
 
