@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gossamer.backends.cpu import program as cpu_program
-from gossamer.backends.cpu.program import CpuProgram
+from gossamer.backends.cpu.program import CpuProgram, StepShape
 from gossamer.backends.cpu.tuning import DEFAULT, ROWS, Choice, TuningFile
+from gossamer.checkpoint.weights import DummySource
+from gossamer.config import EngineConfig
+from gossamer.graph.families import build_graph
+from gossamer.passes.pipeline import run_passes
 from tests.numerics.harness import ISAS, OpGraph, make_cpu, run_cpu
+from tests.passes.test_weight_formats import DENSE
 
 
 def layer(format: str = "int4", group: int = 32) -> tuple[CpuProgram, OpGraph]:
@@ -52,7 +58,24 @@ def test_another_thread_count_is_another_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"layers": {"a": {"1": [0, 256]}}}', '{"layers": {"a": {"x": [1, 2]}}}', "\0" * 99],
+    [
+        "",
+        "{",
+        "[]",
+        "\0" * 99,
+        "[" * 99999,
+        *(
+            f'{{"layers": {{"a": {choices}}}}}'
+            for choices in (
+                '{"1": [0, 256]}',
+                '{"x": [1, 2]}',
+                '{"1": [6]}',
+                '{"1": [2147483648, 256]}',
+                '{"1": [6, 1099511627776]}',
+                '{"1": [1e999, 256]}',
+            )
+        ),
+    ],
 )
 def test_a_damaged_file_reads_as_nothing_and_is_mended(tmp_path: Path, text: str) -> None:
     file = TuningFile(tmp_path, "cpu", "avx2", 2)
@@ -67,6 +90,34 @@ def test_a_place_that_cannot_be_written_costs_the_memory_only(tmp_path: Path) ->
     program, _ = layer()
     program.tune(tmp_path / "file")
     assert program.tunings
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe"])
+def test_what_is_no_file_reads_as_nothing_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    file = TuningFile(tmp_path, "cpu", "avx2", 2)
+    file.path.mkdir() if kind == "directory" else os.mkfifo(file.path)
+    assert file.read() == {}
+    file.add({"layer": {1: DEFAULT}})
+    assert os.listdir(tmp_path) == [file.path.name]
+
+
+def test_no_layer_is_measured_over_more_rows_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: set[tuple[str, int]] = set()
+
+    def measure(native: object, indices: list[int], rows: int) -> Choice:
+        measured.update((program._instructions[index].node, rows) for index in indices)
+        return DEFAULT
+
+    monkeypatch.setattr("gossamer.backends.cpu.tuning._measure", measure)
+    # The head has the shape of a layer within a block, and fewer rows than that one.
+    graph = build_graph(DENSE | {"vocab_size": DENSE["hidden_size"], "tie_word_embeddings": False})
+    graph, _ = run_passes(graph, EngineConfig(model="m", operator_fusion=None))
+    shape = StepShape(tokens=300, rows=4, spans=4, page_size=16, pages=4, table=4, kv_dtype="bf16")
+    program = CpuProgram(graph, DummySource(graph), shape, isa=ISAS[-1], threads=1, unit_rows=32)
+    program.tune(None)
+    head = graph.outputs["logits"]
+    assert {rows for node, rows in measured if node == head} == {1}
+    assert {rows for node, rows in measured if node != head} == {1, 16}
 
 
 @pytest.mark.parametrize(("format", "group"), [("f32", 0), ("bf16", 0), ("int8", 0), ("int4", 32)])

@@ -106,6 +106,7 @@ class CpuProgram:
         self.pool = _start_pool(threads)
         self.threads = int(self.pool.size)
         counts = {"T": shape.tokens, "R": shape.rows, "S": shape.spans}
+        self._unit_rows = unit_rows or shape.tokens
         arena = native_arena(graph, counts, reuse=reuse, unit_rows=unit_rows)
         self._offsets = arena.offsets
         places, block_bytes = layout(graph)
@@ -124,7 +125,7 @@ class CpuProgram:
             program=self.program,
             offsets=arena.offsets,
             tiled=frozenset(value for unit in graph.units for value in graph.inner(unit)),
-            unit_rows=unit_rows or shape.tokens,
+            unit_rows=self._unit_rows,
             matrices=self._add_matrices(places),
             vectors={name: self.program.add_vector(v) for name, v in self._vectors.items()},
             kv_layers=self._kv_layers,
@@ -237,9 +238,13 @@ class CpuProgram:
             else TuningFile(directory, processor_signature(), self.isa, self.threads)
         )
 
+        nodes = self.graph.nodes
+        fused = {v for unit in self.graph.units for n in nodes[unit.first : unit.last] for v in n.outputs}
+
         def most_rows(instruction: Instruction) -> int:
-            rows = self.graph.values[instruction.node].shape[0]
-            return self.shape.rows if rows == R else self.shape.tokens
+            if self.graph.values[instruction.node].shape[0] == R:
+                return self.shape.rows
+            return min(self.shape.tokens, self._unit_rows) if instruction.node in fused else self.shape.tokens
 
         self.tunings = autotune(
             self.graph,

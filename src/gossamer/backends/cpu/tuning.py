@@ -31,6 +31,7 @@ _BLOCK_ROWS = (128, 256)
 _SECONDS = 0.15  # of measuring for each layer and number of rows
 _ROUNDS = (5, 60)  # at least, at most
 _GAIN = 0.97  # less than this part of the default's time, or the default stays
+_MOST = 1 << 16  # what no choice comes near
 _VERSION = 2  # raise when kernels change so much that old choices are worth little
 
 
@@ -59,13 +60,15 @@ class TuningFile:
     def read(self) -> dict[str, dict[int, Choice]]:
         """Layer name -> rows -> choice."""
         try:
+            if not self.path.is_file():  # opening a pipe would wait for its writer
+                return {}
             held = json.loads(self.path.read_text())["layers"]
             return {
                 str(name): {int(rows): Choice(int(c[0]), int(c[1])) for rows, c in choices.items()}
                 for name, choices in held.items()
-                if all(int(c[0]) > 0 and int(c[1]) > 0 for c in choices.values())
+                if all(0 < int(number) < _MOST for c in choices.values() for number in c[:2])
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             return {}
 
     def add(self, found: Mapping[str, Mapping[int, Choice]]) -> None:
@@ -86,9 +89,13 @@ class TuningFile:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            Path(name).replace(self.path)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(text)
+                Path(name).replace(self.path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
 
 
 def tuned_layers(directory: Path, isa: str, threads: int) -> dict[str, dict[int, Choice]]:
@@ -131,11 +138,12 @@ def autotune(
             progress(done, len(layers))
         chosen[name] = {}
         for at, rows in enumerate(ROWS):
-            if rows > most_rows(instructions[indices[0]]):
+            able = [index for index in indices if rows <= most_rows(instructions[index])]
+            if not able:  # their places in memory hold fewer
                 break
             choice = known.get(name, {}).get(rows)
             if choice is None:
-                choice = _measure(program, indices, rows)
+                choice = _measure(program, able, rows)
                 found.setdefault(name, {})[rows] = choice
             chosen[name][rows] = choice
             for index in indices:
