@@ -208,4 +208,6 @@ def test_list_and_clear(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert [f["model"] for f in gone["files"]] == ["old (int4-g64)"]
     assert "removed 2 files" in cli("cache", "clear").out
     assert not read_cache(directory / "new.packed", np.empty(MIB, np.uint8), 1, pool)
+    monkeypatch.setenv("GOSSAMER_CACHE", "a" * 5000)
+    assert "cannot read aaa" in cli("cache", "list").complaint
     assert "size 'all'" in cli("cache", "clear", "--keep", "all").complaint

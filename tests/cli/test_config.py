@@ -96,6 +96,9 @@ def test_isa_of_the_library_from_the_environment(stories: Path, monkeypatch: pyt
         ("generate = 3", "must be a table"),
         ("max-model-len = 'long'", "--max-model-len"),
         ("max-model-len =", "not TOML"),
+        ("stop = " + "[" * 9999, "nested too deep"),
+        ("threads = " + "9" * 5000, "not TOML"),
+        ("threads = 0x" + "f" * 5000, "too many digits"),
     ],
 )
 def test_files_that_cannot_be(cli: Cli, stories: Path, tmp_path: Path, content: str, words: str) -> None:
@@ -137,7 +140,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1e9", "0x10"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1e9", "0x10", "9" * 400])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="2GiB"):
         parse_size(text)

@@ -32,7 +32,10 @@ def list_entries(json: Annotated[bool, flag("--json", help="Print one JSON objec
     from gossamer.backends.cpu.weight_cache import cache_entries
 
     directory = _directory()
-    entries = cache_entries(directory)[::-1]
+    try:
+        entries = cache_entries(directory)[::-1]
+    except OSError as error:
+        raise ConfigError(f"cannot read {directory}: {error.strerror}") from None
     if json:
         emit_json(_report(directory, entries))
         return

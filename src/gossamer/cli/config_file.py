@@ -35,8 +35,10 @@ def apply_config_file(ctx: typer.Context, path: Path) -> None:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of numbers with too many digits
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not TOML that can be read: its values are nested too deep") from None
     root: Any = ctx.find_root().command
     own = _keys(ctx.command)
     every = {key for command in _leaves(root) for key in _keys(command)}
@@ -107,7 +109,10 @@ def _value(path: Path, key: str, parameter: Any, value: Any) -> Any:
         raise ConfigError(f'{path}: {key} must be text or a list of texts, ["..."], not {value!r}')
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"{path}: {key} must be text or a number, not {value!r}")
-    return str(value)
+    try:
+        return str(value)
+    except ValueError:  # hexadecimal numbers may have more digits than decimal ones
+        raise ConfigError(f"{path}: the number of {key} has too many digits") from None
 
 
 def _dashed(key: str) -> str:
