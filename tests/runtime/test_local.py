@@ -128,6 +128,12 @@ def test_a_tree_whose_parents_come_later_is_an_error(executor: LocalExecutor) ->
         executor.submit(StepPlan((span(0, (1, 2), 0, [0], parents=(1, -1)),)))
 
 
+@pytest.mark.parametrize("parents", [(), (-1,), (-1, 0, 0)])
+def test_a_tree_has_a_parent_for_every_token(executor: LocalExecutor, parents: tuple[int, ...]) -> None:
+    with pytest.raises(GraphError, match=f"2 tokens has {len(parents)} parents"):
+        executor.submit(StepPlan((span(0, (1, 2), 0, [0], parents=parents),)))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_vocabulary_smaller_than_the_logprobs_asked_for(backend: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(llama_config(vocab_size=2)))

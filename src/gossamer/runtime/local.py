@@ -21,7 +21,7 @@ from gossamer.engine.step import (
     StepPlan,
     StepResult,
 )
-from gossamer.errors import NotBuiltError
+from gossamer.errors import GraphError, NotBuiltError
 from gossamer.graph.ops.attention import tree_depths
 
 __all__ = ["LocalExecutor"]
@@ -107,6 +107,8 @@ class LocalExecutor:
             if span.parents is None:
                 positions.extend(range(span.start, span.start + count))
             else:
+                if len(span.parents) != count:
+                    raise GraphError(f"a tree of {count} tokens has {len(span.parents)} parents")
                 positions.extend(span.start + depth for depth in tree_depths(span.parents))
                 program.parents[row : row + count] = span.parents
             for g, table in enumerate(span.tables):
