@@ -90,8 +90,12 @@ def test_what_a_killed_writer_left_is_swept_away(packed: Fill, tmp_path: Path) -
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
+    other = tmp_path / "directory.tmp"  # nobody's, and no reason to keep nothing
+    other.mkdir()
+    os.utime(other, (0, 0))
     packed()
     assert not old.exists() and new.exists()
+    assert packed()[1]
 
 
 def test_an_unwritable_cache_costs_only_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -81,8 +81,9 @@ def write_cache(
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.tmp"):  # by a writer that was killed
-            if left.stat().st_mtime < time.time() - _ABANDONED:
-                left.unlink()
+            with contextlib.suppress(OSError):  # swept by another process meanwhile, or no file
+                if left.stat().st_mtime < time.time() - _ABANDONED:
+                    left.unlink()
         if limit is not None:
             make_room(path.parent, limit - size if size <= limit else limit)
             if size > limit:
