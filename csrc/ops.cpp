@@ -32,6 +32,7 @@ int64_t Program::instruction_scratch(const Instruction& in, int64_t rows) const 
       // Tiles of few panels may pass kFinishBytes, where there are many rows; others may not.
       if (in.ints[kGated] || in.op == Op::linear_top1)
         bytes += std::max(kFinishBytes, std::min<int64_t>(2, panels) * rows * kPanel * 4);
+      if (in.op == Op::linear_top1) bytes += align64(rows * int64_t(sizeof(Scan)));
       return bytes;
     }
     case Op::experts: {
@@ -290,37 +291,40 @@ void Program::linear(const Instruction& in, const Window& w) {
   });
 }
 
-// Each tile leaves the largest logit of its outputs for every row, and whether one was NaN or +Inf; what the
-// sampler would choose among all of them at temperature 0 follows from these.
+// The better of two scans of different outputs: larger, then lower id; in any order the same.
+static void take_better(Scan& best, const Scan& other) {
+  best.bad |= other.bad;
+  if (other.argmax < 0) return;
+  const bool equal = other.maximum == best.maximum && other.argmax < best.argmax;
+  if (best.argmax >= 0 && !(other.maximum > best.maximum) && !equal) return;
+  best.maximum = other.maximum;
+  best.argmax = other.argmax;
+}
+
+// Each worker keeps the largest logit that its tiles gave for every row, and whether one was NaN or +Inf;
+// what the sampler would choose at temperature 0 follows from these.
 void Program::linear_top1(const Instruction& in, const Window& w, const SampleArgs& sample) {
   const PackedWeight& weight = weights_[in.weights[0]].packed;
   const Activations act = activations_of(in, w, weight);
-  const int64_t m = w.count, panels = ceil_div(weight.n, kPanel);
-  const int64_t step = panels_per_tile(panels, m, true, tuning_of(in, m)), tiles = ceil_div(panels, step);
-  scans_.resize(std::max(scans_.size(), size_t(tiles * m)));
-  pool_->parallel(tiles, [&](int64_t tile, int worker) {
+  const int64_t m = w.count, panels = ceil_div(weight.n, kPanel), workers = pool_->size();
+  const int64_t step = panels_per_tile(panels, m, true, tuning_of(in, m));
+  const int64_t own = align64(kernels_->linear_scratch(weight.format, weight.group, weight.k));
+  const auto scans = [&](int64_t worker) { return reinterpret_cast<Scan*>(scratch(int(worker)) + own); };
+  for (int64_t i = 0; i < workers; i++) std::fill(scans(i), scans(i) + m, Scan{0.0f, -1, false});
+  pool_->parallel(ceil_div(panels, step), [&](int64_t tile, int worker) {
     const int64_t p0 = tile * step, p1 = std::min(panels, p0 + step), c0 = p0 * kPanel;
     const int64_t width = std::min(weight.n, p1 * kPanel) - c0;
-    uint8_t* own = scratch(worker);
-    float* logits = reinterpret_cast<float*>(
-        own + align64(kernels_->linear_scratch(weight.format, weight.group, weight.k)));
-    kernels_->linear(weight, act, vector(in, 1), logits - c0, width, p0, p1, own);
+    float* logits = reinterpret_cast<float*>(scratch(worker) + own + align64(m * int64_t(sizeof(Scan))));
+    kernels_->linear(weight, act, vector(in, 1), logits - c0, width, p0, p1, scratch(worker));
     for (int64_t r = 0; r < m; r++) {
       Scan scan = kernels_->scan(logits + r * width, width);
       if (scan.argmax >= 0) scan.argmax += int32_t(c0);
-      scans_[tile * m + r] = scan;
+      take_better(scans(worker)[r], scan);
     }
   });
   for (int64_t r = 0; r < m; r++) {
-    Scan best = scans_[r];
-    for (int64_t tile = 1; tile < tiles; tile++) {
-      const Scan& scan = scans_[tile * m + r];
-      best.bad |= scan.bad;
-      if (scan.argmax >= 0 && (best.argmax < 0 || scan.maximum > best.maximum)) {
-        best.maximum = scan.maximum;
-        best.argmax = scan.argmax;
-      }
-    }
+    Scan best = scans(0)[r];
+    for (int64_t i = 1; i < workers; i++) take_better(best, scans(i)[r]);
     sample.bad[r] = best.bad ? 1 : best.argmax < 0 ? 2 : 0;
     sample.token[r] = sample.bad[r] ? -1 : best.argmax;
     sample.logprob[r] = 0.0f;

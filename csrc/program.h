@@ -198,7 +198,6 @@ class Program {
   std::vector<KvLayer> kv_;
   std::vector<Segment> segments_;
   std::vector<Span> clipped_;  // spans of the running tile
-  std::vector<Scan> scans_;    // linear_top1: of each tile, its rows
   uint8_t* arena_ = nullptr;
   uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;

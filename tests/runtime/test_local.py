@@ -169,3 +169,13 @@ def test_the_reference_takes_trees_and_the_kv_type(kv_dtype: Any, tmp_path: Path
         assert cpu.logprob is not None and reference.logprob is not None
         assert cpu.token == reference.token
         assert abs(cpu.logprob.logprob - reference.logprob.logprob) < 2e-3
+
+
+@pytest.mark.parametrize(("start", "rows"), [(-5, (0,)), (62, (2,)), (0, (3,)), (0, (-1,))])
+def test_a_plan_outside_of_its_pages_or_rows_is_stopped(
+    executor: LocalExecutor, start: int, rows: tuple[int, ...]
+) -> None:
+    pages = list(range(4))
+    wrong = Span(1, PROMPT[:3], start, rows, (pages, pages), Sampling(SamplingParams(), 0, (), ()))
+    with pytest.raises(GraphError, match="sequence 1"):
+        executor.submit(StepPlan((wrong,)))

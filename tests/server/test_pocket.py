@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gossamer.engine.request import SamplingParams
 from gossamer.llm import LLM
 from tests.server.serving import STORY, serving, text_engine
 
@@ -22,7 +23,9 @@ def test_the_sdk_streams_the_embedded_model() -> None:
 
 def test_the_story_continues_in_english() -> None:
     out = LLM("gossamer/pocket", max_num_seqs=1, max_model_len=128).generate(
-        "The old man opened the door and", use_tqdm=False
+        "The old man opened the door and",
+        SamplingParams(temperature=0.7, seed=1, max_tokens=48),
+        use_tqdm=False,
     )[0]
     words = out.outputs[0].text.split()
     assert len(words) > 5

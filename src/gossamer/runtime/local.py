@@ -102,6 +102,7 @@ class LocalExecutor:
             if span.adapter:
                 raise NotBuiltError("adapters are not built yet")
             row, count = len(ids), len(span.tokens)
+            self._check(span, count)
             lines.extend((row, count, span.start, i * width, -1 if span.parents is None else 0))
             ids.extend(self._known(span))
             if span.parents is None:
@@ -126,6 +127,18 @@ class LocalExecutor:
         if sampler.extras:
             sampler.bind(program)
         return len(ids), len(rows), stride, sampler.greedy and not sampler.extras
+
+    def _check(self, span: Span, count: int) -> None:
+        """The native program trusts what it is given: slots and rows outside of a span are stopped here."""
+        slots = min(map(len, span.tables)) * self._limits.page_size if span.tables else span.start + count
+        if span.start < 0 or span.start + count > slots:
+            raise GraphError(
+                f"sequence {span.sequence}: slots {span.start} to {span.start + count}, and pages for {slots}"
+            )
+        if any(not 0 <= offset < count for offset in span.rows):
+            raise GraphError(
+                f"rows {tuple(span.rows)} of sequence {span.sequence} are not among its {count} tokens"
+            )
 
     def _known(self, span: Span) -> Sequence[int]:
         """The span's ids, with tokens that were not known to the planner filled in."""
