@@ -96,6 +96,7 @@ def test_isa_of_the_library_from_the_environment(stories: Path, monkeypatch: pyt
         ("generate = 3", "must be a table"),
         ("max-model-len = 'long'", "--max-model-len"),
         ("max-model-len =", "not TOML"),
+        ("page-size = 16\npage_size = 32", "says page-size twice"),
         ("stop = " + "[" * 9999, "nested too deep"),
         ("threads = " + "9" * 5000, "not TOML"),
         ("threads = 0x" + "f" * 5000, "too many digits"),

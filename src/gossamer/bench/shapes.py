@@ -116,6 +116,8 @@ def start_shapes(config: EngineConfig, loading: Callable[[int, int], None] | Non
         raise ConfigError(f"shapes are measured on native kernels; --backend {config.backend} has none")
     if config.static_batching is not None or config.paged_attention is None:
         raise ConfigError("shapes are measured with continuous batching over pages; drop the baseline flags")
+    if config.max_model_len == 1:
+        raise ConfigError("--max-model-len 1 has no room for a prompt and a token after it; give 2 at least")
     length = config.max_model_len or config.max_num_batched_tokens
     dummies = -(-config.max_num_batched_tokens // length)
     # A step of max_num_seqs sequences keeps its tokens: a program must hold more tokens than sequences.

@@ -49,6 +49,10 @@ def apply_config_file(ctx: typer.Context, path: Path) -> None:
         elif isinstance(value, dict):
             raise _unknown(path, "table", key, root.commands)
         elif _dashed(key) in every:
+            if _dashed(key) in values:
+                raise ConfigError(
+                    f"{path} says {_dashed(key)} twice, with dashes and with underscores; say it once"
+                )
             values[_dashed(key)] = value
         else:
             raise _unknown(path, "key", key, own, every)
