@@ -33,13 +33,13 @@ def receipt_rows(lines: Sequence[ReceiptLine]) -> list[dict[str, Any]]:
 
 
 def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
-    """The layers' lines added up (layers.*.mlp.down is one row), most time first."""
+    """The layers' lines added up (*.mlp.down is one row), most time first."""
     from rich import box
     from rich.table import Table
 
     sums: dict[tuple[str, str, str], _Sum] = {}
     for line in lines:
-        key = (re.sub(r"\.\d+\.", ".*.", line.node), line.kernel, line.isa)
+        key = (re.sub(r"^layers\.\d+\.", "*.", line.node), line.kernel, line.isa)
         total = sums.setdefault(key, _Sum())
         total.calls += line.calls
         total.rows += line.rows
@@ -57,11 +57,15 @@ def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    for name in ("node", "kernel", *(["isa"] if isas[1:] else [])):
-        table.add_column(name, no_wrap=True)
-    for name in ("calls", "rows", "weights", "GB/s", "ms", "%"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for (node, kernel, isa), s in sorted(sums.items(), key=lambda item: -item[1].seconds):
+    ran = [item for item in sorted(sums.items(), key=lambda item: -item[1].seconds) if item[1].calls]
+    for name in ("node", "kernel"):
+        table.add_column(name, overflow="fold")
+    if isas[1:]:
+        table.add_column("isa", no_wrap=True)
+    # Numbers are never cut: names fold where the terminal is narrow.
+    for name, width in (("calls", 5), ("rows", 5), ("weights", 8), ("GB/s", 4), ("ms", 6), ("%", 4)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    for (node, kernel, isa), s in ran:
         table.add_row(
             node,
             kernel,
