@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
+from gossamer.backends.base import ReceiptLine
 from gossamer.backends.cpu.formats import FORMATS, KV_FORMATS, require_kernels
 from gossamer.cli.receipt import receipt_table
 from gossamer.config import EngineConfig, Quantization
@@ -57,3 +61,18 @@ def test_a_program_counts_what_ran(isa: str) -> None:
     assert sum(line.share for line in lines) == pytest.approx(1)
     titles = [column.header for column in receipt_table(lines).columns]
     assert titles == ["node", "kernel", "calls", "rows", "weights", "GB/s", "ms", "%"]
+
+
+def test_a_receipt_keeps_its_figures_on_80_columns() -> None:
+    line = ReceiptLine(
+        node="layers.0.attention.residual", kernel="merged_linear_int4", isa="avx512", calls=12345,
+        rows=123456, weight_bytes=999 << 20, seconds=1.25, share=0.084, gb_s=46.0,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(receipt_table([line]))
+    _, header, _, row = printed.get().splitlines()
+    assert header.split() == ["node", "kernel", "calls", "rows", "weights", "GB/s", "ms", "%"]
+    assert row.startswith("layers.*.attent")
+    shown = ["merged_linear_int4", "12345", "123456", "999", "MiB", "46", "1250.00", "8.4"]
+    assert row.split()[1:] == shown

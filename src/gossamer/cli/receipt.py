@@ -36,6 +36,7 @@ def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
     """The layers' lines added up (*.mlp.down is one row), most time first."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     sums: dict[tuple[str, str, str], _Sum] = {}
     for line in lines:
@@ -53,21 +54,19 @@ def receipt_table(lines: Sequence[ReceiptLine]) -> Table:
         title=f"receipt: {', '.join(isas)} kernels",
         title_justify="left",
         title_style="",
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
         show_edge=False,
     )
     ran = [item for item in sorted(sums.items(), key=lambda item: -item[1].seconds) if item[1].calls]
-    for name in ("node", "kernel"):
-        table.add_column(name, overflow="fold")
-    if isas[1:]:
-        table.add_column("isa", no_wrap=True)
-    # Numbers are never cut: names fold where the terminal is narrow.
-    for name, width in (("calls", 5), ("rows", 5), ("weights", 8), ("GB/s", 4), ("ms", 6), ("%", 4)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    table.add_column("node")  # on narrow screens names give way, never figures
+    for name in ("kernel", *(["isa"] if isas[1:] else [])):
+        table.add_column(name, no_wrap=True)
+    for name in ("calls", "rows", "weights", "GB/s", "ms", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
     for (node, kernel, isa), s in ran:
         table.add_row(
-            node,
+            Text(node, no_wrap=True, overflow="ellipsis"),
             kernel,
             *([isa] if isas[1:] else []),
             str(s.calls),
