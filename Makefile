@@ -1,4 +1,4 @@
-# Five verbs, the same on a laptop and in CI.
+# The verbs, the same on a laptop and in CI.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
