@@ -80,6 +80,11 @@ def test_damaged_models(
     assert words in cli("generate", model, *SAY).complaint
 
 
+@pytest.mark.parametrize("flags", [("--after", "all"), ("--scope", "layers.0"), ("--costs",)])
+def test_formats_are_shown_alone(cli: Cli, stories: Path, flags: tuple[str, ...]) -> None:
+    assert f"leave out {flags[0]}" in cli("graph", stories, "--formats", *flags).complaint
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -97,7 +97,21 @@ def test_graph(cli: Cli, stories: Path) -> None:
     )
     assert report["flops"]["T"] > 0 and report["bytes"]["C"] > 0
     assert len(report["nodes"]) > 40
+    units = cli("graph", stories, "--after", "all", "--scope", "layers.0.mlp", "--json").json["units"]
+    assert units == [
+        {"scope": "layers.0.mlp", "values_of_a_tile": ["layers.0.mlp.gated", "layers.0.mlp.norm"]}
+    ]
+    assert cli("graph", stories, "--json").json["units"] == []
     assert "total" in cli("graph", stories, "--costs").out
+
+
+def test_costs_keep_names_whole_on_80_columns(
+    cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = cli("graph", stories, "--costs", "--after", "all", "-q", "int4").out
+    assert "layers.*.attention.residual" in text and "rms_norm_quantize" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_graph_needs_no_weights(cli: Cli, stories: Path, tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ def graph(
     from gossamer.graph.text import graph_text
     from gossamer.passes.pipeline import run_passes
 
+    if formats:
+        for name, given in (("--after", after), ("--scope", scope), ("--costs", costs)):
+            if given:
+                raise ConfigError(f"--formats shows the whole plan; leave out {name}")
     config = engine.config()
     built = build_graph(
         read_config(resolve_model(config.model, config.revision)),
@@ -70,6 +74,8 @@ def _report(built: Graph, nodes: list[Node], passes: list[str]) -> dict[str, Any
     from gossamer.graph.ops.base import added, node_cost
 
     costs = [node_cost(built, node) for node in nodes]
+    scopes = {node.scope for node in nodes}
+    units = [unit for unit in built.units if unit.scope in scopes]
     return {
         "name": built.name,
         "family": built.family,
@@ -95,6 +101,7 @@ def _report(built: Graph, nodes: list[Node], passes: list[str]) -> dict[str, Any
             name: {"shape": list(w.shape), "format": w.format, "group": w.group}
             for name, w in built.weights.items()
         },
+        "units": [{"scope": unit.scope, "values_of_a_tile": sorted(built.inner(unit))} for unit in units],
         "outputs": dict(built.outputs),
         "flops": added(*(c.flops for c in costs)),
         "bytes": added(*(c.bytes for c in costs)),
@@ -120,9 +127,11 @@ def _print_costs(built: Graph, nodes: list[Node]) -> None:
         box=box.SIMPLE_HEAD,
         caption="T a token, R a sampled row, C a KV token read, A a query-key pair, E an expert",
         caption_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for name in ("node", "op"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=True)
     for name in ("nodes", "FLOPs", "bytes"):
         table.add_column(name, justify="right")
     for (place, op), (count, flops, size) in sorted(sums.items(), key=lambda item: -_weight(item[1])):
