@@ -199,6 +199,7 @@ def test_list_and_clear(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
     pool, directory = _native.Pool(1), tmp_path / "packed"
     assert cli("cache", "list", "--json").json["files"] == []
+    assert "no packed weights in" in cli("cache", "list").out
     for age, name in ((50, "old"), (5, "new")):
         path = directory / f"{name}.packed"
         write_cache(path, np.ones(MIB, np.uint8), 1, pool, model=f"{name} (int4-g64)", limit=None)

@@ -39,6 +39,9 @@ def list_entries(json: Annotated[bool, flag("--json", help="Print one JSON objec
     if json:
         emit_json(_report(directory, entries))
         return
+    if not entries:
+        print(f"no packed weights in {directory}; weights from 64 MiB up are kept at a model's first start")
+        return
     from rich import box
     from rich.console import Console
     from rich.markup import escape
