@@ -214,6 +214,7 @@ def fractions(
     found: dict[str, float | None] = {
         "prefill_fraction_of_int8_peak": needed / prefill / (probe.int8_gmacs * 1e9),
         "prefill_fraction_of_bf16_peak": None if integer else needed / prefill / (probe.bf16_gmacs * 1e9),
+        "decode_bytes": None,
         "decode_fraction_of_bandwidth": None,
         "decode_fraction_of_int8_peak": None,
         "overhead_fraction": None,
@@ -221,6 +222,7 @@ def fractions(
     if decodes:
         read = [costs.weight_bytes(s.tokens) + costs.kv_bytes(s.contexts) for s in decodes]
         own, last = caches
+        found["decode_bytes"] = median(read)
         rates = [size / s.wall for size, s in zip(read, decodes, strict=True)]
         fraction = median(rates) / (probe.read_gb_s * 1e9)
         if median(read) > (last if fraction > 1 else own):

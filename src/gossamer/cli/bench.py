@@ -78,7 +78,10 @@ def _print(report: dict[str, Any], *, integer: bool, native: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from gossamer.planner.hardware import cache_bytes
+
     probe, runs = report["probe"], len(report["runs"])
+    cached = (report["decode_bytes"] or 0) < cache_bytes()[1]
     table = Table(
         title=f"[bold]{report['input_len']} tokens in, {report['output_len']} out, "
         f"batch of {report['batch_size']}[/]  [dim]{f'medians of {runs} runs' if runs > 1 else 'one run'}[/]",
@@ -105,7 +108,8 @@ def _print(report: dict[str, Any], *, integer: bool, native: bool) -> None:
         "",
         "decode_fraction_of_bandwidth",
         100,
-        f"% of the read bandwidth, {probe['read_gb_s']:.1f} GB/s",
+        f"% of the read bandwidth, {probe['read_gb_s']:.1f} GB/s"
+        + (" (in part from the last cache)" if cached else ""),
     )
     if report["step_ms_median"] is not None and report["decode_fraction_of_bandwidth"] is None:
         table.add_row("", "-", "of the read bandwidth: weights fit into the caches")
