@@ -214,6 +214,10 @@ def _progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def _share(fraction: float | None) -> str:
+    return "" if fraction is None else f"{'! ' if fraction > 1 else ''}{100 * fraction:.0f} %"
+
+
 def _print(probe: Rates, found: list[dict[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
@@ -241,9 +245,14 @@ def _print(probe: Rates, found: list[dict[str, Any]]) -> None:
             f"{line['us']:,.1f}",
             f"{line['gb_s']:.1f}",
             "" if line["gmac_s"] is None else f"{line['gmac_s']:.1f}",
-            "" if line["of_limit"] is None else f"{100 * line['of_limit']:.0f} %",
+            _share(line["of_limit"]),
             line["limit"] or "",
         )
+    if any((line["of_limit"] or 0) > 1 for line in found):
+        table.caption = (
+            "! above the probed limit: this machine was disturbed or its speed moved; run it again"
+        )
+        table.caption_justify = "left"
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
