@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from gossamer.backends.cpu.program import SAMPLE_ROW, kv_page_bytes
+from gossamer.backends.cpu.formats import kv_page_bytes
+from gossamer.backends.cpu.program import SAMPLE_ROW
 from gossamer.bench.costs import step_costs
 from gossamer.config import EngineConfig, MixedPrecision, Quantization
 from gossamer.config.engine import KVType

@@ -55,6 +55,7 @@ struct Activations {
 };
 
 // Sizes in bytes; the same everywhere, hence not per ISA (pack.cpp).
+int64_t format_bits(Format format);  // of one number
 int64_t padded_k(Format format, int32_t group, int64_t k);
 int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k);
 int64_t packed_scale_bytes(Format format, int32_t group, int64_t n, int64_t k);

@@ -3,34 +3,12 @@
 
 namespace gossamer {
 
-namespace {
-
-int64_t bits(Format dtype) {
-  switch (dtype) {
-    case Format::f32:
-      return 32;
-    case Format::f16:
-    case Format::bf16:
-      return 16;
-    case Format::int8:
-      return 8;
-    case Format::int4:
-      return 4;
-    case Format::uint4:  // of weights alone
-    case Format::nf4:
-      break;
-  }
-  return 0;
-}
-
-}  // namespace
-
 KvLayout kv_layout(Format dtype, int32_t kv_heads, int32_t head_dim, int32_t page_size) {
   return {dtype, kv_heads, head_dim, (head_dim + 15) / 16 * 16, page_size};
 }
 
 KvBlock kv_block(const KvLayout& kv) {
-  const int64_t data = kBlockTokens * kv.d_pad * bits(kv.dtype) / 8;
+  const int64_t data = kBlockTokens * kv.d_pad * format_bits(kv.dtype) / 8;
   const int64_t scale = kv.dtype == Format::int8 ? 4 : kv.dtype == Format::int4 ? 2 : 0;
   const int64_t scales = kBlockTokens * scale;
   return {data, data + scales, data + 2 * scales, 2 * (data + scales)};

@@ -31,23 +31,6 @@ int64_t unit_inputs(Format format) {
   return 1;
 }
 
-int64_t weight_bits(Format format) {
-  switch (format) {
-    case Format::f32:
-      return 32;
-    case Format::f16:
-    case Format::bf16:
-      return 16;
-    case Format::int8:
-      return 8;
-    case Format::int4:
-    case Format::uint4:
-    case Format::nf4:
-      return 4;
-  }
-  return 32;
-}
-
 int64_t activation_row_bytes(Format format, int32_t group, int64_t k) {
   const int64_t bytes = padded_k(format, group, k) * (format == Format::bf16 ? 2 : 1);
   const int64_t stride = round_up(bytes, kAlign);
@@ -205,12 +188,29 @@ void pack_groups(const Panel& panel, int64_t k, int64_t k_pad, int64_t group, ui
 
 }  // namespace
 
+int64_t format_bits(Format format) {
+  switch (format) {
+    case Format::f32:
+      return 32;
+    case Format::f16:
+    case Format::bf16:
+      return 16;
+    case Format::int8:
+      return 8;
+    case Format::int4:
+    case Format::uint4:
+    case Format::nf4:
+      return 4;
+  }
+  return 32;
+}
+
 int64_t padded_k(Format format, int32_t group, int64_t k) {
   return round_up(k, group > 0 ? group : unit_inputs(format));
 }
 
 int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k) {
-  return round_up(n, kPanel) * padded_k(format, group, k) * weight_bits(format) / 8;
+  return round_up(n, kPanel) * padded_k(format, group, k) * format_bits(format) / 8;
 }
 
 int64_t packed_scale_bytes(Format format, int32_t group, int64_t n, int64_t k) {
@@ -247,7 +247,7 @@ Activations activations_over(Format format, int32_t group, int64_t m, int64_t k,
 void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* rows, int64_t n0, int64_t n1,
                void* data, void* scales, void* zeros) {
   const int64_t k_pad = padded_k(format, group, k);
-  const int64_t panel_bytes = kPanel * k_pad * weight_bits(format) / 8;
+  const int64_t panel_bytes = kPanel * k_pad * format_bits(format) / 8;
   const std::unique_ptr<float[]> beyond(new float[size_t(k)]());
   for (int64_t first = n0; first < n1; first += kPanel) {
     Panel panel;

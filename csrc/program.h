@@ -212,7 +212,8 @@ enum LinearInts { kParts, kSource, kGated, kAct, kResidual, kHead };
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 
-constexpr int64_t kLineRows = 16;     // rows whose scales of one group lie in one cache line
+constexpr int64_t kLineRows = 16;            // rows whose scales of one group lie in one cache line
+constexpr int64_t kFinishBytes = 256 << 10;  // of a gated tile's gates, to stay in L2
 constexpr int64_t kTileWork = 16384;  // elements below which waking another thread costs more than it saves
 
 // Rows [r0, r1) of prepared activations.

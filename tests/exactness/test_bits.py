@@ -129,7 +129,7 @@ def test_alone_and_together(
     alone = [run([r], format, max_num_seqs=1, kv_dtype=kv_dtype)[0] for r in requests]
     options: dict[str, object] = {}
     if pool is not None:  # a pool for little more than one sequence, so that running ones are preempted
-        from gossamer.backends.cpu.program import kv_page_bytes
+        from gossamer.backends.cpu.formats import kv_page_bytes
         from gossamer.graph.families import build_graph
 
         per_page = kv_page_bytes(build_graph(CONFIG), page_size, kv_dtype)
@@ -151,7 +151,7 @@ def test_alone_and_together(
 @pytest.mark.parametrize("format", FORMATS)
 def test_after_preemption(format: str) -> None:
     """Long outputs crowd a pool for little more than one of them: sequences are preempted and recomputed."""
-    from gossamer.backends.cpu.program import kv_page_bytes
+    from gossamer.backends.cpu.formats import kv_page_bytes
     from gossamer.graph.families import build_graph
 
     requests = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.backends.cpu.program import kv_page_bytes
+from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.config import EngineConfig, PagedAttention
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph

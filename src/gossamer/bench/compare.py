@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from gossamer.backends.cpu.program import kv_page_bytes
+from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.bench.measure import RecordingExecutor, recording
 from gossamer.bench.memory import memory_figures
 from gossamer.bench.throughput import Outcome, percentiles, run_jobs

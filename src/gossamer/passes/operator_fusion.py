@@ -172,25 +172,18 @@ RULES: tuple[Rule, ...] = (
         """,
         _activation,
     ),
-    Rule(
-        "residual_epilogue",
-        """
-        h = linear(x)
-        y = add(r, h)
-        ->
-        y = linear_add(x, r)
-        """,
-        _residual,
-    ),
-    Rule(
-        "residual_epilogue",
-        """
-        h = linear(x)
-        y = add(h, r)
-        ->
-        y = linear_add(x, r)
-        """,
-        _residual,
+    *(
+        Rule(
+            "residual_epilogue",
+            f"""
+            h = linear(x)
+            y = add({inputs})
+            ->
+            y = linear_add(x, r)
+            """,
+            _residual,
+        )
+        for inputs in ("r, h", "h, r")
     ),
     *(
         Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gossamer.backends.cpu.program import kv_page_bytes
+from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 
 from gossamer import _native
 from gossamer.errors import ConfigError
-from gossamer.graph.ir import KVGroup
+from gossamer.graph.ir import Graph, KVGroup
 
-__all__ = ["FORMATS", "KV_FORMATS", "group_page_bytes", "require_kernels"]
+__all__ = ["FORMATS", "KV_FORMATS", "group_page_bytes", "kv_page_bytes", "require_kernels"]
 
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3, "int4": 4, "uint4": 5, "nf4": 6}
 """csrc/api.h: Format."""
@@ -20,6 +20,11 @@ KV_FORMATS = ("f32", "f16", "bf16", "int8", "int4")
 def group_page_bytes(group: KVGroup, page_size: int, kv_dtype: str) -> int:
     """Bytes of one page of `page_size` tokens in one layer of a KV group, scales and padding included."""
     return int(_native.kv_page_bytes(FORMATS[kv_dtype], group.kv_heads, group.head_dim, page_size))
+
+
+def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:
+    """Bytes of one page of every KV group together, all layers."""
+    return sum(len(g.layers) * group_page_bytes(g, page_size, kv_dtype) for g in graph.kv_groups)
 
 
 def require_kernels(formats: Iterable[str], kv_dtype: str) -> None:

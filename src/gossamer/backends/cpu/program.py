@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,18 @@ import numpy.typing as npt
 
 from gossamer import _native
 from gossamer.backends.base import MemoryReport, ReceiptLine
-from gossamer.backends.cpu.formats import FORMATS, group_page_bytes, require_kernels
+from gossamer.backends.cpu.budget import too_large
+from gossamer.backends.cpu.formats import FORMATS, group_page_bytes, kv_page_bytes, require_kernels
 from gossamer.backends.cpu.lower import Instruction, Lowering, lower
 from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
 from gossamer.backends.cpu.tuning import Choice, TuningFile, autotune
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.errors import ConfigError, MemoryBudgetError, UnsupportedModelError
+from gossamer.errors import ConfigError, UnsupportedModelError
 from gossamer.graph.ir import Graph, R, Value
 from gossamer.passes.memory_reuse import ArenaPlan, SizeOf, plain_size, plan_arena
-from gossamer.passes.quantization import auto_group
-from gossamer.passes.weight_formats import with_formats
 from gossamer.processor import processor_signature
 
-__all__ = ["CpuProgram", "StepShape", "choose_isa", "kv_page_bytes", "native_arena"]
+__all__ = ["CpuProgram", "StepShape", "choose_isa", "native_arena"]
 
 _MAX_LOGPROBS = 20
 _TUNED_FROM = 64 << 20  # bytes of weights
@@ -73,11 +72,6 @@ def choose_isa(wanted: str | None) -> str:
     return wanted
 
 
-def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:
-    """Bytes of one page of every KV group together, all layers."""
-    return sum(len(g.layers) * group_page_bytes(g, page_size, kv_dtype) for g in graph.kv_groups)
-
-
 class CpuProgram:
     """One program with its memory. Input arrays are filled in place, then `run` executes the step.
 
@@ -116,7 +110,7 @@ class CpuProgram:
             self._allocate_kv()
         except MemoryError:
             sizes = {"weights": block_bytes, "kv": kv_bytes, "arena": arena.bytes}
-            raise _too_large(memory_budget or 0, graph, shape, **sizes) from None
+            raise too_large(memory_budget or 0, graph, shape, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
         self._kv_layers = self._add_kv()
@@ -153,7 +147,7 @@ class CpuProgram:
         if memory_budget is not None and self.memory.total > memory_budget:
             m = self.memory
             parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
-            raise _too_large(memory_budget, graph, shape, **parts)
+            raise too_large(memory_budget, graph, shape, **parts)
         self._arena, self._workspace, self._scratch = (
             _touched(_native.allocate(max(size, 64))) for size in (arena.bytes, workspace, scratch)
         )
@@ -356,55 +350,3 @@ def _touched(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Makes every page resident now, so that the process never grows later."""
     block[::4096] = 0
     return block
-
-
-def _too_large(budget: int, graph: Graph, shape: StepShape, **parts: int) -> MemoryBudgetError:
-    """The error for a program of these parts in a budget that is too small, with what would fit."""
-    need = sum(parts.values())
-    listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
-    room = budget - (need - parts["weights"] - parts["kv"])
-    return MemoryBudgetError(
-        f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there; "
-        + _what_fits(graph, shape, room, parts["weights"])
-    )
-
-
-def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
-    """What to ask for instead, never more than was asked for. room: bytes that are there for weights and
-    KV together."""
-    page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
-
-    def kv(left: int) -> tuple[str, str]:
-        pages = min(left // page, shape.pages)
-        return f"--kv-bytes {pages * page}", f"{min(pages * shape.page_size, graph.reach)}"
-
-    if room - weights >= page:
-        size, length = kv(room - weights)
-        return (
-            f"{size} fits, with a --max-model-len of at most {length}; "
-            "a lower --max-num-batched-tokens or --max-num-seqs leaves more for it"
-        )
-    least = weights
-    for format in ("int8", "int4"):
-        least = min(least, _weights_in(graph, format))
-        if room - least >= page:
-            size, length = kv(room - least)
-            whole = (room - least) // page >= shape.pages
-            return f"--quantization {format} fits, which takes {_mib(least)} for weights" + (
-                "" if whole else f", with {size} and a --max-model-len of at most {length}"
-            )
-    return f"nothing fits: weights take {_mib(least)} at least, one KV page {_mib(page)}; " + (
-        "take a smaller model"
-        if room < least
-        else "lower --max-num-seqs and --max-num-batched-tokens or take a smaller model"
-    )
-
-
-def _weights_in(graph: Graph, format: str) -> int:
-    """Bytes of the graph's matrices in a quantized format."""
-    group = auto_group(graph, format)
-    return layout(with_formats(graph, lambda weight: replace(weight, format=format, group=group)))[1]
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

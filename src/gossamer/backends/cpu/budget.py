@@ -1,0 +1,70 @@
+"""What to say of a program that memory has no room for: the numbers, and what would fit instead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gossamer.backends.cpu.formats import kv_page_bytes
+from gossamer.backends.cpu.packing import layout
+from gossamer.errors import MemoryBudgetError
+from gossamer.graph.ir import Graph
+from gossamer.passes.quantization import auto_group
+from gossamer.passes.weight_formats import with_formats
+
+if TYPE_CHECKING:
+    from gossamer.backends.cpu.program import StepShape
+
+__all__ = ["too_large"]
+
+
+def too_large(budget: int, graph: Graph, shape: StepShape, **parts: int) -> MemoryBudgetError:
+    """The error for a program of these parts in a budget that is too small, with what would fit."""
+    need = sum(parts.values())
+    listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+    room = budget - (need - parts["weights"] - parts["kv"])
+    return MemoryBudgetError(
+        f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there; "
+        + _what_fits(graph, shape, room, parts["weights"])
+    )
+
+
+def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
+    """What to ask for instead, never more than was asked for. room: bytes that are there for weights and
+    KV together."""
+    page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
+
+    def kv(left: int) -> tuple[str, str]:
+        pages = min(left // page, shape.pages)
+        return f"--kv-bytes {pages * page}", f"{min(pages * shape.page_size, graph.reach)}"
+
+    if room - weights >= page:
+        size, length = kv(room - weights)
+        return (
+            f"{size} fits, with a --max-model-len of at most {length}; "
+            "a lower --max-num-batched-tokens or --max-num-seqs leaves more for it"
+        )
+    least = weights
+    for format in ("int8", "int4"):
+        least = min(least, _weights_in(graph, format))
+        if room - least >= page:
+            size, length = kv(room - least)
+            whole = (room - least) // page >= shape.pages
+            return f"--quantization {format} fits, which takes {_mib(least)} for weights" + (
+                "" if whole else f", with {size} and a --max-model-len of at most {length}"
+            )
+    return f"nothing fits: weights take {_mib(least)} at least, one KV page {_mib(page)}; " + (
+        "take a smaller model"
+        if room < least
+        else "lower --max-num-seqs and --max-num-batched-tokens or take a smaller model"
+    )
+
+
+def _weights_in(graph: Graph, format: str) -> int:
+    """Bytes of the graph's matrices in a quantized format."""
+    group = auto_group(graph, format)
+    return layout(with_formats(graph, lambda weight: replace(weight, format=format, group=group)))[1]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
