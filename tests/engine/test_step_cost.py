@@ -19,6 +19,7 @@ class Free:
 
     def __init__(self, limits: ExecutorLimits) -> None:
         self.limits = limits
+        self.draft_limits = None
         self._row = [RowResult(1)]
 
     def submit(self, plan: StepPlan) -> int:

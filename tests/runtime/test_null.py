@@ -108,6 +108,7 @@ def test_banned_ids_ends_bad_rows_and_handles() -> None:
     with pytest.raises(ContractError, match="collected before"):
         executor.collect(handle)
     banned = sampling([1, 2, 3], banned_ids=(9, 10))
+    banned.params = SamplingParams(temperature=0, min_tokens=1)
     assert run(executor, span(rows=(2,), sampling=banned))[0][0].token == 11
     bad = NullExecutor(limits(), choose=lambda sampling, token: "nan")
     assert run(bad, *plan.spans)[0][0].bad == "nan"

@@ -106,6 +106,10 @@ class Meddler(Executor):
     def limits(self) -> ExecutorLimits:
         return self._inner.limits
 
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        return self._inner.draft_limits
+
     def submit(self, plan: StepPlan) -> Handle:
         self._before(plan)
         return self._inner.submit(plan)

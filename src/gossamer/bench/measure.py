@@ -44,6 +44,11 @@ class RecordingExecutor:
         """Those of the executor below."""
         return self._executor.limits
 
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """Those of the draft below, if there is one."""
+        return self._executor.draft_limits
+
     def submit(self, plan: StepPlan) -> Handle:
         """Notes the plan's size (its lists are live) and passes it on."""
         spans = plan.spans

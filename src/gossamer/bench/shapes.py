@@ -54,6 +54,11 @@ class PaddedExecutor:
         """What is left for real sequences."""
         return self._limits
 
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """None: nothing speculates here."""
+        return None
+
     def submit(self, plan: StepPlan) -> Handle:
         """Computes the step and its padding."""
         handle = self._executor.submit(replace(plan, spans=(*plan.spans, *self._padding(plan))))

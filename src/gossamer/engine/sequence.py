@@ -101,8 +101,6 @@ class Sequence:
         """Takes a sampled token."""
         self.output_ids.append(token)
         self.length += 1
-        if self.sampling.banned_ids and len(self.output_ids) >= self.sampling.params.min_tokens:
-            self.sampling.banned_ids = ()
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Ids at slots start to stop of prompt and output together."""

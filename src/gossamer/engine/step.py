@@ -16,6 +16,8 @@ __all__ = [
     "Handle",
     "KVOp",
     "LastSampled",
+    "Mask",
+    "ProgramName",
     "RowResult",
     "Sampling",
     "Span",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 Handle = int
+ProgramName = Literal["target", "draft"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,20 @@ class LastSampled:
     sequence: int
 
 
+Mask = bytes
+"""Which tokens a row may take: ceil(vocab / 32) little-endian words, bit t % 32 of word t // 32 is t's."""
+
+
 @dataclass(slots=True)
 class Sampling:
-    """What a row needs to become a token. Read when the plan is submitted, not later.
+    """What the rows of a span need to become tokens. Read when the plan is submitted, not later.
 
     seed: of the sequence (the noise is keyed by seed, output index and token id).
     output_ids: the tokens produced so far, those of this step excluded; their number is the first
-    row's output index (a further row of the same span counts on).
-    banned_ids: never to be chosen in this step (end tokens before min_tokens).
+    row's output index. Of a further row, the span's tokens after the first row's, along its own path, count
+    as produced too: they are in its history, and its output index is greater by their number.
+    banned_ids: not to be chosen where the output index is below min_tokens (the end tokens).
+    masks: per row of the span, what a grammar allows there (None: everything); empty: no grammar.
     """
 
     params: SamplingParams
@@ -48,6 +57,7 @@ class Sampling:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     banned_ids: tuple[int, ...] = ()
+    masks: Sequence[Mask | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +66,12 @@ class Span:
 
     start: slot of the first token; token i goes to slot start + i, and its position is the same unless
     `parents` says otherwise. parents: for trees, offset of each token's parent within the span (-1: the
-    token before the span); None is a chain. rows: offsets of the tokens whose logits are sampled.
+    token before the span); None is a chain.
+    rows: offsets of the tokens whose logits are sampled, ascending. sampling: needed where there are rows.
+    targets: per row, the token to take whatever the logits say, for its log-probability (a prompt's next
+    token), or -1; empty: all are sampled.
     tables: per KV group, the sequence's page ids, long enough for every slot touched; live lists, read
-    when the plan is submitted. sampling: needed where rows is not empty.
+    when the plan is submitted. -1 stands for a page below the group's window, which nobody reads.
     """
 
     sequence: int
@@ -67,16 +80,18 @@ class Span:
     rows: Sequence[int]
     tables: tuple[Sequence[int], ...]
     sampling: Sampling | None = None
+    targets: Sequence[int] = ()
     parents: tuple[int, ...] | None = None
     adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class KVOp:
-    """A move of KV bytes, done in order before the step computes.
+    """A move of KV bytes of the plan's program, done in order before the step computes.
 
-    "copy": the first `tokens` tokens of page `source` to page `target` of the same group.
-    "out" / "in": page `source` to slot `target` of the slower tier, and back.
+    "copy": `tokens` tokens of page `source` from `source_slot` on, to page `target` of the same group from
+    `target_slot` on; within a page towards lower slots only. "out": page `source` to slot `target` of the
+    slower tier; "in": slot `source` of it to page `target`; whole pages.
     """
 
     kind: Literal["copy", "out", "in"]
@@ -84,15 +99,18 @@ class KVOp:
     source: int
     target: int
     tokens: int
+    source_slot: int = 0
+    target_slot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. program: which of the executor's programs runs ("target", later "draft")."""
+    """One step of one program: "target", the model served, or "draft", which speculates for it. Spans of a
+    draft have its own tables; sequences have the same names in both."""
 
     spans: tuple[Span, ...]
     kv_ops: tuple[KVOp, ...] = ()
-    program: str = "target"
+    program: ProgramName = "target"
 
     @property
     def tokens(self) -> int:
@@ -111,17 +129,21 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """rows[i]: results of plan.spans[i], in the order of its rows. seconds: inside the program."""
+    """rows[i]: results of plan.spans[i], in the order of its rows. seconds: inside the program;
+    move_seconds: in the plan's kv_ops."""
 
     rows: list[list[RowResult]]
     seconds: float = 0.0
+    move_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorLimits:
-    """What a step may be at most, and the KV memory there is.
+    """What a step of a program may be at most, and the KV memory there is.
 
     pages: per KV group, how many pages its pool has. page_size: tokens per page (of every group).
+    swap_pages: per KV group, slots of the slower tier (empty: there is none). windows: per KV group, how many
+    tokens back attention sees, itself included (None: all).
     """
 
     max_tokens: int
@@ -132,6 +154,7 @@ class ExecutorLimits:
     max_model_len: int
     vocab: int
     windows: tuple[int | None, ...] = field(default=(None,))
+    swap_pages: tuple[int, ...] = ()
 
 
 class Executor(Protocol):
@@ -139,7 +162,11 @@ class Executor(Protocol):
 
     @property
     def limits(self) -> ExecutorLimits:
-        """Bounds that every plan must keep."""
+        """Bounds that every plan of the program "target" must keep."""
+
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """The same for the program "draft"; None where there is none."""
 
     def submit(self, plan: StepPlan) -> Handle:
         """Takes a plan; its live lists may change once this returns."""

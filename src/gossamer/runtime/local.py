@@ -65,6 +65,11 @@ class LocalExecutor:
         """Bounds that every plan must keep."""
         return self._limits
 
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """None: it has no draft."""
+        return None
+
     def submit(self, plan: StepPlan) -> Handle:
         """Computes the step now. Raises NotBuiltError for what no program here can do yet."""
         if plan.program != "target":
@@ -200,10 +205,11 @@ class _Sampler:
             ranges = (start, middle, middle, len(self._history))
             self.extras = True
         bias = (0, 0)
-        if p.logit_bias or sampling.banned_ids:
+        banned = sampling.banned_ids if len(sampling.output_ids) < p.min_tokens else ()
+        if p.logit_bias or banned:
             start = len(self._bias_ids)
-            self._bias_ids += [*p.logit_bias, *sampling.banned_ids]
-            self._bias_values += [*p.logit_bias.values(), *([float("-inf")] * len(sampling.banned_ids))]
+            self._bias_ids += [*p.logit_bias, *banned]
+            self._bias_values += [*p.logit_bias.values(), *([float("-inf")] * len(banned))]
             bias = (start, len(self._bias_ids))
             self.extras = True
         index = len(sampling.output_ids)

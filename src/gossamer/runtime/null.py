@@ -73,6 +73,11 @@ class NullExecutor:
         """As given."""
         return self._limits
 
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """None: it has no draft."""
+        return None
+
     def submit(self, plan: StepPlan) -> Handle:
         """Checks and computes the plan."""
         self._check_plan(plan)
@@ -199,9 +204,10 @@ class NullExecutor:
         if isinstance(token, str):
             return RowResult(-1, bad=token)
         token %= self._limits.vocab
-        if len(set(sampling.banned_ids)) >= self._limits.vocab:
+        banned = sampling.banned_ids if len(sampling.output_ids) < params.min_tokens else ()
+        if len(set(banned)) >= self._limits.vocab:
             return RowResult(-1, bad="empty")
-        while token in sampling.banned_ids:
+        while token in banned:
             token = (token + 1) % self._limits.vocab
         self._sampled[sequence] = token
         if params.logprobs is None:

@@ -44,6 +44,11 @@ class ReferenceExecutor:
         """Bounds that every plan must keep."""
         return self._limits
 
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """None: it has no draft."""
+        return None
+
     def submit(self, plan: StepPlan) -> Handle:
         """Computes the step now. Raises NotBuiltError for what the reference does not do."""
         if plan.kv_ops or plan.program != "target" or any(s.adapter for s in plan.spans):
@@ -105,7 +110,8 @@ class ReferenceExecutor:
         s = span.sampling
         assert s is not None
         p = s.params
-        bias = dict(p.logit_bias) | dict.fromkeys(s.banned_ids, float("-inf"))
+        banned = s.banned_ids if len(s.output_ids) < p.min_tokens else ()
+        bias = dict(p.logit_bias) | dict.fromkeys(banned, float("-inf"))
         token, bad = sample_row(
             logits,
             temperature=p.temperature,

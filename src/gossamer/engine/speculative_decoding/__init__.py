@@ -1,0 +1,1 @@
+"""Speculative decoding: tokens guessed cheaply, verified together in one step of the model."""
