@@ -1,0 +1,162 @@
+"""How many tokens to draft: as many as raise the expected tokens per second, none where drafts lose.
+
+A draft of k tokens is worth 1 + sum over i <= k of p_i tokens, p_i the chance that its first i are all right,
+and costs a step of so many tokens more, and the drafting. p is learned from what was accepted, costs are
+measured ("SpecDec++", 2024, and "TurboSpec", 2024, choose by the same ratio).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+__all__ = ["LengthControl", "Offer", "Times"]
+
+_FIRST = 0.5  # a position's chance before anything is known
+_OWN_DECAY, _SHARED_DECAY = 0.9, 0.98  # per verification: about the last 10 of a sequence, 50 of the engine
+_OWN_WEIGHT, _SHARED_WEIGHT = 3.0, 2.0  # in verifications: how much what is known before counts beside them
+_ALLOWANCE = 0.01  # part of the time that may be lost to drafts that turn out wrong
+_CREDIT, _MOST_CREDIT = 1.0, 2.0  # in steps: what may be lost at first, and ever after without a gain
+_PROBE, _LAST_PROBE = 8, 64  # while drafts lose, one is tried every so many steps, ever more rarely
+
+
+class Times(Protocol):
+    """What steps of the target cost."""
+
+    def predict(self, tokens: int, kv_tokens: int) -> float | None:
+        """Seconds of a step that computes so many tokens and reads so many keys; None while unknown."""
+
+
+class Offer(NamedTuple):
+    """A sequence that could draft at most `most` tokens; kind: of the evidence, each with its own chances."""
+
+    sequence: int
+    kind: int
+    most: int
+
+
+class _Rates:
+    """How often the i-th token of a draft was right, those before it being right; recent ones count most."""
+
+    __slots__ = ("hits", "tries")
+
+    def __init__(self, positions: int) -> None:
+        self.hits = [0.0] * positions
+        self.tries = [0.0] * positions
+
+    def observe(self, drafted: int, accepted: int, decay: float) -> None:
+        hits, tries = self.hits, self.tries
+        for i in range(min(accepted + 1, drafted)):
+            hits[i] = hits[i] * decay + (i < accepted)
+            tries[i] = tries[i] * decay + 1.0
+
+
+class LengthControl:
+    """Learns acceptance and chooses lengths for a batch at a time.
+
+    most: tokens of a draft at most. adaptive: False drafts all that is offered, always.
+    Losses are bounded whatever the text: an account in seconds is charged for every draft's cost and credited
+    for every accepted token; where it is empty nothing is drafted, and it fills at 1% of the time that steps
+    take.
+    """
+
+    def __init__(self, most: int, times: Times, *, adaptive: bool = True) -> None:
+        self._most = most
+        self._times = times
+        self._adaptive = adaptive
+        self._shared: dict[int, _Rates] = {}
+        self._own: dict[int, dict[int, _Rates]] = {}
+        self._account: float | None = None
+        self._worth = 0.0  # seconds that an accepted token saves
+        self._interval, self._waited = _PROBE, 0
+
+    def chances(self, offer: Offer) -> list[float]:
+        """p_1 to p_most: how likely the first i tokens of the draft are all right."""
+        shared = self._shared.get(offer.kind) or self._shared.setdefault(offer.kind, _Rates(self._most))
+        own = self._own.get(offer.sequence, {}).get(offer.kind)
+        result, path, prior = [], 1.0, _FIRST
+        for i in range(offer.most):
+            prior = (shared.hits[i] + _SHARED_WEIGHT * prior) / (shared.tries[i] + _SHARED_WEIGHT)
+            rate = prior
+            if own is not None:
+                rate = (own.hits[i] + _OWN_WEIGHT * prior) / (own.tries[i] + _OWN_WEIGHT)
+            path *= rate
+            result.append(path)
+        return result
+
+    def choose(
+        self,
+        offers: Sequence[Offer],
+        *,
+        decodes: int,
+        prefill: int,
+        kv_tokens: int,
+        room: int,
+        drafting: Callable[[int, int], float],
+    ) -> list[int]:
+        """How many tokens each of the offers is to draft.
+
+        decodes: sequences that get a token in the step anyhow; prefill: other tokens that it will compute;
+        kv_tokens: keys that decodes read; room: tokens of all drafts at most; drafting: seconds that drafts
+        take for (sequences, depth).
+        """
+        tokens = sorted(
+            ((-p, i, depth) for i, o in enumerate(offers) for depth, p in enumerate(self.chances(o), 1))
+        )
+        del tokens[max(room, 0) :]
+        base = self._times.predict(decodes, kv_tokens)
+        if not self._adaptive or not base:  # nothing is known: the first drafts are how it gets known
+            self._worth = 0.0
+            return self._lengths(offers, tokens)
+        self._worth = base / decodes
+        account = _CREDIT * base if self._account is None else self._account + _ALLOWANCE * base
+        account = min(account, _MOST_CREDIT * base)
+
+        with_prefill = (self._times.predict(decodes + prefill, kv_tokens) or base) if prefill else base
+
+        def extra(count: int, sequences: int, depth: int) -> float:
+            step = self._times.predict(decodes + prefill + count, kv_tokens + count) or with_prefill
+            return max(step - with_prefill, 0.0) + drafting(sequences, depth)
+
+        best, best_rate, cost = 0, self._worth, 0.0
+        expected, deepest, who, next_look = float(decodes), 0, set[int](), 1
+        for count, (minus_p, i, depth) in enumerate(tokens, 1):
+            expected -= minus_p
+            deepest = max(deepest, depth)
+            who.add(i)
+            if count == next_look or count == len(tokens):  # not at each: a look costs a prediction
+                next_look = count + 1 + count // 8
+                more = extra(count, len(who), deepest)
+                if (base + more) / expected < best_rate:
+                    best, best_rate, cost = count, (base + more) / expected, more
+        if tokens and (best == 0 or account <= 0):
+            best = 0
+            self._waited += 1
+            if self._waited >= self._interval and account >= (more := extra(1, 1, 1)):
+                best, cost, self._waited = 1, more, 0
+                self._interval = min(2 * self._interval, _LAST_PROBE)
+        self._account = account - cost if best else account
+        return self._lengths(offers, tokens[:best])
+
+    @staticmethod
+    def _lengths(offers: Sequence[Offer], tokens: list[tuple[float, int, int]]) -> list[int]:
+        lengths = [0] * len(offers)
+        for _, i, depth in tokens:
+            lengths[i] = max(lengths[i], depth)
+        return lengths
+
+    def verified(self, offer: Offer, drafted: int, accepted: int) -> None:
+        """Learns from a draft's fate."""
+        own = self._own.setdefault(offer.sequence, {})
+        mine = own.get(offer.kind) or own.setdefault(offer.kind, _Rates(self._most))
+        shared = self._shared.get(offer.kind) or self._shared.setdefault(offer.kind, _Rates(self._most))
+        mine.observe(drafted, accepted, _OWN_DECAY)
+        shared.observe(drafted, accepted, _SHARED_DECAY)
+        if self._account is not None:
+            self._account += accepted * self._worth
+        if accepted:
+            self._interval = _PROBE
+
+    def forget(self, sequence: int) -> None:
+        """Drops what is known of a sequence."""
+        self._own.pop(sequence, None)

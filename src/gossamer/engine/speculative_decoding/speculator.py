@@ -1,0 +1,191 @@
+"""Speculation as the engine sees it: drafts before a step, and word of what became of them after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gossamer.engine.request import FinishReason
+from gossamer.engine.speculative_decoding.draft import Draft
+from gossamer.engine.speculative_decoding.length import LengthControl, Offer, Times
+from gossamer.engine.speculative_decoding.ngram import Ngram
+from gossamer.engine.step import Executor, Sampling
+from gossamer.errors import NotBuiltError
+
+__all__ = ["Batch", "Proposer", "Settings", "Speculated", "SpeculationStats", "Speculator"]
+
+
+class Settings(Protocol):
+    """What is read of the technique's config."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def num_speculative_tokens(self) -> int: ...
+    @property
+    def prompt_lookup_min(self) -> int: ...
+    @property
+    def prompt_lookup_max(self) -> int: ...
+    @property
+    def adaptive(self) -> bool: ...
+
+
+class Speculated(Protocol):
+    """What is read of a sequence; `draft` is written."""
+
+    draft: Draft | None
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def output_ids(self) -> Sequence[int]: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def computed(self) -> int: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def grammar(self) -> Any: ...
+
+
+class Batch(Protocol):
+    """What is read of the engine's state."""
+
+    @property
+    def running(self) -> Sequence[Speculated]: ...
+    @property
+    def waiting(self) -> Any: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+
+
+class Proposer(Protocol):
+    """A way to guess. Offers come first, so that lengths are chosen before anything costly is drafted."""
+
+    def offer(self, seq: Speculated, most: int) -> tuple[int, int]:
+        """(kind of evidence, how many tokens it could draft, at most `most`)."""
+
+    def propose(self, wanted: Sequence[tuple[Speculated, int]]) -> list[Draft | None]:
+        """Drafts of at most so many tokens; each sequence had an offer since its newest token."""
+
+    def seconds(self, sequences: int, depth: int) -> float:
+        """What `propose` takes for so many sequences and tokens each."""
+
+    def verified(self, seq: Speculated, accepted: int) -> None:
+        """How many tokens of its last draft stand."""
+
+    def forget(self, seq: Speculated) -> None:
+        """Drops a sequence's state and pages."""
+
+    def check(self) -> None:
+        """Raises IntegrityError for pages that contradict each other."""
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """Counters since the start. drafts: how many, with `proposed` tokens, `accepted` of which stand. off:
+    how often a sequence had something to propose and drafted nothing, since it would not have paid."""
+
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    off: int = 0
+
+
+class Speculator:
+    """Drafts for a batch by one method, each sequence at its own length.
+
+    times: measured costs of the target's steps. Raises NotBuiltError for a method that does not exist yet.
+    """
+
+    def __init__(self, config: Settings, executor: Executor, times: Times) -> None:
+        self._limits = executor.limits
+        self._most = config.num_speculative_tokens
+        self._proposer = _proposer(config, executor)
+        self._control = LengthControl(self._most, times, adaptive=config.adaptive)
+        self._offers: dict[int, Offer] = {}  # that the drafts under way come from
+        self.stats = SpeculationStats()
+
+    def draft(self, state: Batch) -> None:
+        """Sets the draft of every running sequence: None where it has none this step.
+
+        A draft leaves room for its sequence's limit. All together leave every running sequence a token and
+        a row, and half of what tokens remain to prefill where any waits.
+        """
+        ready: list[Speculated] = []
+        prefill = kv_tokens = 0
+        for seq in state.running:
+            seq.draft = None
+            if seq.computed < seq.length - 1:
+                prefill += seq.length - seq.computed
+            elif seq.finish_reason is None:
+                ready.append(seq)
+                kv_tokens += seq.length
+        if not ready:
+            return
+        limits, waiting = self._limits, len(state.waiting)
+        tokens = limits.max_tokens - len(state.running)
+        rows = limits.max_rows - min(state.max_num_seqs, len(state.running) + waiting)
+        room = min(rows, tokens // 2 if prefill or waiting else tokens)
+        if room <= 0:
+            return
+        offers, candidates = [], []
+        for seq in ready:
+            most = min(self._most, seq.limit - seq.length - 1)
+            if most > 0:
+                kind, most = self._proposer.offer(seq, most)
+                if most:
+                    offers.append(Offer(seq.id, kind, most))
+                    candidates.append(seq)
+        lengths = self._control.choose(
+            offers,
+            decodes=len(ready),
+            prefill=min(prefill, tokens - room) if prefill or waiting else 0,
+            kv_tokens=kv_tokens,
+            room=room,
+            drafting=self._proposer.seconds,
+        )
+        chosen = [(seq, offer, n) for seq, offer, n in zip(candidates, offers, lengths) if n]
+        self.stats.off += len(offers) - len(chosen)
+        if not chosen:
+            return
+        drafts = self._proposer.propose([(seq, n) for seq, _, n in chosen])
+        for (seq, offer, _), draft in zip(chosen, drafts):
+            if draft is not None and seq.grammar is not None:
+                draft = seq.grammar.prune(draft)
+            seq.draft = draft
+            if draft is not None:
+                self._offers[seq.id] = offer
+
+    def verified(self, seq: Speculated, drafted: int, accepted: int) -> None:
+        """Takes in what became of a draft: `accepted` of its `drafted` tokens stand."""
+        self.stats.drafts += 1
+        self.stats.proposed += drafted
+        self.stats.accepted += accepted
+        self._proposer.verified(seq, accepted)
+        self._control.verified(self._offers.pop(seq.id), drafted, accepted)
+
+    def forget(self, seq: Speculated) -> None:
+        """Drops all there is of a sequence that ended or gave way."""
+        seq.draft = None
+        self._offers.pop(seq.id, None)
+        self._control.forget(seq.id)
+        self._proposer.forget(seq)
+
+    def check(self) -> None:
+        """Raises IntegrityError where the draft's pages contradict each other."""
+        self._proposer.check()
+
+
+def _proposer(config: Settings, executor: Executor) -> Proposer:
+    if config.method == "ngram":
+        return Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
+    raise NotBuiltError(f"speculation by {config.method!r} is not built yet; 'ngram' is")

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.engine.request import SamplingParams
+from gossamer.engine.speculative_decoding.draft import Draft
+from gossamer.engine.speculative_decoding.speculator import Speculator
+from gossamer.engine.step import Sampling
+from gossamer.errors import NotBuiltError
+from gossamer.runtime.null import NullExecutor
+from tests.engine.serving import limits
+
+
+@dataclass
+class Config:
+    method: str = "ngram"
+    num_speculative_tokens: int = 4
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
+    adaptive: bool = True
+
+
+@dataclass
+class Seq:
+    """A sequence as the engine keeps it."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    output_ids: list[int] = field(default_factory=list)
+    limit: int = 1000
+    pending: int = 1
+    finish_reason: Any = None
+    grammar: Any = None
+    draft: Draft | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def computed(self) -> int:
+        return self.length - self.pending
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(SamplingParams(), self.id, self.prompt_ids, self.output_ids)
+
+
+@dataclass
+class State:
+    running: list[Seq]
+    waiting: tuple[int, ...] = ()
+    max_num_seqs: int = 8
+
+
+class Flat:
+    """Costs that hardly grow: drafting pays wherever anything is accepted."""
+
+    def predict(self, tokens: int, kv_tokens: int) -> float | None:
+        return 1.0 + 0.01 * tokens
+
+
+class Free:
+    def predict(self, tokens: int, kv_tokens: int) -> float | None:
+        return None
+
+
+def speculator(times: Any = None, config: Config | None = None, **bounds: Any) -> Speculator:
+    return Speculator(config or Config(), NullExecutor(limits(**bounds)), times or Flat())
+
+
+def quoting(id: int, **changes: Any) -> Seq:
+    return Seq(id, (1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3), **changes)
+
+
+def test_drafts_what_followed_and_counts_its_fate() -> None:
+    spec, seq = speculator(), quoting(0)
+    spec.draft(State([seq]))
+    assert seq.draft == Draft([4, 5, 6, 7])
+    seq.output_ids += [4, 5, 9]
+    spec.verified(seq, 4, 2)
+    spec.draft(State([seq]))
+    assert seq.draft is None  # nothing ends like this
+    stats = spec.stats
+    assert (stats.drafts, stats.proposed, stats.accepted, stats.off) == (1, 4, 2, 0)
+
+
+def test_only_those_ready_to_decode_draft() -> None:
+    ready, prefilling = quoting(0), quoting(1, pending=2, draft=Draft([1]))
+    ended = quoting(2, finish_reason="stop", draft=Draft([1]))
+    speculator().draft(State([ready, prefilling, ended]))
+    assert ready.draft is not None and prefilling.draft is None and ended.draft is None
+
+
+def test_a_draft_leaves_a_token_to_its_limit() -> None:
+    for left in range(1, 8):
+        seq = quoting(0, limit=11 + left)
+        speculator(Free()).draft(State([seq]))
+        assert len(seq.draft.tokens if seq.draft else ()) == min(4, left - 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ready=st.integers(1, 12),
+    prefilling=st.integers(0, 3),
+    waiting=st.integers(0, 3),
+    tokens=st.integers(12, 40),
+    rows=st.integers(12, 40),
+    known=st.booleans(),
+)
+def test_drafts_fit_the_step(
+    ready: int, prefilling: int, waiting: int, tokens: int, rows: int, known: bool
+) -> None:
+    spec = speculator(Flat() if known else Free(), max_tokens=tokens, max_rows=rows)
+    running = [quoting(i) for i in range(ready)] + [quoting(50 + i, pending=3) for i in range(prefilling)]
+    spec.draft(State(running, tuple(range(waiting)), max_num_seqs=12))
+    drafted = sum(len(seq.draft.tokens) for seq in running if seq.draft)
+    assert drafted <= max(rows - min(12, len(running) + waiting), 0)
+    left = max(tokens - len(running), 0)
+    assert drafted <= (left // 2 if waiting or prefilling else left)
+    assert drafted or left < 2 or rows <= 12 + waiting + prefilling
+
+
+def test_a_grammar_prunes_drafts() -> None:
+    class Grammar:
+        def __init__(self, keep: int) -> None:
+            self.keep = keep
+
+        def prune(self, draft: Draft) -> Draft | None:
+            return Draft(draft.tokens[: self.keep]) if self.keep else None
+
+    free, some, none = quoting(0), quoting(1, grammar=Grammar(2)), quoting(2, grammar=Grammar(0))
+    speculator(Free()).draft(State([free, some, none]))
+    assert (free.draft, some.draft, none.draft) == (Draft([4, 5, 6, 7]), Draft([4, 5]), None)
+
+
+def test_it_is_off_where_it_loses_and_says_so() -> None:
+    class Steep:
+        def predict(self, tokens: int, kv_tokens: int) -> float | None:
+            return float(tokens)
+
+    spec, seq = speculator(Steep()), quoting(0)
+    for _ in range(100):
+        spec.draft(State([seq]))
+        if seq.draft:
+            spec.verified(seq, len(seq.draft.tokens), 0)
+    assert spec.stats.off + spec.stats.drafts == 100 and spec.stats.drafts < 5
+
+
+def test_forgets_a_sequence_whose_draft_was_never_verified() -> None:
+    spec, seq = speculator(), quoting(0)
+    spec.draft(State([seq]))
+    spec.forget(seq)
+    assert seq.draft is None
+    again = Seq(0, (9, 8, 7))
+    spec.draft(State([again]))
+    assert again.draft is None
+    spec.forget(again)
+    spec.check()
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(NotBuiltError, match="'medusa' is not built"):
+        speculator(config=Config(method="medusa"))
