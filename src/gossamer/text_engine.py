@@ -89,7 +89,12 @@ class TextEngine:
         config = started.config
         batching = config.continuous_batching or config.static_batching
         assert batching is not None  # EngineConfig sees to it
-        self.engine = Engine(started.executor, batching=batching, max_num_seqs=config.max_num_seqs)
+        self.engine = Engine(
+            started.executor,
+            batching=batching,
+            max_num_seqs=config.max_num_seqs,
+            prefix_cache=config.prefix_cache,
+        )
         self.defaults: GenerationDefaults = read_generation_config(started.directory)
         self.tokenizer = _tokenizer(started)
         special = self.tokenizer.special_tokens if self.tokenizer is not None else {}

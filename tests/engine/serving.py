@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gossamer.config import ContinuousBatching
+from gossamer.config import ContinuousBatching, PrefixCache
 from gossamer.engine.batching import Batching
 from gossamer.engine.engine import Engine, Update
 from gossamer.engine.request import Request, SamplingParams
 from gossamer.engine.step import ExecutorLimits
+from gossamer.engine.structured_output import GrammarFactory
 from gossamer.runtime.null import NullExecutor
 
 VOCAB = 50
@@ -30,7 +31,15 @@ def limits(**changes: Any) -> ExecutorLimits:
 
 
 def request(
-    id: str, prompt: Iterable[int] = (1, 2, 3), *, priority: int = 0, eos: tuple[int, ...] = (), **params: Any
+    id: str,
+    prompt: Iterable[int] = (1, 2, 3),
+    *,
+    priority: int = 0,
+    eos: tuple[int, ...] = (),
+    tenant: str = "",
+    cache_salt: str = "",
+    grammar: GrammarFactory | None = None,
+    **params: Any,
 ) -> Request:
     values: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
     return Request(
@@ -39,14 +48,29 @@ def request(
         params=SamplingParams(**{**values, **params}),
         eos_ids=eos,
         priority=priority,
+        tenant=tenant,
+        cache_salt=cache_salt,
+        grammar=grammar,
     )
 
 
 def make(
-    *, batching: Batching | None = None, max_num_seqs: int = 8, choose: Any = None, **changes: Any
+    *,
+    batching: Batching | None = None,
+    max_num_seqs: int = 8,
+    choose: Any = None,
+    prefix_cache: PrefixCache | None = None,
+    speculation: Any = None,
+    **changes: Any,
 ) -> Engine:
     executor = NullExecutor(limits(**changes), choose=choose)
-    return Engine(executor, batching=batching or ContinuousBatching(), max_num_seqs=max_num_seqs)
+    return Engine(
+        executor,
+        batching=batching or ContinuousBatching(),
+        max_num_seqs=max_num_seqs,
+        prefix_cache=prefix_cache,
+        speculation=speculation,
+    )
 
 
 @dataclass
@@ -56,6 +80,7 @@ class Got:
     reason: str | None = None
     stop_reason: str | int | None = None
     times: Any = None
+    prompt_logprobs: Any = None
 
 
 class Client:
@@ -72,6 +97,7 @@ class Client:
             assert update.tokens or update.finish_reason
             got.tokens += update.tokens
             got.logprobs += update.logprobs or []
+            got.prompt_logprobs = got.prompt_logprobs or update.prompt_logprobs
             got.reason, got.stop_reason, got.times = update.finish_reason, update.stop_reason, update.times
 
     def step(self) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
-from gossamer.config import ContinuousBatching, StaticBatching
+from gossamer.config import ContinuousBatching, PrefixCache, StaticBatching
 from gossamer.engine.batching import Batching
-from gossamer.engine.engine import Engine
+from gossamer.engine.engine import Engine, Stats
 from gossamer.engine.request import Request
+from gossamer.engine.speculative_decoding.draft import Draft
+from gossamer.engine.speculative_decoding.speculator import Speculator
 from gossamer.engine.step import ExecutorLimits
 from gossamer.errors import ContextLengthError, MemoryBudgetError
 from gossamer.runtime.null import NullExecutor
-from tests.engine.serving import Client, Got, limits, request
+from tests.engine.serving import VOCAB, Client, Got, limits, request
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,47 @@ def limits_of(draw: st.DrawFn) -> ExecutorLimits:
         page_size=size,
         pages=tuple(draw(st.lists(st.integers(1, 3 if contiguous else 8), min_size=groups, max_size=groups))),
         max_model_len=context,
+        windows=tuple(draw(st.lists(st.none() | st.integers(2, 40), min_size=groups, max_size=groups))),
+        swap_pages=() if draw(st.booleans()) else (draw(st.integers(0, 6)),) * groups,
     )
+
+
+class Steps:
+    """A grammar whose outputs go up by 1 to 3 (modulo the vocabulary) and may end at multiples of 5."""
+
+    def __init__(self, ends: tuple[int, ...]) -> None:
+        self._ends, self._last, self.ended, self.error = ends, 0, False, ""
+
+    def _allows(self, last: int, token: int) -> bool:
+        return (token - last) % VOCAB in (1, 2, 3) or (token in self._ends and last % 5 == 0)
+
+    def _parent(self, draft: Draft, i: int) -> int:
+        return i - 1 if draft.parents is None else draft.parents[i]
+
+    def prune(self, draft: Draft) -> Draft | None:
+        kept: dict[int, int] = {-1: -1}
+        tokens: list[int] = []
+        for i, token in enumerate(draft.tokens):
+            parent = self._parent(draft, i)
+            last = self._last if parent < 0 else draft.tokens[parent]
+            if parent in kept and self._allows(last, token) and token not in self._ends:
+                kept[i] = len(tokens)
+                tokens.append(token)
+        parents = [kept[self._parent(draft, i)] for i in kept if i >= 0]
+        return Draft(tokens, parents) if tokens else None
+
+    def masks(self, draft: Draft | None) -> list[bytes | None]:
+        lasts = [self._last, *(draft.tokens if draft is not None else ())]
+        return [
+            sum(1 << t for t in range(VOCAB) if self._allows(last, t)).to_bytes(8, "little") for last in lasts
+        ]
+
+    def accept(self, token: int) -> None:
+        assert self._allows(self._last, token)
+        self._last = token
+
+
+PREFIX = [7, 8, 9] * 20
 
 
 @st.composite
@@ -43,14 +89,19 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     result = []
     for i in range(draw(st.integers(1, 10))):
         most = draw(st.none() | st.integers(1, 50))
+        eos = tuple(draw(st.lists(st.integers(0, 49), max_size=2)))
+        shared = draw(st.integers(0, 50))
         result.append(
             Arrival(
                 step=draw(st.integers(0, 30)),
                 request=request(
                     f"r{i}",
-                    draw(st.lists(st.integers(0, 49), min_size=1, max_size=60)),
+                    PREFIX[:shared] + draw(st.lists(st.integers(0, 49), min_size=1, max_size=60 - shared)),
                     priority=draw(st.integers(0, 2)),
-                    eos=tuple(draw(st.lists(st.integers(0, 49), max_size=2))),
+                    eos=eos,
+                    tenant=draw(st.sampled_from("ab")),
+                    cache_salt=draw(st.sampled_from(["", "salt"])),
+                    grammar=draw(st.none() | st.just(partial(Steps, eos))),
                     n=draw(st.integers(1, 3)),
                     temperature=draw(st.sampled_from([0.0, 1.0])),
                     seed=draw(st.integers(0, 2**64 - 1)),
@@ -58,6 +109,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                     min_tokens=draw(st.integers(0, most or 50)),
                     stop_token_ids=tuple(draw(st.lists(st.integers(0, 49), max_size=2))),
                     logprobs=draw(st.none() | st.integers(0, 3)),
+                    prompt_logprobs=draw(st.none() | st.integers(0, 2)),
                 ),
                 abort_after=draw(st.none() | st.integers(0, 20)),
             )
@@ -65,18 +117,69 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     return result
 
 
+class Guess(Speculator):
+    """Chains and trees of guesses, right as often as chance has it; the model is asked what it would say."""
+
+    def __init__(self, engine: Engine, alone: Mapping[tuple[str, int], Got], seed: int) -> None:
+        self._engine, self._alone, self._random = engine, alone, random.Random(seed)
+
+    def draft(self, state: Any) -> None:
+        for seq in state.running:
+            seq.draft = None
+            if seq.computed < seq.length - 1 or self._random.random() < 0.2:
+                continue
+            right = self._alone[seq.live.request.id, seq.index].tokens[len(seq.output_ids) :]
+            tree = self._random.random() < 0.5
+            tokens: list[int] = []
+            parents: list[int] = []
+            for _ in range(self._random.randint(1, 6)):
+                parent = self._random.randint(-1, len(tokens) - 1) if tree else len(tokens) - 1
+                depth, at = 0, parent
+                while at >= 0:
+                    depth, at = depth + 1, parents[at]
+                token = right[depth] if depth < len(right) and self._random.random() < 0.8 else 3
+                if any(p == parent and t == token for p, t in zip(parents, tokens)):
+                    continue
+                tokens.append(token)
+                parents.append(parent)
+            draft = Draft(tokens, parents if tree else None)
+            seq.draft = draft if seq.grammar is None else seq.grammar.prune(draft)
+
+    def verified(self, seq: Any, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted
+
+    def forget(self, seq: Any) -> None:
+        seq.draft = None
+
+    def check(self) -> None: ...
+
+
 batchings = st.one_of(
-    st.builds(ContinuousBatching, prefill_chunk=st.none() | st.integers(1, 20)),
+    st.builds(
+        ContinuousBatching,
+        prefill_chunk=st.none() | st.integers(1, 20),
+        ageing=st.sampled_from([1, 50, 1 << 16]),
+        preempt_by=st.sampled_from(["auto", "recompute", "swap"]),
+    ),
     st.builds(StaticBatching, padded=st.booleans()),
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(limits_of(), arrivals(), batchings, st.integers(1, 8))
+@settings(max_examples=200, deadline=None)
+@given(limits_of(), arrivals(), batchings, st.integers(1, 8), st.none() | st.integers(0, 99), st.booleans())
 def test_tokens_are_those_of_the_request_alone(
-    bounds: ExecutorLimits, plan: list[Arrival], batching: Batching, max_num_seqs: int
+    bounds: ExecutorLimits,
+    plan: list[Arrival],
+    batching: Batching,
+    max_num_seqs: int,
+    guesses: int | None,
+    cached: bool,
 ) -> None:
-    compare(bounds, plan, batching, max_num_seqs)
+    if isinstance(batching, StaticBatching):
+        guesses = None
+    elif batching.preempt_by == "swap" and not bounds.swap_pages:
+        batching = ContinuousBatching()
+    compare(bounds, plan, batching, max_num_seqs, guesses=guesses, cached=cached)
 
 
 @st.composite
@@ -99,33 +202,77 @@ def crowds(draw: st.DrawFn) -> list[Arrival]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(4, 40), st.integers(5, 7), crowds(), st.none() | st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(4, 40),
+    st.integers(5, 7),
+    crowds(),
+    st.none() | st.integers(1, 9),
+    st.sampled_from([None, 30, 2]),
+    st.integers(0, 7),
+    st.none() | st.integers(0, 9),
+    st.booleans(),
+)
 def test_preemption_changes_no_token(
-    max_tokens: int, pages: int, plan: list[Arrival], chunk: int | None
+    max_tokens: int,
+    pages: int,
+    plan: list[Arrival],
+    chunk: int | None,
+    window: int | None,
+    slower: int,
+    guesses: int | None,
+    cached: bool,
 ) -> None:
-    preemptions = compare(
-        limits(max_tokens=max_tokens, pages=(pages,)),
+    stats = compare(
+        limits(max_tokens=max_tokens, pages=(pages,), windows=(window,), swap_pages=(slower,)),
         plan,
-        ContinuousBatching(prefill_chunk=chunk),
+        ContinuousBatching(prefill_chunk=chunk, preempt_by="swap" if slower else "recompute"),
         max_num_seqs=4,
+        guesses=guesses,
+        cached=cached,
     )
-    target(float(preemptions))
+    target(float(stats.preemptions))
+    target(float(stats.swaps), label="swaps")
 
 
-def compare(bounds: ExecutorLimits, plan: list[Arrival], batching: Batching, max_num_seqs: int) -> int:
-    """Runs the plan, checking integrity at every step, and every request by itself; how many were
-    preempted."""
-    max_num_seqs = min(max_num_seqs, bounds.max_tokens)
-    client = Client(Engine(NullExecutor(bounds), batching=batching, max_num_seqs=max_num_seqs))
+def compare(
+    bounds: ExecutorLimits,
+    plan: list[Arrival],
+    batching: Batching,
+    max_num_seqs: int,
+    *,
+    guesses: int | None = None,
+    cached: bool = False,
+) -> Stats:
+    """Runs the plan, checking integrity at every step, and every request by itself with nothing on."""
+    expected: dict[tuple[str, int], Got] = {}
     refused = set()
+    plain = replace(bounds, pages=(100,) * len(bounds.pages), swap_pages=())
+    for a in plan:
+        try:
+            bare = Engine(NullExecutor(bounds), batching=ContinuousBatching(), max_num_seqs=1)
+            bare.submit(a.request)
+        except (ContextLengthError, MemoryBudgetError):
+            refused.add(a.request.id)
+            continue
+        limit = min(bounds.max_model_len, min(bounds.pages) * bounds.page_size)
+        roomy = replace(plain, max_model_len=limit)
+        by_itself = Client(Engine(NullExecutor(roomy), batching=ContinuousBatching(), max_num_seqs=1))
+        expected.update(by_itself.run(a.request))
+
+    engine = Engine(
+        NullExecutor(bounds),
+        batching=batching,
+        max_num_seqs=min(max_num_seqs, bounds.max_tokens),
+        prefix_cache=PrefixCache() if cached else None,
+    )
+    if guesses is not None:
+        engine._speculator = Guess(engine, expected, guesses)
+    client = Client(engine)
     for step in range(5000):
         for a in plan:
-            if a.step == step:
-                try:
-                    client.engine.submit(a.request)
-                except (ContextLengthError, MemoryBudgetError):
-                    refused.add(a.request.id)
+            if a.step == step and a.request.id not in refused:
+                client.engine.submit(a.request)
             if a.abort_after is not None and a.step + a.abort_after == step:
                 client.take(client.engine.abort(a.request.id))
                 client.engine.check()
@@ -134,12 +281,6 @@ def compare(bounds: ExecutorLimits, plan: list[Arrival], batching: Batching, max
             break
     assert not client.engine.has_work()
     assert client.engine.kv_usage == 0
-
-    expected: dict[tuple[str, int], Got] = {}
-    for a in plan:
-        if a.request.id not in refused:
-            by_itself = Client(Engine(NullExecutor(bounds), batching=ContinuousBatching(), max_num_seqs=1))
-            expected.update(by_itself.run(a.request))
     assert client.got.keys() == expected.keys()
     for key, got in client.got.items():
         want = expected[key]
@@ -148,4 +289,5 @@ def compare(bounds: ExecutorLimits, plan: list[Arrival], batching: Batching, max
         else:
             assert (got.tokens, got.reason, got.stop_reason) == (want.tokens, want.reason, want.stop_reason)
             assert got.logprobs == want.logprobs
-    return client.engine.stats().preemptions
+            assert got.prompt_logprobs == want.prompt_logprobs
+    return client.engine.stats()

@@ -32,11 +32,12 @@ def run(executor: NullExecutor, *spans: Span, **rest: Any) -> list[list[Any]]:
         ((span(tokens=range(40), tables=([0, 1, 2],)),), "40 tokens, at most 32"),
         ((span(i, (1,)) for i in range(33)), "33 spans"),
         ((span(), span()), "two spans"),
-        ((span(0), span(1, tables=([0],))), "sequences 0 and 1 write page 0"),
-        ((span(start=1),), "starts at slot 1, 0 are filled"),
+        ((span(0), span(1, tables=([0],))), "writes page 0 of group 0, that .1. hold"),
+        ((span(start=1),), "not its own at slot 0"),
         ((span(tokens=(1, 50)),), "token 50"),
         ((span(tokens=(LastSampled(0),)),), "has none"),
-        ((span(parents=(-1, 0, 0)),), "tree"),
+        ((span(parents=(-1, 2, 0)),), "no tree"),
+        ((span(tokens=(1,), parents=(-1, 0)),), "no tree"),
         ((span(rows=(2,)),), "no sampling"),
         ((span(rows=(3,), sampling=sampling([1, 2, 3])),), "outside"),
         ((span(rows=(2, 1), sampling=sampling([1, 2, 3])),), "out of order"),
@@ -56,8 +57,8 @@ def test_reading_what_another_wrote_is_found() -> None:
     executor = NullExecutor(limits())
     run(executor, span(0))
     run(executor, span(1, (1, 2, 4), tables=([0],)))
-    with pytest.raises(ContractError, match="not its own slots 0 to 2"):
-        run(executor, span(0, (5,), 3))
+    with pytest.raises(ContractError, match="does not see its history"):
+        run(executor, span(0, (5,), 3, (0,), sampling=sampling([1, 2, 3, 5])))
 
 
 def test_reading_the_same_tokens_after_other_ones_is_found() -> None:
@@ -91,13 +92,60 @@ def test_the_last_sampled_token_may_be_an_input() -> None:
 
 
 def test_kv_moves_take_the_contents_along() -> None:
-    executor = NullExecutor(limits())
+    executor = NullExecutor(limits(swap_pages=(1,)))
     run(executor, span(0))
     executor.submit(StepPlan((), kv_ops=(KVOp("copy", 0, 0, 5, 3),)))
     run(executor, span(0, (4,), 3, tables=([5],)))
     executor.submit(StepPlan((), kv_ops=(KVOp("out", 0, 5, 0, 4),)))
     run(executor, span(1, (9, 9, 9, 9), tables=([5],)))
-    run(executor, span(0, (5,), 4, tables=([6],)), kv_ops=(KVOp("in", 0, 0, 6, 4),))
+    after = span(0, (5,), 4, (0,), sampling=sampling([1, 2, 3, 4, 5]), tables=([6],))
+    run(executor, after, kv_ops=(KVOp("in", 0, 0, 6, 16),))
+    for op in (KVOp("in", 0, 0, 6, 16), KVOp("out", 0, 6, 1, 16), KVOp("copy", 0, 6, 6, 1, 0, 1)):
+        with pytest.raises(ContractError):
+            run(executor, after, kv_ops=(op,))
+
+
+def test_each_row_of_a_tree_sees_its_own_path() -> None:
+    executor = NullExecutor(limits())
+    rows = run(
+        executor,
+        span(0, (1, 2, 3, 4), rows=(0, 1, 2, 3), sampling=sampling([1]), parents=(-1, 0, 0, 2)),
+    )[0]
+    chain = NullExecutor(limits())
+    assert [rows[i] for i in (0, 2, 3)] == run(
+        chain, span(0, (1, 3, 4), rows=(0, 1, 2), sampling=sampling([1]))
+    )[0]
+    compacted = (KVOp("copy", 0, 0, 0, 1, 2, 1), KVOp("copy", 0, 0, 0, 1, 3, 2))
+    run(executor, span(0, (9,), 3, (0,), sampling=sampling([1], [3, 4, 9])), kv_ops=compacted)
+
+
+def test_a_draft_program_has_pages_of_its_own_and_agrees_sometimes() -> None:
+    executor = NullExecutor(limits(), draft_limits=limits(pages=(2,)), draft_agrees=0.5)
+    assert executor.draft_limits is not None
+    same = 0
+    for i in range(100):
+        both = [
+            run(executor, span(tokens=(i % 50, 2), rows=(1,), sampling=sampling([i % 50, 2])), program=p)[0][
+                0
+            ]
+            for p in ("target", "draft")
+        ]
+        same += both[0] == both[1]
+    assert 20 < same < 80
+    with pytest.raises(ContractError, match="does not exist"):
+        run(NullExecutor(limits()), span(), program="draft")
+
+
+def test_targets_and_masks() -> None:
+    executor = NullExecutor(limits())
+    scored = sampling([1, 2, 3])
+    scored.params = SamplingParams(temperature=0, prompt_logprobs=1)
+    rows = run(executor, span(rows=(0, 1, 2), targets=(2, 3, -1), sampling=scored))[0]
+    assert [row.token for row in rows[:2]] == [2, 3] and rows[0].logprob is not None
+    only = sampling([1, 2, 3], masks=[(1 << 7).to_bytes(8, "little")])
+    assert run(executor, span(rows=(2,), sampling=only))[0][0].token == 7
+    none = sampling([1, 2, 3], masks=[bytes(8)])
+    assert run(executor, span(rows=(2,), sampling=none))[0][0].bad == "empty"
 
 
 def test_banned_ids_ends_bad_rows_and_handles() -> None:

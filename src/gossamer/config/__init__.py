@@ -12,6 +12,7 @@ from gossamer.config.mixed_precision import MixedPrecision
 from gossamer.config.operator_fusion import OperatorFusion
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
+from gossamer.config.prefix_cache import PrefixCache
 from gossamer.config.quantization import Quantization
 from gossamer.config.static_batching import StaticBatching
 
@@ -25,6 +26,7 @@ __all__ = [
     "OperatorFusion",
     "PagedAttention",
     "ParallelComputing",
+    "PrefixCache",
     "Quantization",
     "StaticBatching",
 ]

@@ -13,6 +13,7 @@ from gossamer.config.mixed_precision import MixedPrecision
 from gossamer.config.operator_fusion import OperatorFusion
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
+from gossamer.config.prefix_cache import PrefixCache
 from gossamer.config.quantization import Quantization
 from gossamer.config.static_batching import StaticBatching
 from gossamer.config.weight_formats import WeightFormats, weight_formats
@@ -50,6 +51,7 @@ class EngineConfig:
     operator_fusion: OperatorFusion | None = field(default_factory=OperatorFusion)
     layer_fusion: LayerFusion | None = field(default_factory=LayerFusion)
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
+    prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)
     memory_reuse: MemoryReuse | None = field(default_factory=MemoryReuse)
     hardware_kernels: HardwareKernels | None = field(default_factory=HardwareKernels)
     parallel_computing: ParallelComputing | None = field(default_factory=ParallelComputing)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from gossamer.config import PrefixCache
 from gossamer.engine.batching import Batching, policy_of
-from gossamer.engine.pages import IntegrityError
+from gossamer.engine.batching.budget import Budget, FixedBudget
+from gossamer.engine.pages import RELEASED, IntegrityError
 from gossamer.engine.request import FinishReason, Request, TokenLogprob
 from gossamer.engine.sampling import check_ids, end_ids, fresh_seed, sequence_seed
 from gossamer.engine.sequence import Live, Sequence
+from gossamer.engine.speculative_decoding.speculator import Settings, Speculator
+from gossamer.engine.speculative_decoding.verify import accepted_path
 from gossamer.engine.state import State
-from gossamer.engine.step import Executor, RowResult, StepPlan, StepResult
+from gossamer.engine.step import Executor, KVOp, RowResult, Span, StepPlan, StepResult
 from gossamer.errors import ConfigError, ContextLengthError, MemoryBudgetError, RequestError
 
 __all__ = ["Engine", "Stats", "Update"]
@@ -27,7 +31,9 @@ class Update:
 
     logprobs: one per token, or None where none were asked for. stop_reason: the stop token or string; for
     "error" what was wrong ("nan", "empty", "executor"). times: the request's, live, in seconds of the
-    engine's clock ("arrival", "first_scheduled", "first_token", "finished").
+    engine's clock ("arrival", "first_scheduled", "first_token", "finished"). cached: tokens of the prompt
+    that the prefix cache had. prompt_logprobs: of the prompt's tokens after the first, where asked for, with
+    the first tokens of output 0.
     """
 
     request_id: str
@@ -37,13 +43,17 @@ class Update:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     times: Mapping[str, float]
+    cached: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Gauges in sequences; kv_usage: part of the pages held, kv_filled: part of the held slots that have
     keys and values (both 0 to 1). Counters since the start: prompt tokens of sequences that got their first
-    token, output tokens, tokens computed (with recomputation and padding), steps, preemptions."""
+    token, output tokens, tokens computed (with recomputation, padding and drafts), steps, preemptions and how
+    many of those kept their pages on the slower tier; prefix_queries, prefix_hits: tokens of prompts looked
+    up in the prefix cache and found; drafted, accepted: tokens of drafts verified, and those that stood."""
 
     running: int
     waiting: int
@@ -54,13 +64,20 @@ class Stats:
     computed_tokens: int
     steps: int
     preemptions: int
+    swaps: int
+    prefix_queries: int
+    prefix_hits: int
+    drafted: int
+    accepted: int
 
 
 class Engine:
     """Serves requests on an executor, batched by a policy.
 
-    max_num_seqs: most sequences running at once. Raises ConfigError where a step of the executor cannot
-    hold them, MemoryBudgetError where there are no pages.
+    max_num_seqs: most sequences running at once. prefix_cache: prompts use pages of earlier ones; without it
+    only the outputs of one request share their prompt's. budget: how much a step may hold (default: what the
+    executor can). Raises ConfigError where a step of the executor cannot hold max_num_seqs sequences or the
+    preemption asked for needs a slower tier, MemoryBudgetError where there are no pages.
     """
 
     def __init__(
@@ -69,6 +86,9 @@ class Engine:
         *,
         batching: Batching,
         max_num_seqs: int,
+        prefix_cache: PrefixCache | None = None,
+        speculation: Settings | None = None,
+        budget: Budget | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = executor.limits
@@ -81,14 +101,26 @@ class Engine:
         if min(limits.pages) < 1:
             raise MemoryBudgetError("the KV pool has no page; give it more memory (kv_bytes)")
         self._executor = executor
-        self._policy = policy_of(batching)
-        self._state = State(limits, max_num_seqs)
+        self._budget = FixedBudget() if budget is None else budget
+        self._policy = policy_of(batching, self._budget)
+        self._state = State(
+            limits,
+            max_num_seqs,
+            shares=limits.page_size < limits.max_model_len,
+            ageing=getattr(batching, "ageing", 0),
+            preempt_by=getattr(batching, "preempt_by", "recompute"),
+        )
+        self._caches = prefix_cache is not None
+        self._speculator = (
+            None if speculation is None else Speculator(speculation, executor, self._state.times)
+        )
         self._context = min(limits.max_model_len, self._state.kv.capacity)
         self._clock = clock
         self._live: dict[str, Live] = {}
         self._undelivered: list[Update] = []
         self._arrivals = self._sequences = 0
         self._prompt_tokens = self._output_tokens = self._computed_tokens = self._steps = 0
+        self._drafted = self._accepted = 0
 
     # -- requests in and out ------------------------------------------------------------------------
 
@@ -117,20 +149,31 @@ class Engine:
         limit = self._context if params.max_tokens is None else min(self._context, prompt + params.max_tokens)
         seed = fresh_seed() if params.seed is None else params.seed
         live = self._live[request.id] = Live(request, end_ids(request, state.limits.vocab), self._clock())
+        place = state.turns.take(request, limit - prompt)
+        salt = self._salt(request)
         for index in range(params.n):
             seq = Sequence(
                 id=self._sequences,
                 live=live,
                 index=index,
-                rank=(request.priority, self._arrivals, index),
+                rank=(place, self._arrivals, index),
                 limit=limit,
                 seed=sequence_seed(seed, index),
                 tables=state.kv.new_tables(),
+                prefixes=None if salt is None else state.prefixes(salt),
             )
             self._sequences += 1
             live.sequences.append(seq)
             state.enqueue(seq)
         self._arrivals += 1
+
+    def _salt(self, request: Request) -> str | None:
+        """Who may share a request's pages: those of the same salt; None: nobody."""
+        if not self._state.shares:
+            return None
+        if self._caches:
+            return f"{len(request.tenant)} {request.tenant}{request.cache_salt}"
+        return None if request.params.n == 1 else f"{self._arrivals}"
 
     def abort(self, request_id: str) -> list[Update]:
         """Ends a request in any phase; its pages are free on return. The last updates of its unfinished
@@ -163,79 +206,192 @@ class Engine:
         updates, self._undelivered = self._undelivered, []
         if not self._live:
             return updates
-        self._state.now = self._clock()
-        plan = self._policy.plan(self._state)
+        state = self._state
+        began = state.now = self._clock()
+        if self._speculator is not None:
+            self._speculator.draft(state)
+        plan = self._policy.plan(state)
+        while state.gave_way:
+            seq = state.gave_way.pop()
+            if self._speculator is not None:
+                self._speculator.forget(seq)
         if not plan.spans:
             raise IntegrityError("requests wait, but the policy plans nothing")
+        moving: set[int] = set()
+        if state.kv_ops:
+            plan = replace(plan, kv_ops=tuple(state.kv_ops))
+            moving, state.moving = state.moving, set()
+            state.kv_ops.clear()
         try:
+            submitted = self._clock()
             result = self._executor.collect(self._executor.submit(plan))
             if len(result.rows) != len(plan.spans):
                 raise IntegrityError(f"{len(plan.spans)} spans were submitted, {len(result.rows)} came back")
         except BaseException:
-            self._undelivered = updates + self._fail(plan)
+            self._undelivered = updates + self._fail(plan, moving)
             raise
-        updates += self._commit(plan, result)
+        now = self._clock()
+        self._learn(plan, result, now - submitted, now - began)
+        updates += self._commit(plan, result, now)
         return updates
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
+    def _learn(self, plan: StepPlan, result: StepResult, executed: float, took: float) -> None:
+        """What the step cost, for those who plan by it."""
+        tokens = kv_tokens = pairs = rows = 0
+        for span in plan.spans:
+            count, start = len(span.tokens), span.start
+            tokens += count
+            kv_tokens += start + count
+            pairs += start + 1 if count == 1 else count * start + count * (count + 1) // 2
+            rows += len(span.rows)
+        times = self._state.times
+        if plan.kv_ops:
+            moved = sum(op.kind != "copy" for op in plan.kv_ops)
+            times.observe_swap(moved, result.move_seconds)
+            executed -= result.move_seconds
+        times.observe(tokens, kv_tokens, executed, rows=rows, pairs=pairs)
+        self._budget.observe(tokens, kv_tokens, took)
+        self._computed_tokens += tokens
+
+    def _commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Update]:
         """Takes a step's tokens in."""
         updates: list[Update] = []
-        sequences, now = self._state.sequences, self._clock()
+        state = self._state
+        sequences, windowed = state.sequences, state.kv.windowed
         self._steps += 1
         for span, rows in zip(plan.spans, result.rows):
             stop = span.start + len(span.tokens)
-            self._computed_tokens += stop - span.start
             seq = sequences.get(span.sequence)
             if seq is None:  # released since, with the rest of a padded batch
                 continue
             if rows and seq.finish_reason is None:
-                updates.append(self._append(seq, rows, now))
+                update = self._take(seq, span, rows, now)
+                if update is not None:
+                    updates.append(update)
             elif rows and not rows[0].bad and seq.length < seq.capacity:
                 seq.append(rows[0].token)  # a finished row of a padded batch computes on, for nobody
-            seq.computed = min(stop, seq.length - 1) if seq.capacity else 0
+            if not seq.capacity:
+                continue
+            computed = min(stop, seq.length - 1)
+            seq.computed = computed
+            if computed >= seq.next_block:
+                state.publish(seq)
+            if windowed:
+                state.kv.trim(seq.tables, computed)
         return updates
+
+    def _take(self, seq: Sequence, span: Span, rows: list[RowResult], now: float) -> Update | None:
+        """What a span's rows mean for its sequence; None where they were the prompt's scores alone."""
+        if span.targets:
+            rows = self._score(seq, span, rows)
+            if not rows:
+                return None
+        draft = seq.draft
+        if draft is None:
+            return self._append(seq, rows, now)
+        seq.draft = None
+        path = accepted_path(draft, rows)
+        before = len(seq.output_ids)
+        update = self._append(seq, [rows[offset] for offset in path], now)
+        taken = len(seq.output_ids) - before
+        drafted, accepted = len(draft.tokens), max(taken - 1, 0)
+        self._drafted += drafted
+        self._accepted += accepted
+        if seq.finish_reason is None:
+            if draft.parents is not None:
+                self._compact(seq, span.start, path[:taken])
+            assert self._speculator is not None
+            self._speculator.verified(seq, drafted, accepted)
+        return update
+
+    def _score(self, seq: Sequence, span: Span, rows: list[RowResult]) -> list[RowResult]:
+        """Takes the log-probabilities of a prompt's tokens; the rows that are left sample."""
+        scores = seq.live.scores
+        assert scores is not None
+        for row, target in zip(rows, span.targets):
+            if target < 0 or row.bad:
+                break
+            assert row.logprob is not None
+            scores.append(row.logprob)
+        else:
+            return []
+        return rows[-1:] if target < 0 else [row]
+
+    def _compact(self, seq: Sequence, start: int, path: list[int]) -> None:
+        """Brings keys and values of a tree's path together; `path` names slots from `start` on."""
+        size = self._state.kv.page_size
+        for index, offset in enumerate(path):
+            if offset != index:
+                source, target = start + offset, start + index
+                for group, table in enumerate(seq.tables):
+                    op = KVOp(
+                        "copy",
+                        group,
+                        table[source // size],
+                        table[target // size],
+                        1,
+                        source % size,
+                        target % size,
+                    )
+                    self._state.kv_ops.append(op)
+                self._state.moving.add(seq.id)
 
     def _append(self, seq: Sequence, rows: list[RowResult], now: float) -> Update:
         """Appends a sequence's rows up to its end."""
         live = seq.live
         tokens: list[int] = []
         logprobs: list[TokenLogprob] | None = None if live.request.params.logprobs is None else []
+        update = Update(live.request.id, seq.index, tokens, logprobs, None, None, live.times, live.cached)
         if not seq.output_ids and not rows[0].bad:
             live.times.setdefault("first_token", now)
             self._prompt_tokens += len(seq.prompt_ids)
-        update = Update(live.request.id, seq.index, tokens, logprobs, None, None, live.times)
+            if seq.index == 0:
+                update.prompt_logprobs = live.scores
+        grammar = seq.grammar
         for row in rows:
             if row.bad:
-                self._close(seq, update, "error", row.bad, now)
+                why = row.bad if grammar is None or not grammar.error else grammar.error
+                self._close(seq, update, "error", why, now)
                 break
-            seq.append(row.token)
-            tokens.append(row.token)
+            token = row.token
+            seq.append(token)
+            tokens.append(token)
             if logprobs is not None and row.logprob is not None:
                 logprobs.append(row.logprob)
-            if row.token in live.ends:
-                self._close(seq, update, "stop", live.ends[row.token], now)
+            if token in live.ends:
+                self._close(seq, update, "stop", live.ends[token], now)
                 break
             if seq.length >= seq.limit:
                 self._close(seq, update, "length", None, now)
                 break
+            if grammar is not None:
+                grammar.accept(token)
+                if grammar.ended:
+                    self._close(seq, update, "stop", None, now)
+                    break
         self._output_tokens += len(tokens)
         return update
 
-    def _fail(self, plan: StepPlan) -> list[Update]:
+    def _fail(self, plan: StepPlan, moving: set[int]) -> list[Update]:
         """Ends the sequences of a step that the executor could not do: what their pages hold is unknown."""
         updates: list[Update] = []
-        for span in plan.spans:
-            seq = self._state.sequences.get(span.sequence)
+        for name in {span.sequence: None for span in plan.spans} | dict.fromkeys(moving):
+            seq = self._state.sequences.get(name)
+            if seq is not None:
+                seq.prefixes = None
             if seq is not None and seq.finish_reason is None:
                 updates.append(self._end(seq, "error", "executor"))
             elif seq is not None:
                 self._state.release(seq)
+        if self._state.prefix is not None:
+            self._state.prefix.clear()
         return updates
 
     def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> Update:
         """Ends a sequence outside the flow of tokens."""
         logprobs: list[TokenLogprob] | None = None if seq.live.request.params.logprobs is None else []
-        update = Update(seq.live.request.id, seq.index, [], logprobs, None, None, seq.live.times)
+        live = seq.live
+        update = Update(live.request.id, seq.index, [], logprobs, None, None, live.times, live.cached)
         self._close(seq, update, reason, stop_reason, self._clock())
         return update
 
@@ -244,7 +400,10 @@ class Engine:
     ) -> None:
         seq.finish_reason = update.finish_reason = reason
         update.stop_reason = stop_reason
+        if self._speculator is not None:
+            self._speculator.forget(seq)
         self._policy.finished(self._state, seq)
+        self._state.turns.ended(len(seq.output_ids))
         live = seq.live
         live.unfinished -= 1
         if not live.unfinished:
@@ -261,8 +420,7 @@ class Engine:
     def stats(self) -> Stats:
         """Gauges and counters of this moment."""
         state = self._state
-        held = sum(len(table) for seq in state.running for table in seq.tables) * state.kv.page_size
-        filled = sum(seq.computed for seq in state.running) * len(state.kv.pools)
+        held, filled = self._slots()
         return Stats(
             running=len(state.running),
             waiting=len(state.waiting),
@@ -273,12 +431,32 @@ class Engine:
             computed_tokens=self._computed_tokens,
             steps=self._steps,
             preemptions=state.preemptions,
+            swaps=state.swaps,
+            prefix_queries=0 if state.prefix is None else state.prefix.queries,
+            prefix_hits=0 if state.prefix is None else state.prefix.hits,
+            drafted=self._drafted,
+            accepted=self._accepted,
         )
+
+    def _slots(self) -> tuple[int, int]:
+        """Slots in the pages that running sequences hold, each page once, and those with keys and values."""
+        size = self._state.kv.page_size
+        held: set[tuple[int, int]] = set()
+        filled = 0
+        for seq in self._state.running:
+            for group, table in enumerate(seq.tables):
+                for i, page in enumerate(table):
+                    if page != RELEASED and (group, page) not in held:
+                        held.add((group, page))
+                        filled += min(max(seq.computed - i * size, 0), size)
+        return len(held) * size, filled
 
     def check(self) -> None:
         """Proves the engine's integrity: every page counted once per holder, none leaked, tables long
         enough, queues in order. Raises IntegrityError; costs time in proportion to pages and sequences."""
         self._state.check()
+        if self._speculator is not None:
+            self._speculator.check()
         unfinished = {s.id for live in self._live.values() for s in live.sequences if s.finish_reason is None}
         kept = {seq.id for seq in self._state.sequences.values() if seq.finish_reason is None}
         if unfinished != kept:

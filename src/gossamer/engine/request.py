@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gossamer.errors import RequestError
+
+if TYPE_CHECKING:
+    from gossamer.engine.structured_output import GrammarFactory
 
 __all__ = [
     "Completion",
@@ -52,6 +55,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -87,6 +91,7 @@ _WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "max_tokens": (1, 2**31 - 1, True),
     "min_tokens": (0, 2**31 - 1, False),
     "logprobs": (0, MAX_LOGPROBS, True),
+    "prompt_logprobs": (0, MAX_LOGPROBS, True),
     "seed": (-(2**63), 2**64 - 1, True),
 }
 
@@ -160,7 +165,9 @@ def _short(value: object) -> str:
 class Request:
     """One prompt for the engine. Tokens only: text is the business of the rooms around it.
 
-    eos_ids end the output unless ignore_eos. priority: lower runs first. tenant salts shared state.
+    eos_ids end the output unless ignore_eos. priority: lower runs first. tenant: whose it is; tenants share
+    the machine evenly, and nothing else. cache_salt: requests of other salts share no keys and values with
+    it. grammar: makes what restrains each output.
     """
 
     id: str
@@ -169,6 +176,8 @@ class Request:
     eos_ids: tuple[int, ...] = ()
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
+    grammar: GrammarFactory | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ row can see, so that a request's tokens are the same under any schedule that fee
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from gossamer.engine.request import TokenLogprob
@@ -13,6 +13,8 @@ from gossamer.engine.step import (
     Handle,
     KVOp,
     LastSampled,
+    Mask,
+    ProgramName,
     RowResult,
     Sampling,
     Span,
@@ -26,6 +28,7 @@ Choose = Callable[[Sampling, int], int | str]
 
 _MASK = 2**64 - 1
 _EMPTY = 0x9E3779B97F4A7C15  # hash of no tokens
+_BLANK = (0, 0)
 
 
 class ContractError(Exception):
@@ -42,12 +45,76 @@ def end_after(eos: int, tokens: int) -> Choose:
     return choose
 
 
+class _Memory:
+    """A program's pages. A slot holds what its keys and values depend on: the hash of all tokens before it,
+    and that of those with its own."""
+
+    def __init__(self, limits: ExecutorLimits) -> None:
+        self.limits = limits
+        self.pages = [[[_BLANK] * limits.page_size for _ in range(pages)] for pages in limits.pages]
+        self._slower: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def move(self, op: KVOp) -> None:
+        limits = self.limits
+        pages, size = self.pages[op.group], limits.page_size
+        if op.kind == "copy":
+            _require(
+                0 <= op.tokens <= size - max(op.source_slot, op.target_slot)
+                and (op.source != op.target or op.source_slot > op.target_slot),
+                f"{op} is not within a page, or upwards in one",
+            )
+            taken = pages[op.source][op.source_slot : op.source_slot + op.tokens]
+            pages[op.target][op.target_slot : op.target_slot + op.tokens] = taken
+            return
+        slots = (limits.swap_pages or (0,) * len(limits.pages))[op.group]
+        slot = op.target if op.kind == "out" else op.source
+        _require(0 <= slot < slots, f"{op} is for slot {slot} of a slower tier of {slots}")
+        if op.kind == "out":
+            self._slower[op.group, slot] = list(pages[op.source])
+        else:
+            _require((op.group, slot) in self._slower, f"{op} reads a slot that holds nothing")
+            pages[op.target][:] = self._slower.pop((op.group, slot))
+
+    def before(self, span: Span) -> int:
+        """The hash of all tokens before a span, after proving that what it would read is one sequence."""
+        size, start = self.limits.page_size, span.start
+        result = _EMPTY
+        for group, (table, window) in enumerate(zip(span.tables, self.limits.windows)):
+            seen = 0 if window is None else max(0, start - window + 1)
+            state: int | None = _EMPTY if seen == 0 else None
+            for slot in range(seen, start):
+                before, own = self.pages[group][table[slot // size]][slot % size]
+                if state is not None and before != state:
+                    raise ContractError(
+                        f"sequence {span.sequence} would read page {table[slot // size]} of group {group}, "
+                        f"which is not its own at slot {slot}"
+                    )
+                state = own
+            if state is not None:
+                result = state
+        return result
+
+    def write(self, span: Span, tokens: Sequence[int]) -> list[int]:
+        """Puts a span's tokens into its pages; the hash up to each."""
+        size, hashes = self.limits.page_size, list[int]()
+        start = self.before(span)
+        for i, token in enumerate(tokens):
+            parent = i - 1 if span.parents is None else span.parents[i]
+            before = start if parent < 0 else hashes[parent]
+            hashes.append(_mix(before ^ token))
+            slot = span.start + i
+            for group, table in enumerate(span.tables):
+                self.pages[group][table[slot // size]][slot % size] = (before, hashes[-1])
+        return hashes
+
+
 class NullExecutor:
     """choose: given a row's sampling and the token drawn, the token to take or, as a string, why it is bad.
-    cost: seconds that a plan takes; slept in `collect`.
+    cost: seconds that a plan takes; slept in `collect`. draft_limits: of a program "draft", which draws what
+    the target draws in `draft_agrees` of all cases.
 
-    Shadow memory holds for every slot of every page a hash of the tokens up to there, as keys and values
-    depend on them; what a span would read must be its own sequence's. Raises ContractError from `submit`.
+    Shadow memory holds for every slot of every page what keys and values depend on: all tokens up to there.
+    What a sampled row reads must be its own sequence's history. Raises ContractError from `submit`.
     """
 
     def __init__(
@@ -56,14 +123,15 @@ class NullExecutor:
         *,
         choose: Choose | None = None,
         cost: Callable[[StepPlan], float] | None = None,
+        draft_limits: ExecutorLimits | None = None,
+        draft_agrees: float = 0.7,
     ) -> None:
-        self._limits = limits
         self._choose = choose
         self._cost = cost
-        self._pages = [[[0] * limits.page_size for _ in range(pages)] for pages in limits.pages]
-        self._slower: dict[tuple[int, int], list[int]] = {}
-        self._tokens: dict[int, list[int]] = {}  # per sequence, by slot
-        self._hashes: dict[int, list[int]] = {}
+        self._memory: dict[ProgramName, _Memory] = {"target": _Memory(limits)}
+        if draft_limits is not None:
+            self._memory["draft"] = _Memory(draft_limits)
+        self._agrees = draft_agrees
         self._sampled: dict[int, int] = {}
         self._results: dict[Handle, tuple[StepResult, float]] = {}
         self._handles = count()
@@ -71,21 +139,24 @@ class NullExecutor:
     @property
     def limits(self) -> ExecutorLimits:
         """As given."""
-        return self._limits
+        return self._memory["target"].limits
 
     @property
     def draft_limits(self) -> ExecutorLimits | None:
-        """None: it has no draft."""
-        return None
+        """As given."""
+        return self._memory["draft"].limits if "draft" in self._memory else None
 
     def submit(self, plan: StepPlan) -> Handle:
         """Checks and computes the plan."""
-        self._check_plan(plan)
+        _require(plan.program in self._memory, f"program {plan.program!r} does not exist")
+        memory = self._memory[plan.program]
+        self._check_plan(plan, memory.limits)
         for op in plan.kv_ops:
-            self._move(op)
-        for span in plan.spans:  # all writes first: the spans of a step read nothing of each other
-            self._write(span)
-        rows = [self._sample(span) for span in plan.spans]
+            memory.move(op)
+        # All writes first: the spans of a step read nothing of each other.
+        tokens = [self._known(span) for span in plan.spans]
+        hashes = [memory.write(span, known) for span, known in zip(plan.spans, tokens)]
+        rows = [self._sample(plan.program, *of) for of in zip(plan.spans, tokens, hashes)]
         seconds = self._cost(plan) if self._cost else 0.0
         handle = next(self._handles)
         self._results[handle] = StepResult(rows, seconds), seconds
@@ -103,14 +174,10 @@ class NullExecutor:
     def close(self) -> None:
         """Forgets everything."""
         self._results.clear()
-        self._tokens.clear()
-        self._hashes.clear()
 
     # -- the contract -----------------------------------------------------------------------------
 
-    def _check_plan(self, plan: StepPlan) -> None:
-        limits = self._limits
-        _require(plan.program == "target", f"program {plan.program!r} does not exist")
+    def _check_plan(self, plan: StepPlan, limits: ExecutorLimits) -> None:
         _require(bool(plan.spans or plan.kv_ops), "a plan of nothing")
         for name, value, most in (
             ("spans", len(plan.spans), limits.max_spans),
@@ -120,105 +187,134 @@ class NullExecutor:
             _require(value <= most, f"{value} {name}, at most {most} are allowed")
         sequences = [span.sequence for span in plan.spans]
         _require(len(set(sequences)) == len(sequences), "two spans of one sequence in a step")
-        written: dict[tuple[int, int], int] = {}
+        users: dict[tuple[int, int], set[int]] = {}
         for span in plan.spans:
-            self._check_span(span)
+            self._check_span(span, limits)
+            for group, table in enumerate(span.tables):
+                for page in table:
+                    users.setdefault((group, page), set()).add(span.sequence)
+        for span in plan.spans:
             first = span.start // limits.page_size
             last = (span.start + len(span.tokens) - 1) // limits.page_size
             for group, table in enumerate(span.tables):
                 for page in table[first : last + 1]:
-                    owner = written.setdefault((group, page), span.sequence)
+                    others = users[group, page] - {span.sequence}
                     _require(
-                        owner == span.sequence,
-                        f"sequences {owner} and {span.sequence} write page {page} of group {group}",
+                        not others,
+                        f"sequence {span.sequence} writes page {page} of group {group}, that {others} hold",
                     )
 
-    def _check_span(self, span: Span) -> None:
-        limits, stop = self._limits, span.start + len(span.tokens)
+    def _check_span(self, span: Span, limits: ExecutorLimits) -> None:
+        stop = span.start + len(span.tokens)
         name = f"span of sequence {span.sequence}"
         _require(len(span.tokens) > 0, f"{name} is empty")
         _require(span.start >= 0 and stop <= limits.max_model_len, f"{name} ends at slot {stop}")
-        held = len(self._tokens.get(span.sequence, ()))
-        _require(span.start <= held, f"{name} starts at slot {span.start}, {held} are filled")
         for token in span.tokens:
             if isinstance(token, LastSampled):
                 _require(token.sequence in self._sampled, f"{name} has {token}, which has none")
             elif not 0 <= token < limits.vocab:
                 raise ContractError(f"{name} has token {token} of a vocabulary of {limits.vocab}")
-        _require(span.parents is None, f"{name} is a tree")
+        if span.parents is not None:
+            fits = len(span.parents) == len(span.tokens) and span.parents[0] == -1
+            fits = fits and all(-1 <= parent < i for i, parent in enumerate(span.parents))
+            _require(fits, f"{name} is no tree: {span.parents}")
         rows = list(span.rows)
         _require(rows == sorted(set(rows)), f"{name} has rows {rows} out of order")
         _require(all(0 <= row < len(span.tokens) for row in rows), f"{name} has rows {rows} outside it")
         _require(not rows or span.sampling is not None, f"{name} has rows but no sampling")
+        _require(len(span.targets) in (0, len(rows)), f"{name} has {len(span.targets)} targets")
+        if span.sampling is not None:
+            masks = len(span.sampling.masks)
+            _require(not rows or masks in (0, len(rows)), f"{name} has {masks} masks for {len(rows)} rows")
         _require(len(span.tables) == len(limits.pages), f"{name} has {len(span.tables)} tables")
-        for pages, table in zip(limits.pages, span.tables):
+        for pages, table, window in zip(limits.pages, span.tables, limits.windows):
             _require(len(table) * limits.page_size >= stop, f"{name} has {len(table)} pages for {stop} slots")
-            if min(table) < 0 or max(table) >= pages or len(set(table)) < len(table):
+            unseen = 0 if window is None else max(0, span.start - window + 1) // limits.page_size
+            needed = list(table[unseen:])
+            if needed and (min(needed) < 0 or max(needed) >= pages or len(set(needed)) < len(needed)):
                 raise ContractError(f"{name} has pages {list(table)} of {pages}, or one twice")
 
-    def _move(self, op: KVOp) -> None:
-        pages = self._pages[op.group]
-        if op.kind == "copy":
-            pages[op.target][: op.tokens] = pages[op.source][: op.tokens]
-        elif op.kind == "out":
-            self._slower[op.group, op.target] = pages[op.source][: op.tokens]
-        else:
-            pages[op.target][: op.tokens] = self._slower.pop((op.group, op.source))[: op.tokens]
+    # -- sampling ---------------------------------------------------------------------------------
 
-    def _write(self, span: Span) -> None:
-        """Puts the span's tokens into shadow memory, after proving that what stands before them is right."""
-        size, start = self._limits.page_size, span.start
-        tokens = self._tokens.setdefault(span.sequence, [])
-        hashes = self._hashes.setdefault(span.sequence, [])
-        del tokens[start:], hashes[start:]
-        for group, table in enumerate(span.tables):
-            for slot in range(0, start, size):
-                page = self._pages[group][table[slot // size]]
-                if page[: min(size, start - slot)] != hashes[slot : slot + size]:
-                    raise ContractError(
-                        f"sequence {span.sequence} would read page {table[slot // size]} of group {group}, "
-                        f"which is not its own slots {slot} to {min(slot + size, start) - 1}"
-                    )
-        for token in span.tokens:
-            tokens.append(self._sampled[token.sequence] if isinstance(token, LastSampled) else token)
-            hashes.append(_mix((hashes[-1] if hashes else _EMPTY) ^ tokens[-1]))
-            slot = len(tokens) - 1
-            for group, table in enumerate(span.tables):
-                self._pages[group][table[slot // size]][slot % size] = hashes[-1]
+    def _known(self, span: Span) -> list[int]:
+        return [self._sampled[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens]
 
-    def _sample(self, span: Span) -> list[RowResult]:
+    def _sample(
+        self, program: ProgramName, span: Span, tokens: Sequence[int], hashes: Sequence[int]
+    ) -> list[RowResult]:
         sampling = span.sampling
         if sampling is None or not span.rows:
             return []
-        history = [*sampling.prompt_ids, *sampling.output_ids]
-        seen = self._tokens[span.sequence][: span.start + span.rows[0] + 1]
-        if seen != history:
-            raise ContractError(f"sequence {span.sequence} sees {seen}, its history is {history}")
-        return [self._draw(span.sequence, sampling, span.start + row) for row in span.rows]
+        parents = range(-1, len(tokens) - 1) if span.parents is None else span.parents
+        results = []
+        history = _hash((*sampling.prompt_ids, *sampling.output_ids))
+        first = next((row for row, target in zip(span.rows, span.targets) if target < 0), span.rows[0])
+        for i, row in enumerate(span.rows):
+            target = span.targets[i] if span.targets else -1
+            if target >= 0:
+                seen = _hash(sampling.prompt_ids[: span.start + row + 1])
+                _require(hashes[row] == seen, f"row {row} of sequence {span.sequence} sees another prompt")
+                wanted = sampling.params.prompt_logprobs or 0
+                results.append(RowResult(target, self._logprob(target, wanted)))
+                continue
+            path: list[int] = []
+            at = row
+            while at > first:
+                path.append(tokens[at])
+                at = parents[at]
+            path.reverse()
+            if at != first or hashes[row] != _hash(path, history):
+                raise ContractError(
+                    f"row {row} of sequence {span.sequence} does not see its history and {path}"
+                )
+            seen_by = Sampling(
+                sampling.params,
+                sampling.seed,
+                sampling.prompt_ids,
+                [*sampling.output_ids, *path],
+                sampling.banned_ids,
+            )
+            mask = sampling.masks[i] if sampling.masks else None
+            results.append(self._draw(program, span.sequence, seen_by, hashes[row], mask))
+        return results
 
-    def _draw(self, sequence: int, sampling: Sampling, slot: int) -> RowResult:
-        params = sampling.params
+    def _draw(
+        self, program: ProgramName, sequence: int, sampling: Sampling, seen: int, mask: Mask | None
+    ) -> RowResult:
+        params, vocab = sampling.params, self.limits.vocab
         seed = sampling.seed if params.temperature > 0 else 0
-        drawn = _mix(self._hashes[sequence][slot] ^ seed) % self._limits.vocab
-        token: int | str = self._choose(sampling, drawn) if self._choose else drawn
+        drawn = _mix(seen ^ seed)
+        token: int | str = drawn % vocab
+        token = self._choose(sampling, drawn % vocab) if self._choose else drawn % vocab
         if isinstance(token, str):
             return RowResult(-1, bad=token)
-        token %= self._limits.vocab
+        if program == "draft" and _mix(drawn) % 1000 >= self._agrees * 1000:
+            token += 1
+        token %= vocab
         banned = sampling.banned_ids if len(sampling.output_ids) < params.min_tokens else ()
-        if len(set(banned)) >= self._limits.vocab:
+        for _ in range(vocab):
+            if token not in banned and (mask is None or mask[token // 8] >> token % 8 & 1):
+                break
+            token = (token + 1) % vocab
+        else:
             return RowResult(-1, bad="empty")
-        while token in banned:
-            token = (token + 1) % self._limits.vocab
         self._sampled[sequence] = token
-        if params.logprobs is None:
-            return RowResult(token)
-        top = tuple(((token + i) % self._limits.vocab, -1.0 - i) for i in range(params.logprobs))
-        return RowResult(token, TokenLogprob(token, -1.0, top))
+        return RowResult(token, None if params.logprobs is None else self._logprob(token, params.logprobs))
+
+    def _logprob(self, token: int, most: int) -> TokenLogprob:
+        top = tuple(((token + i) % self.limits.vocab, -1.0 - i) for i in range(most))
+        return TokenLogprob(token, -1.0, top)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ContractError(message)
+
+
+def _hash(tokens: Iterable[int], state: int = _EMPTY) -> int:
+    for token in tokens:
+        state = _mix(state ^ token)
+    return state
 
 
 def _mix(x: int) -> int:

@@ -25,7 +25,8 @@ logger = logging.getLogger("gossamer.server")
 _STRIKES = 3  # failed steps in a row after which the engine counts as broken
 _IDLE = Stats(
     running=0, waiting=0, kv_usage=0.0, kv_filled=1.0, prompt_tokens=0, output_tokens=0,
-    computed_tokens=0, steps=0, preemptions=0,
+    computed_tokens=0, steps=0, preemptions=0, swaps=0, prefix_queries=0, prefix_hits=0, drafted=0,
+    accepted=0,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from gossamer.config import ContinuousBatching, StaticBatching
+from gossamer.engine.batching.budget import Budget
 from gossamer.engine.batching.continuous import Continuous
 from gossamer.engine.batching.static import Padded, Ragged
 from gossamer.engine.sequence import Sequence
@@ -26,8 +27,8 @@ class Policy(Protocol):
         """Told when a sequence that may run has its finish_reason; sees to its release."""
 
 
-def policy_of(batching: Batching) -> Policy:
-    """The policy a config asks for."""
+def policy_of(batching: Batching, budget: Budget) -> Policy:
+    """The policy a config asks for; static ones know no budget."""
     if isinstance(batching, ContinuousBatching):
-        return Continuous(batching)
+        return Continuous(batching, budget)
     return Padded() if batching.padded else Ragged()

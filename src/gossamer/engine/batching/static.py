@@ -7,6 +7,7 @@ First the whole batch is prefilled, in as many steps as the token budget makes i
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from gossamer.engine.sequence import Phase, Sequence
 from gossamer.engine.state import State
@@ -27,17 +28,20 @@ class Ragged:
         running, waiting, kv = state.running, state.waiting, state.kv
         if not running:
             while waiting and len(running) < state.max_num_seqs:
-                if kv.pages(waiting.first().limit) > kv.free:
+                seq = waiting.first()
+                hit = state.find(seq)
+                if state.wanted(hit, seq.limit) > kv.free:
                     break
-                seq = waiting.pop()
-                state.start(seq, seq.limit)
+                state.start(waiting.pop(), seq.limit, hit)
 
         spans: list[Span] = []
         budget = state.limits.max_tokens
+        rows = state.limits.max_rows - len(running) + 1  # that one of them may take
         for seq in running:
             if budget and not seq.output_ids:
-                spans.append(seq.prefill(budget))
+                spans.append(seq.prefill(budget, rows))
                 budget -= len(spans[-1].tokens)
+                rows -= max(len(spans[-1].rows) - 1, 0)
         return StepPlan(tuple(spans or [seq.decode() for seq in running]))
 
     def finished(self, state: State, seq: Sequence) -> None:
@@ -64,11 +68,13 @@ class Padded:
             self._admit(state)
         spans: list[Span] = []
         budget = state.limits.max_tokens
+        rows = state.limits.max_rows - len(state.running) + 1  # that one of them may take
         while self._prefill and budget:
             seq, start = self._prefill.popleft()
             if seq.phase is not Phase.RUNNING:  # aborted
                 continue
-            spans.append(self._chunk(seq, start, budget))
+            spans.append(self._chunk(seq, start, budget, rows))
+            rows -= max(len(spans[-1].rows) - 1, 0)
             stop = start + len(spans[-1].tokens)
             budget -= stop - start
             if stop < self._longest:
@@ -98,10 +104,13 @@ class Padded:
             state.start(seq, max(self._longest, seq.limit))
         self._prefill = deque((seq, 0) for seq in state.running)
 
-    def _chunk(self, seq: Sequence, start: int, budget: int) -> Span:
-        stop = min(start + budget, self._longest)
+    def _chunk(self, seq: Sequence, start: int, budget: int, rows: int) -> Span:
+        """The next tokens of a row: of its prompt while there are any, then pads."""
         prompt = len(seq.prompt_ids)
-        pads = stop - max(start, prompt)
-        tokens = [*seq.prompt_ids[start:stop], *([PAD] * pads)]
-        rows = (prompt - 1 - start,) if start < prompt <= stop else ()
-        return Span(seq.id, tokens, start, rows, seq.tables, seq.sampling if rows else None)
+        if start >= prompt:
+            return Span(seq.id, [PAD] * (min(start + budget, self._longest) - start), start, (), seq.tables)
+        span = seq.prefill(budget, rows)
+        pads = min(budget, self._longest - start) - len(span.tokens)
+        if pads and start + len(span.tokens) == prompt:
+            return replace(span, tokens=[*span.tokens, *([PAD] * pads)])
+        return span

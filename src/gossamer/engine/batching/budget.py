@@ -1,0 +1,44 @@
+"""How much a step may hold."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gossamer.engine.state import State
+
+__all__ = ["Budget", "FixedBudget"]
+
+
+class Budget(Protocol):
+    """Asked at every step."""
+
+    def tokens(self, state: State) -> int:
+        """Most tokens of the next step."""
+
+    def sequences(self, state: State) -> int:
+        """Most sequences running."""
+
+    def admits(self, state: State) -> bool:
+        """Whether newcomers may join now."""
+
+    def observe(self, tokens: int, kv_tokens: int, seconds: float) -> None:
+        """What a step took."""
+
+
+class FixedBudget:
+    """The executor's limits."""
+
+    def tokens(self, state: State) -> int:
+        """Those of the executor."""
+        return state.limits.max_tokens
+
+    def sequences(self, state: State) -> int:
+        """As configured."""
+        return state.max_num_seqs
+
+    def admits(self, state: State) -> bool:
+        """Always."""
+        return True
+
+    def observe(self, tokens: int, kv_tokens: int, seconds: float) -> None:
+        """Nothing to learn."""
