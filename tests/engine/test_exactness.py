@@ -165,7 +165,7 @@ batchings = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(limits_of(), arrivals(), batchings, st.integers(1, 8), st.none() | st.integers(0, 99), st.booleans())
 def test_tokens_are_those_of_the_request_alone(
     bounds: ExecutorLimits,

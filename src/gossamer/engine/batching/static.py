@@ -79,6 +79,7 @@ class Padded:
             budget -= stop - start
             if stop < self._longest:
                 self._prefill.appendleft((seq, stop))
+                break
         return StepPlan(tuple(spans or [seq.decode() for seq in state.running]))
 
     def finished(self, state: State, seq: Sequence) -> None:
