@@ -100,7 +100,8 @@ def _fill(program: CpuProgram, bench: Bench, case: Case) -> None:
     if case.sampling is not None:
         lines = program.sample_rows[:row]
         lines[:] = 0
-        lines["repetition"], lines["logprobs"], lines["mask_row"] = 1.0, -1, -1
+        lines["repetition"] = 1.0
+        lines["logprobs"] = lines["mask_row"] = lines["target"] = -1
         for name, value in case.sampling.items():
             lines[name] = value
 

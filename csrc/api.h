@@ -98,6 +98,12 @@ KvLayout kv_layout(Format dtype, int32_t kv_heads, int32_t head_dim, int32_t pag
 KvBlock kv_block(const KvLayout& kv);
 int64_t kv_page_bytes(const KvLayout& kv);
 
+// Tokens of page `source` from `source_slot` on go to page `target` from `target_slot` on.
+struct KvCopy {
+  int32_t source, source_slot, target, target_slot;
+  int64_t tokens;
+};
+
 // One contiguous run of tokens of one sequence in this step: rows [row, row + count) of the step's matrices
 // go to slots start, start + 1, ... of the sequence. Without a tree a token's position is its slot. In a tree
 // it is start + depth, and it sees the slots below start and its own ancestors.
@@ -140,6 +146,7 @@ struct SampleRow {
   int32_t output_begin, output_end;  // given only where a penalty needs them
   int32_t bias_begin, bias_end;      // range in bias_ids / bias_values
   int32_t mask_row;                  // row of the bit masks (32 tokens a word), or -1
+  int32_t target;                    // the token to take whatever the logits say, or -1
 };
 
 struct SampleArgs {
@@ -219,8 +226,8 @@ struct Kernels {
   // Two calls at a time must not write slots of the same 16 (4-bit numbers share bytes).
   void (*kv_write)(const KvLayout& kv, void* pool, const int32_t* block_table, const Span& span,
                    const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t r0, int64_t r1);
-  // Copies the first `tokens` tokens of a page to another, all heads.
-  void (*kv_copy)(const KvLayout& kv, void* pool, int32_t source, int32_t target, int64_t tokens);
+  // Copies `tokens` tokens of a page, all heads; within a page to lower slots only, in ascending order.
+  void (*kv_copy)(const KvLayout& kv, void* pool, const KvCopy& copy);
   // Attention of query rows [r0, r1) of one span (relative to it) under one kv head.
   void (*attention)(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
                     void* scratch);

@@ -255,8 +255,12 @@ NB_MODULE(_native, m) {
              return r.program.scratch_bytes(vocab, tokens, rows) * r.pool->size();
            })
       .def("set_memory", &Runner::set_memory)
-      .def("copy_tokens", [](Runner& r, int kv, int source, int target,
-                             int64_t tokens) { r.program.copy_tokens(kv, source, target, tokens); })
+      .def(
+          "copy_tokens",
+          [](Runner& r, int group, int source, int source_slot, int target, int target_slot, int64_t tokens) {
+            nb::gil_scoped_release release;
+            r.program.copy_tokens(group, {source, source_slot, target, target_slot, tokens});
+          })
       .def("bind_step", &Runner::bind_step)
       .def("bind_sampling", &Runner::bind_sampling)
       .def("bind_sampled", &Runner::bind_sampled)

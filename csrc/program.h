@@ -103,9 +103,10 @@ class Program {
   int32_t add_packed(const PackedWeight& weight);
   int32_t add_vector(const float* data);
   int32_t add_kv(const KvLayer& layer);
-  // Copies the first `tokens` tokens of a page of one layer to another.
-  void copy_tokens(int32_t kv, int32_t source, int32_t target, int64_t tokens) const {
-    kernels_->kv_copy(kv_[kv].layout, kv_[kv].pool, source, target, tokens);
+  // In every layer of a group.
+  void copy_tokens(int32_t group, const KvCopy& copy) const {
+    for (const KvLayer& layer : kv_)
+      if (layer.group == group) kernels_->kv_copy(layer.layout, layer.pool, copy);
   }
   void set_arena(uint8_t* arena) { arena_ = arena; }
   void set_workspace(uint8_t* workspace) { workspace_ = workspace; }

@@ -130,14 +130,23 @@ inline void copy_token(const KvBlock& at, int64_t d_pad, const uint8_t* from, in
 }
 
 template <class Row>
-inline void kv_copy_as(const KvLayout& kv, uint8_t* pool, int32_t source, int32_t target, int64_t tokens) {
+inline void kv_copy_as(const KvLayout& kv, uint8_t* pool, const KvCopy& copy) {
   const KvBlock at = kv_block(kv);
   const int64_t blocks = kv.page_size / kBlockTokens;
   for (int64_t h = 0; h < kv.kv_heads; h++) {
-    for (int64_t t = 0; t < tokens; t++) {
-      const int64_t block = h * blocks + t / kBlockTokens, token = t % kBlockTokens;
-      copy_token<Row>(at, kv.d_pad, pool + (source * kv.kv_heads * blocks + block) * at.bytes, token,
-                      pool + (target * kv.kv_heads * blocks + block) * at.bytes, token);
+    const uint8_t* from = pool + (copy.source * kv.kv_heads + h) * blocks * at.bytes;
+    uint8_t* to = pool + (copy.target * kv.kv_heads + h) * blocks * at.bytes;
+    for (int64_t t = 0, step; t < copy.tokens; t += step) {
+      const int64_t source = copy.source_slot + t, target = copy.target_slot + t;
+      const uint8_t* from_block = from + source / kBlockTokens * at.bytes;
+      uint8_t* to_block = to + target / kBlockTokens * at.bytes;
+      const int64_t s = source % kBlockTokens, d = target % kBlockTokens;
+      step = s == 0 && d == 0 && copy.tokens - t >= kBlockTokens ? kBlockTokens : 1;
+      if (from_block == to_block && s == d) continue;
+      if (step == kBlockTokens)
+        __builtin_memcpy(to_block, from_block, size_t(at.bytes));
+      else
+        copy_token<Row>(at, kv.d_pad, from_block, s, to_block, d);
     }
   }
 }
@@ -169,8 +178,6 @@ inline void kv_write(const KvLayout& kv, void* pool, const int32_t* block_table,
   });
 }
 
-inline void kv_copy(const KvLayout& kv, void* pool, int32_t source, int32_t target, int64_t tokens) {
-  with_row(kv.dtype, [&](auto row) {
-    kv_copy_as<decltype(row)>(kv, static_cast<uint8_t*>(pool), source, target, tokens);
-  });
+inline void kv_copy(const KvLayout& kv, void* pool, const KvCopy& copy) {
+  with_row(kv.dtype, [&](auto row) { kv_copy_as<decltype(row)>(kv, static_cast<uint8_t*>(pool), copy); });
 }

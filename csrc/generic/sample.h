@@ -239,6 +239,12 @@ inline void sample(const SampleArgs& args, int64_t r, void* scratch) {
   const Scan raw = scan(x, n);
   args.bad[r] = raw.bad ? 1 : 0;
   if (raw.bad) return;
+  if (row.target >= 0) {
+    args.token[r] = raw.argmax < 0 ? -1 : row.target;
+    args.bad[r] = raw.argmax < 0 ? 2 : 0;
+    if (!args.bad[r]) write_logprobs(args, r, x, raw.maximum, keys);
+    return;
+  }
 
   const float* t = x;
   Scan s = raw;

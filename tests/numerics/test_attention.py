@@ -269,3 +269,111 @@ def test_trees_against_the_reference(isa: str, kv_dtype: str, window: int | None
             positions = torch.tensor([start + d for d in depths])
             out = model(torch.tensor(tokens), positions, torch.arange(len(tokens)), kv)
     close(got, out["logits"].numpy(), TOLERANCES[kv_dtype])
+
+
+def compact(program: CpuProgram, table: np.ndarray, start: int, path: list[int]) -> None:
+    """Moves the slots of a path together, as the executor is told to after a draft: runs within two pages."""
+    size = program.shape.page_size
+    for depth, token in enumerate(path):
+        if depth != token:
+            (s_page, s_slot), (t_page, t_slot) = divmod(start + token, size), divmod(start + depth, size)
+            program.copy_tokens(0, int(table[s_page]), s_slot, int(table[t_page]), t_slot, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS),
+    kv_dtype=st.sampled_from(list(TOLERANCES)),
+    window=st.sampled_from([None, 5, 70]),
+    start=st.sampled_from([1, 15, 47, START]),
+    parents=trees,
+    data=st.data(),
+)
+def test_a_path_moved_together_serves_as_a_chain(
+    isa: str, kv_dtype: str, window: int | None, start: int, parents: tuple[int, ...], data: st.DataObject
+) -> None:
+    program = tree_program(isa, kv_dtype, window)
+    path = path_of(parents, data.draw(st.integers(0, len(parents) - 1)))
+    after = list(range(560, 563))
+    chain, moved = [], []
+    for found in (chain, moved):
+        for pool in program.kv:
+            pool[:] = 0xFF
+        step(program, list(range(start)), 0, None)
+        if found is chain:
+            step(program, [start + t for t in path], start, None)
+        else:
+            step(program, [start + t for t in range(len(parents))], start, parents)
+            compact(program, program.tables[:38], start, path)
+        found.append(step(program, after, start + len(path), None))
+    assert np.array_equal(chain[0], moved[0])
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize(("page_size", "size"), [(16, 24), (48, 8), (32, 80)])
+def test_any_run_of_tokens_can_be_copied(isa: str, kv_dtype: str, page_size: int, size: int) -> None:
+    """To another page, and within one to lower slots: as if written there; the rest keeps every bit."""
+    program = make_cpu(
+        attention(page_size, 2, 2, size).graph, attention(page_size, 2, 2, size).arrays, page_size, isa=isa,
+        page_size=page_size, pages=3, kv_dtype=kv_dtype,
+    )  # fmt: skip
+    rng = np.random.default_rng(page_size)
+    (pool,) = program.kv
+
+    def written(rows: np.ndarray, page: int) -> np.ndarray:
+        """The page after tokens `rows` were written to its slots."""
+        pool[:, page] = 0xA5
+        program.tables[0] = page
+        for slot, row in enumerate(rows):
+            program.ids[0], program.positions[0] = row, slot
+            program.spans[0] = (0, 1, slot, 0, -1)
+            program.run(1, 1, 0, 3, sample=False)
+        return pool[:, page].copy()
+
+    order = np.arange(page_size)
+    for _ in range(12):
+        tokens = int(rng.integers(0, page_size + 1))
+        source, target = (int(rng.integers(0, page_size - tokens + 1)) for _ in range(2))
+        mine, other = rng.permutation(order), rng.permutation(order)
+        want = other.copy()
+        want[target : target + tokens] = mine[source : source + tokens]
+        wanted = written(want, 2)
+        written(mine, 0), written(other, 1)
+        program.copy_tokens(0, 0, source, 1, target, tokens)
+        assert np.array_equal(pool[:, 1], wanted)
+        source, target = max(source, target), min(source, target)
+        want = mine.copy()
+        want[target : target + tokens] = mine[source : source + tokens]
+        wanted = written(want, 2)
+        program.copy_tokens(0, 0, source, 0, target, tokens)
+        assert np.array_equal(pool[:, 0], wanted)
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_pages_below_a_window_are_not_there(isa: str, kv_dtype: str, page_size: int) -> None:
+    """Their numbers lead to memory that nobody has: a read of one would end the process."""
+    window, tokens = 70, 1200
+    c = attention(tokens, 4, 2, 24, window)
+    pages = -(-tokens // page_size)
+    program = make_cpu(
+        c.graph, c.arrays, tokens, isa=isa, page_size=page_size, pages=pages, kv_dtype=kv_dtype
+    )
+    whole = run_cut(program, [tokens], np.arange(pages))
+    start = 0
+    for count in (500, 1, 1, 5, 33, 13, 32, 400, 200, 1, 14):
+        program.ids[:count] = program.positions[:count] = np.arange(start, start + count)
+        program.tables[:pages] = np.arange(pages)
+        program.tables[: max(0, start + 1 - window) // page_size] = -(1 << 31)
+        program.spans[0] = (0, count, start, 0, -1)
+        program.run(count, 1, 0, pages, sample=False)
+        assert np.array_equal(program.value("logits", count), whole[start : start + count])
+        start += count
+    assert start == tokens
+    parents = (-1, 0, 0, 1, -1, 4)  # in place of the last slots
+    at = tokens - len(parents)
+    program.tables[: max(0, at + 1 - window) // page_size] = -(1 << 31)
+    tree = step(program, list(range(at, tokens)), at, parents)
+    assert np.array_equal(tree[0], whole[at])

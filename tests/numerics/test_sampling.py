@@ -45,7 +45,7 @@ class Sampler:
                 r.get("repetition_penalty", 1.0), r.get("presence_penalty", 0.0),
                 r.get("frequency_penalty", 0.0), r.get("top_k", 0), 20, r.get("seed", 0),
                 r.get("output_index", 0), begin, begin + len(prompt), begin + len(prompt), len(history),
-                bias_begin, len(bias_ids), mask_row,
+                bias_begin, len(bias_ids), mask_row, r.get("target", -1),
             )  # fmt: skip
         p.bind_sampling(
             np.array(history or [0], np.int32),

@@ -22,7 +22,8 @@ def head(hidden: np.ndarray, weight: np.ndarray, format: str, isa: str) -> CpuPr
     program.ids[:] = program.rows[:] = np.arange(len(hidden))
     program.sample_rows["temperature"] = 0.0
     program.sample_rows["top_p"] = program.sample_rows["repetition"] = 1.0
-    program.sample_rows["logprobs"] = program.sample_rows["mask_row"] = -1
+    for name in ("logprobs", "mask_row", "target"):
+        program.sample_rows[name] = -1
     return program
 
 

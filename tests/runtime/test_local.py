@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,45 @@ def test_a_copy_takes_the_tokens_it_names_and_no_more(executor: LocalExecutor) -
     whole = [(a != b).sum() for a, b in zip(before, executor.program.kv, strict=True)]
     assert all(0 < a < b * 7 / 16 for a, b in zip(changed, whole, strict=True))
     assert all(np.array_equal(p[:, 0], p[:, 1]) and p.size for p in executor.program.kv)
+
+
+def test_tokens_are_copied_from_slot_to_slot(executor: LocalExecutor) -> None:
+    """The paths of a draft: what was accepted of it moves down to where a chain would have it."""
+    run(executor, span(0, PROMPT, 0, [0, 1]))
+    run(executor, span(0, (5, 6, 7, 8), 20, [0, 1], parents=(-1, -1, 1, 2)))  # 6 7 8 is kept
+    down = tuple(KVOp("copy", group, 1, 1, 3, 5, 4) for group in range(2))
+    (moved,) = run(executor, span(0, (9,), 23, [0, 1]), kv_ops=down)
+    run(executor, span(1, PROMPT, 0, [2, 3]))
+    run(executor, span(1, (6, 7, 8), 20, [2, 3]))
+    assert run(executor, span(1, (9,), 23, [2, 3])) == [moved]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        KVOp("copy", 0, 0, 99, 1),
+        KVOp("copy", 0, -1, 0, 1),
+        KVOp("copy", 0, 0, 1, 16, 1, 0),
+        KVOp("copy", 0, 0, 1, 2, 0, 15),
+        KVOp("copy", 0, 0, 1, -1),
+        KVOp("copy", 0, 1, 1, 2, 3, 4),
+    ],
+)
+def test_copies_outside_of_pages_or_upwards_are_stopped(executor: LocalExecutor, op: KVOp) -> None:
+    with pytest.raises(GraphError, match="kind='copy'"):
+        executor.submit(StepPlan((), (op,)))
+
+
+def test_a_page_that_the_window_needs_must_be_there(executor: LocalExecutor) -> None:
+    """The second group sees 8 tokens: of 30, those of the first page may be gone, but not at once."""
+    run(executor, span(0, tuple(range(30)), 0, [0, 1]))
+    for slot, gone in ((23, False), (22, True)):
+        late = replace(span(0, (5,), slot, []), tables=([0, 1], [-1, 1]))
+        if gone:
+            with pytest.raises(GraphError, match="window still needs"):
+                run(executor, late)
+        else:
+            assert run(executor, late) == run(executor, span(0, (5,), slot, [0, 1]))
 
 
 def test_a_token_may_be_named_before_it_is_known(executor: LocalExecutor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -14,27 +15,39 @@ from gossamer.backends.reference.module import ReferenceModel
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
 from gossamer.engine.request import TokenLogprob
-from gossamer.engine.step import ExecutorLimits, Handle, LastSampled, RowResult, Span, StepPlan, StepResult
+from gossamer.engine.step import (
+    ExecutorLimits,
+    Handle,
+    KVOp,
+    LastSampled,
+    RowResult,
+    Span,
+    StepPlan,
+    StepResult,
+)
 from gossamer.errors import ConfigError, MemoryBudgetError, NotBuiltError
 from gossamer.graph.ir import Graph
 from gossamer.graph.ops.attention import KVCache, KVState, SpanRows, tree_depths
 from gossamer.graph.ops.sampling import sample_row
+from gossamer.runtime.rows import produced_before
 from gossamer.runtime.sizing import KVPlan
 
 __all__ = ["ReferenceExecutor", "start_reference"]
 
 
 class ReferenceExecutor:
-    """Runs the graph's reference. Keys and values lie in one float32 tensor per sequence, holding what
-    kv_dtype would; the plan's pages are not used, but a sequence whose first page changes hands starts
-    anew."""
+    """Runs the graph's reference. Pages are float32 tensors that hold what kv_dtype would; a step gathers
+    those of its sequences, and puts back the slots that it wrote."""
 
     def __init__(self, model: ReferenceModel, limits: ExecutorLimits, kv_dtype: str) -> None:
         self.model = model
         self._kv_dtype = kv_dtype
         self._limits = limits
-        self._cache: KVCache = {}
-        self._owner: dict[int, int] = {}
+        # Per KV group: keys and values of [layers, pages * page_size, kv_heads, head_dim].
+        self._pools = [
+            torch.zeros(2, len(g.layers), pages * limits.page_size, g.kv_heads, g.head_dim)
+            for g, pages in zip(model.graph.kv_groups, limits.pages, strict=True)
+        ]
         self._last: dict[int, int] = {}
         self._results: dict[Handle, StepResult] = {}
         self._next = 0
@@ -51,12 +64,16 @@ class ReferenceExecutor:
 
     def submit(self, plan: StepPlan) -> Handle:
         """Computes the step now. Raises NotBuiltError for what the reference does not do."""
-        if plan.kv_ops or plan.program != "target" or any(s.adapter for s in plan.spans):
+        if plan.program != "target" or any(s.adapter for s in plan.spans):
             raise NotBuiltError("the reference backend runs spans of one program; use --backend cpu")
         start = time.perf_counter()
         with torch.inference_mode():
-            self._next += 1
-            self._results[self._next] = StepResult(self._run(plan), time.perf_counter() - start)
+            for op in plan.kv_ops:
+                self._move(op)
+            moved = time.perf_counter()
+            rows = self._run(plan) if plan.spans else []
+        self._next += 1
+        self._results[self._next] = StepResult(rows, time.perf_counter() - moved, moved - start)
         return self._next
 
     def collect(self, handle: Handle) -> StepResult:
@@ -65,18 +82,38 @@ class ReferenceExecutor:
 
     def close(self) -> None:
         """Drops all keys and values."""
-        self._cache.clear()
+        self._pools.clear()
+
+    def _move(self, op: KVOp) -> None:
+        if op.kind != "copy":
+            raise NotBuiltError("the reference backend has no slower tier; leave out --swap-bytes")
+        pool, size = self._pools[op.group], self._limits.page_size
+        source, target = op.source * size + op.source_slot, op.target * size + op.target_slot
+        pool[:, :, target : target + op.tokens] = pool[:, :, source : source + op.tokens].clone()
+
+    def _slots(self, span: Span, group: int, first: int, last: int) -> torch.Tensor:
+        """Where in the group's pool the span's slots [first, last) lie; any place for those of no page."""
+        size = self._limits.page_size
+        pages = torch.tensor(list(span.tables[group]), dtype=torch.int64).clamp(min=0)
+        slots = torch.arange(first, last)
+        return pages[slots // size] * size + slots % size
 
     def _run(self, plan: StepPlan) -> list[list[RowResult]]:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
         spans: list[SpanRows] = []
+        known: list[list[int]] = []
+        cache: KVCache = {}
         for span in plan.spans:
-            self._take_over(span)
             row = len(ids)
             spans.append(SpanRows(span.sequence, row, len(span.tokens), span.start, span.parents))
-            ids += [self._last[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens]
+            known.append([self._last[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens])
+            ids += known[-1]
+            for group, pool in enumerate(self._pools):
+                held = pool[:, :, self._slots(span, group, 0, span.start)]
+                for i, layer in enumerate(self.model.graph.kv_groups[group].layers):
+                    cache[layer, span.sequence] = (held[0, i], held[1, i])
             depths = range(len(span.tokens)) if span.parents is None else tree_depths(span.parents)
             positions += [span.start + depth for depth in depths]
             rows += [row + offset for offset in span.rows]
@@ -84,34 +121,46 @@ class ReferenceExecutor:
             torch.tensor(ids),
             torch.tensor(positions),
             torch.tensor(rows, dtype=torch.int64),
-            KVState(tuple(spans), self._cache, self._kv_dtype),
+            KVState(tuple(spans), cache, self._kv_dtype),
         )
+        for span in plan.spans:
+            stop = span.start + len(span.tokens)
+            for group, pool in enumerate(self._pools):
+                slots = self._slots(span, group, span.start, stop)
+                for i, layer in enumerate(self.model.graph.kv_groups[group].layers):
+                    keys, values = cache[layer, span.sequence]
+                    pool[0, i, slots] = keys[span.start : stop].float()
+                    pool[1, i, slots] = values[span.start : stop].float()
         logits = out["logits"].float().numpy()
         results: list[list[RowResult]] = []
         at = 0
-        for span in plan.spans:
-            results.append([self._sample(span, i, logits[at + i]) for i in range(len(span.rows))])
+        for span, tokens in zip(plan.spans, known, strict=True):
+            before = produced_before(span, tokens) if span.rows else []
+            results.append([self._sample(span, i, path, logits[at + i]) for i, path in enumerate(before)])
             at += len(span.rows)
-            if results[-1]:
+            if span.rows and (not span.targets or span.targets[-1] < 0):
                 self._last[span.sequence] = results[-1][-1].token
         return results
 
-    def _take_over(self, span: Span) -> None:
-        """Drops what the former owner of the sequence's first page left behind: it has ended."""
-        page = span.tables[0][0]
-        former = self._owner.get(page)
-        if former is not None and former != span.sequence:
-            self._last.pop(former, None)
-            for key in [k for k in self._cache if k[1] == former]:
-                del self._cache[key]
-        self._owner[page] = span.sequence
-
-    def _sample(self, span: Span, offset: int, logits: npt.NDArray[np.float32]) -> RowResult:
+    def _sample(
+        self, span: Span, index: int, path: Sequence[int], logits: npt.NDArray[np.float32]
+    ) -> RowResult:
+        """The span's index-th row; path: the tokens produced before it in this step."""
         s = span.sampling
         assert s is not None
-        p = s.params
-        banned = s.banned_ids if len(s.output_ids) < p.min_tokens else ()
+        p, produced = s.params, [*s.output_ids, *path]
+        target = span.targets[index] if span.targets else -1
+        if target >= 0:
+            if np.isnan(logits).any() or np.isposinf(logits).any():
+                return RowResult(-1, bad="nan")
+            return RowResult(target, _logprob(logits, target, p.prompt_logprobs or 0))
+        banned = s.banned_ids if len(produced) < p.min_tokens else ()
         bias = dict(p.logit_bias) | dict.fromkeys(banned, float("-inf"))
+        mask = s.masks[index] if s.masks else None
+        allowed = None
+        if mask is not None:
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+            allowed = bits[: len(logits)].astype(bool)
         token, bad = sample_row(
             logits,
             temperature=p.temperature,
@@ -122,19 +171,23 @@ class ReferenceExecutor:
             presence_penalty=p.presence_penalty,
             frequency_penalty=p.frequency_penalty,
             seed=s.seed,
-            output_index=len(s.output_ids) + offset,
+            output_index=len(produced),
             prompt_ids=list(s.prompt_ids),
-            output_ids=list(s.output_ids),
+            output_ids=produced,
             bias=bias,
+            allowed=allowed,
         )
-        logprob = None
-        if p.logprobs is not None and not bad:
-            logs = torch.from_numpy(logits).log_softmax(-1)
-            top = logs.topk(min(p.logprobs, len(logs)))
-            logprob = TokenLogprob(
-                token, float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            )
-        return RowResult(token, logprob, bad)
+        if p.logprobs is None or bad:
+            return RowResult(token, None, bad)
+        return RowResult(token, _logprob(logits, token, p.logprobs))
+
+
+def _logprob(logits: npt.NDArray[np.float32], token: int, wanted: int) -> TokenLogprob:
+    logs = torch.from_numpy(logits).log_softmax(-1)
+    top = logs.topk(min(wanted, len(logs)))
+    return TokenLogprob(
+        token, float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    )
 
 
 def start_reference(

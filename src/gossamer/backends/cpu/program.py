@@ -39,6 +39,7 @@ SAMPLE_ROW = np.dtype(
         ("output_index", "<i4"),
         *((f"{n}_{end}", "<i4") for n in ("prompt", "output", "bias") for end in ("begin", "end")),
         ("mask_row", "<i4"),
+        ("target", "<i4"),
     ],
     align=True,
 )
@@ -287,10 +288,12 @@ class CpuProgram:
         start = self._offsets[value.name]
         return self._arena[start : start + rows * width * 4].view(np.float32).reshape(rows, width)
 
-    def copy_tokens(self, group: int, source: int, target: int, tokens: int) -> None:
-        """Copies the first tokens of a page to another in every layer of a KV group."""
-        for layer in self.graph.kv_groups[group].layers:
-            self.program.copy_tokens(self._kv_layers[layer], source, target, tokens)
+    def copy_tokens(
+        self, group: int, source: int, source_slot: int, target: int, target_slot: int, tokens: int
+    ) -> None:
+        """Copies tokens of page `source` from a slot on to page `target` from a slot on, in every layer of a
+        KV group; within a page to lower slots only."""
+        self.program.copy_tokens(group, source, source_slot, target, target_slot, tokens)
 
     def receipt(self) -> list[ReceiptLine]:
         """What ran since the start, instruction by instruction in the order of execution. Sampling is no
