@@ -45,9 +45,10 @@ class Sampling:
     """What the rows of a span need to become tokens. Read when the plan is submitted, not later.
 
     seed: of the sequence (the noise is keyed by seed, output index and token id).
-    output_ids: the tokens produced so far, those of this step excluded; their number is the first
-    row's output index. Of a further row, the span's tokens after the first row's, along its own path, count
-    as produced too: they are in its history, and its output index is greater by their number.
+    output_ids: the tokens produced so far, those of this step excluded; their number is the output index of
+    the first row that is sampled (has no target). Of a further one, the span's tokens after that row's, along
+    its own path, count as produced too: they are in its history, and its output index is greater by their
+    number.
     banned_ids: not to be chosen where the output index is below min_tokens (the end tokens).
     masks: per row of the span, what a grammar allows there (None: everything); empty: no grammar.
     """
