@@ -19,6 +19,7 @@ VERBS = (
     "bench latency",
     "bench throughput",
     "bench shapes",
+    "bench trace",
     "probe",
     "graph",
     "cache list",

@@ -10,7 +10,7 @@ import pytest
 from gossamer.bench.compare import burst, compare, meaning, sides, start_side
 from gossamer.bench.measure import recording
 from gossamer.bench.throughput import percentiles, run_jobs
-from gossamer.bench.workload import Job, arrivals, cut_lengths, make_jobs, random_lengths, trace_lengths
+from gossamer.bench.workload import Job, arrivals, cut_lengths, make_jobs, random_lengths
 from gossamer.checkpoint.hub import read_config
 from gossamer.config import EngineConfig
 from gossamer.graph.families import build_graph
@@ -32,12 +32,6 @@ def test_arrivals() -> None:
 
 def test_cutting() -> None:
     assert cut_lengths([(5, 5), (20, 5), (8, 9)], 10) == ([(5, 5), (9, 1), (8, 2)], 2)
-
-
-def test_traces(shared: Path) -> None:
-    traces = shared / "data" / "traces"
-    assert trace_lengths(traces / "AzureLLMInferenceTrace_conv.csv", 2) == [(374, 44), (396, 109)]
-    assert trace_lengths(traces / "vidur_arxiv_summarization_llama2tok.csv", 1) == [(3772, 54)]
 
 
 def test_percentiles() -> None:

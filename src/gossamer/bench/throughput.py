@@ -13,26 +13,70 @@ import numpy as np
 from gossamer.bench.measure import RecordingExecutor, run_step
 from gossamer.bench.memory import memory_figures
 from gossamer.bench.workload import Job
+from gossamer.engine.engine import Stats
 from gossamer.engine.request import SamplingParams
 from gossamer.text_engine import TextEngine
 
-__all__ = ["Outcome", "percentiles", "run_jobs", "throughput_report"]
+__all__ = ["Outcome", "Point", "percentiles", "run_jobs", "throughput_report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A step in time. at: seconds from the start to its end; seconds: its own. running, waiting: sequences
+    while it ran; held: part of the KV pages held meanwhile; filled: part of the slots held after it that
+    have keys and values. preempted: sequences that it sent back into the queue."""
+
+    at: float
+    seconds: float
+    tokens: int
+    running: int
+    waiting: int
+    held: float
+    filled: float
+    preempted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of the jobs. seconds: from start to the last token; ttft, e2e: seconds of each job from
-    when it came; itl: seconds between the tokens of a job, all jobs; tokens: each job's output;
-    running: requests in each step; kv_peak: largest part of the KV pages held."""
+    """What became of the jobs. seconds: from start to the last token; cpu: processor seconds
+    meanwhile; arrived: of each job, when each of its
+    tokens came, seconds from the start; ttft, e2e: seconds of each job from when it came; tokens: each job's
+    output; points: the steps; before, after: the engine's counters."""
 
     seconds: float
+    cpu: float
+    arrived: tuple[tuple[float, ...], ...]
     ttft: tuple[float, ...]
     e2e: tuple[float, ...]
-    itl: tuple[float, ...]
     tokens: tuple[tuple[int, ...], ...]
-    running: tuple[int, ...]
-    kv_peak: float
-    preemptions: int
+    points: tuple[Point, ...]
+    before: Stats
+    after: Stats
+
+    @property
+    def gaps(self) -> list[list[float]]:
+        """Seconds between the tokens, of each job."""
+        return [[b - a for a, b in pairwise(moments)] for moments in self.arrived]
+
+    @property
+    def itl(self) -> list[float]:
+        """Seconds between the tokens of a job, all jobs."""
+        return [gap for gaps in self.gaps for gap in gaps]
+
+    @property
+    def running(self) -> list[int]:
+        """Sequences running in each step."""
+        return [point.running for point in self.points]
+
+    @property
+    def kv_peak(self) -> float:
+        """Largest part of the KV pages held."""
+        return max((point.held for point in self.points), default=0.0)
+
+    @property
+    def preemptions(self) -> int:
+        """How many there were."""
+        return self.after.preemptions - self.before.preemptions
 
 
 def run_jobs(
@@ -46,11 +90,18 @@ def run_jobs(
     order = sorted(range(len(jobs)), key=lambda i: jobs[i].at)
     names: dict[str, int] = {}
     tokens: list[list[int]] = [[] for _ in jobs]
-    moments: list[list[float]] = [[] for _ in jobs]
-    running: list[int] = []
-    before, recorder.kv_peak = engine.engine.stats().preemptions, 0.0
-    recorder.kv_usage = lambda: engine.engine.kv_usage
-    start = time.perf_counter()
+    arrived: list[list[float]] = [[] for _ in jobs]
+    points: list[Point] = []
+    inner = engine.engine
+    before = planned = inner.stats()
+
+    def look() -> float:  # while a step is planned and not yet run
+        nonlocal planned
+        planned = inner.stats()
+        return planned.kv_usage
+
+    recorder.kv_usage = look
+    start, cpu = time.perf_counter(), time.process_time()
     coming = 0
     while coming < len(order) or engine.has_work():
         while coming < len(order) and jobs[order[coming]].at <= time.perf_counter() - start:
@@ -63,24 +114,37 @@ def run_jobs(
         if not engine.has_work():
             time.sleep(max(0.0, jobs[order[coming]].at - (time.perf_counter() - start)))
             continue
+        preempted = planned.preemptions
         step, updates = run_step(engine, recorder)
         now = time.perf_counter() - start
         for update in updates:
             index = names[update.request_id]
             tokens[index] += update.tokens
-            moments[index] += [now] * len(update.tokens)
+            arrived[index] += [now] * len(update.tokens)
             progress(len(update.tokens), int(update.finish_reason is not None))
         if step is not None:
-            running.append(len(step.contexts))
+            points.append(
+                Point(
+                    at=now,
+                    seconds=step.wall,
+                    tokens=step.tokens,
+                    running=planned.running,
+                    waiting=planned.waiting,
+                    held=planned.kv_usage,
+                    filled=inner.stats().kv_filled,
+                    preempted=planned.preemptions - preempted,
+                )
+            )
     return Outcome(
         seconds=time.perf_counter() - start,
-        ttft=tuple(m[0] - job.at for m, job in zip(moments, jobs, strict=True) if m),
-        e2e=tuple(m[-1] - job.at for m, job in zip(moments, jobs, strict=True) if m),
-        itl=tuple(b - a for m in moments for a, b in pairwise(m)),
-        tokens=tuple(tuple(t) for t in tokens),
-        running=tuple(running),
-        kv_peak=recorder.kv_peak,
-        preemptions=engine.engine.stats().preemptions - before,
+        cpu=time.process_time() - cpu,
+        arrived=tuple(map(tuple, arrived)),
+        ttft=tuple(m[0] - job.at for m, job in zip(arrived, jobs, strict=True) if m),
+        e2e=tuple(m[-1] - job.at for m, job in zip(arrived, jobs, strict=True) if m),
+        tokens=tuple(map(tuple, tokens)),
+        points=tuple(points),
+        before=before,
+        after=inner.stats(),
     )
 
 

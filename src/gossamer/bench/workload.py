@@ -1,22 +1,18 @@
-"""Work for an engine: prompts of random tokens with lengths drawn at random or taken from a trace."""
+"""Work for an engine: prompts of random tokens with lengths drawn at random or given."""
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gossamer.errors import ConfigError
 
-__all__ = ["Job", "Lengths", "arrivals", "cut_lengths", "make_jobs", "random_lengths", "trace_lengths"]
+__all__ = ["Job", "Lengths", "arrivals", "cut_lengths", "make_jobs", "random_lengths"]
 
 Lengths = list[tuple[int, int]]
 """(prompt tokens, output tokens) of each request."""
-
-_COLUMNS = (("ContextTokens", "GeneratedTokens"), ("num_prefill_tokens", "num_decode_tokens"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +37,6 @@ def random_lengths(count: int, input_len: int, output_len: int, spread: float, s
         return max(1, rng.randint(math.floor(mean * (1 - spread)), math.ceil(mean * (1 + spread))))
 
     return [(draw(input_len), draw(output_len)) for _ in range(count)]
-
-
-def trace_lengths(path: Path, count: int | None = None) -> Lengths:
-    """The first `count` lengths of a trace: columns ContextTokens and GeneratedTokens (Azure), or
-    num_prefill_tokens and num_decode_tokens (Vidur). Raises ConfigError for anything else."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            names = next((c for c in _COLUMNS if set(c) <= set(reader.fieldnames or ())), None)
-            if names is None:
-                raise ConfigError(
-                    f"trace {path} needs the columns {' or '.join(', '.join(c) for c in _COLUMNS)}; "
-                    f"it has {', '.join(reader.fieldnames or ()) or 'none'}"
-                )
-            lengths: Lengths = []
-            for row in reader:
-                if count is not None and len(lengths) >= count:
-                    break
-                prompt, output = (int(row[name]) for name in names)
-                if prompt < 1 or output < 1:
-                    raise ConfigError(f"trace {path} line {reader.line_num}: lengths must be at least 1")
-                lengths.append((prompt, output))
-    except OSError as error:
-        raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"the trace {path} is not UTF-8 text") from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"trace {path} line {reader.line_num}: {error}") from None
-    if not lengths:
-        raise ConfigError(f"trace {path} has no requests")
-    return lengths
 
 
 def cut_lengths(lengths: Lengths, longest: int) -> tuple[Lengths, int]:

@@ -1,4 +1,4 @@
-"""`gossamer bench latency|throughput|shapes`."""
+"""`gossamer bench latency|throughput|shapes`, and where its other verbs hang."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gossamer.cli.bench_trace import trace
 from gossamer.cli.engine_flags import EngineFlags
 from gossamer.cli.models import model_context
 from gossamer.cli.options import flag, verb
@@ -158,7 +159,8 @@ def throughput(
     """Run many requests of mixed lengths, and count tokens and waiting times."""
     from gossamer.bench.measure import recording
     from gossamer.bench.throughput import run_jobs, throughput_report
-    from gossamer.bench.workload import arrivals, cut_lengths, make_jobs, random_lengths, trace_lengths
+    from gossamer.bench.trace import read_trace
+    from gossamer.bench.workload import arrivals, cut_lengths, make_jobs, random_lengths
     from gossamer.progress import loading_bar, token_bar
     from gossamer.runtime.start import start
 
@@ -167,7 +169,7 @@ def throughput(
     if trace is None:
         lengths = random_lengths(num_prompts, input_len, output_len, random_range_ratio, seed)
     else:
-        lengths = trace_lengths(trace, num_prompts)
+        lengths = [(a.input_len, a.output_len) for a in read_trace(trace)[:num_prompts]]
     times = arrivals(len(lengths), request_rate, seed)
     longest = max(prompt + output for prompt, output in lengths)
     config = engine.config(max_model_len=min(longest, model_context(engine)))
@@ -293,3 +295,4 @@ def _print_shapes(report: dict[str, Any]) -> None:
 app.command()(verb(latency))
 app.command()(verb(throughput))
 app.command()(verb(shapes))
+app.command()(verb(trace))
