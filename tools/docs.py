@@ -20,6 +20,7 @@ VERBS = (
     "bench throughput",
     "bench shapes",
     "bench trace",
+    "bench prefix",
     "probe",
     "graph",
     "cache list",

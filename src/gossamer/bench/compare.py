@@ -17,7 +17,7 @@ from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.bench.measure import RecordingExecutor, recording
 from gossamer.bench.memory import memory_figures
 from gossamer.bench.throughput import Outcome, percentiles, run_jobs
-from gossamer.bench.workload import Job
+from gossamer.bench.workload import Job, uncached
 from gossamer.config import ContinuousBatching, EngineConfig, PagedAttention, StaticBatching
 from gossamer.graph.ir import Graph
 from gossamer.runtime.start import Started, start
@@ -42,7 +42,7 @@ def sides(config: EngineConfig, graph: Graph, slots: int) -> dict[str, EngineCon
     """The two configurations, with KV memory for `slots` contiguous sequences of config.max_model_len."""
     length = config.max_model_len or graph.max_positions
     memory = slots * kv_page_bytes(graph, -(-length // 16) * 16, config.kv_dtype)
-    common = replace(config, max_model_len=length, kv_bytes=memory)
+    common = replace(uncached(config), max_model_len=length, kv_bytes=memory)
     return {
         "static": replace(
             common, continuous_batching=None, static_batching=StaticBatching(), paged_attention=None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -18,7 +18,7 @@ from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.bench.measure import RecordingExecutor, recording
 from gossamer.bench.memory import memory_figures
 from gossamer.bench.throughput import Outcome, Point, percentiles, run_jobs
-from gossamer.bench.workload import Job
+from gossamer.bench.workload import Job, uncached
 from gossamer.config import ContinuousBatching, EngineConfig, PagedAttention, StaticBatching
 from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph
@@ -123,8 +123,8 @@ def _wasted(points: Sequence[Point]) -> float:
 
 
 def _hits(outcome: Outcome) -> int | None:
-    name = next((f.name for f in fields(outcome.after) if f.name == "prefix_hit_tokens"), None)
-    return None if name is None else getattr(outcome.after, name) - getattr(outcome.before, name)
+    before, after = (getattr(stats, "prefix_hits", None) for stats in (outcome.before, outcome.after))
+    return None if before is None or after is None else int(after - before)
 
 
 # -- side by side ---------------------------------------------------------------------------------
@@ -150,6 +150,7 @@ def parse_ways(text: str) -> list[str]:
 
 
 def _way(name: str, config: EngineConfig) -> EngineConfig:
+    config = uncached(config)
     on = config.continuous_batching or ContinuousBatching()
     paged = config.paged_attention or PagedAttention()
     if name in ("ragged", "padded"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,8 @@ from gossamer.engine.request import SamplingParams
 from gossamer.text_engine import TextEngine
 
 __all__ = ["Outcome", "Point", "percentiles", "run_jobs", "throughput_report"]
+
+_LOOKING = 0.01  # part of the time for looks at the engine, each of which costs in proportion to its pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +95,18 @@ def run_jobs(
     arrived: list[list[float]] = [[] for _ in jobs]
     points: list[Point] = []
     inner = engine.engine
-    before = planned = inner.stats()
+    before = planned = done = inner.stats()
+    looked = spent = 0.0
+    fresh = False
 
     def look() -> float:  # while a step is planned and not yet run
-        nonlocal planned
-        planned = inner.stats()
+        nonlocal planned, looked, spent, fresh
+        now = time.perf_counter()
+        fresh = (now - looked) * _LOOKING >= 2 * spent
+        if fresh:
+            planned = inner.stats()
+            looked = time.perf_counter()
+            spent = looked - now
         return planned.kv_usage
 
     recorder.kv_usage = look
@@ -123,6 +132,8 @@ def run_jobs(
             arrived[index] += [now] * len(update.tokens)
             progress(len(update.tokens), int(update.finish_reason is not None))
         if step is not None:
+            if fresh:
+                done = inner.stats()
             points.append(
                 Point(
                     at=now,
@@ -131,12 +142,16 @@ def run_jobs(
                     running=planned.running,
                     waiting=planned.waiting,
                     held=planned.kv_usage,
-                    filled=inner.stats().kv_filled,
+                    filled=done.kv_filled,
                     preempted=planned.preemptions - preempted,
                 )
             )
+    seconds, after = time.perf_counter() - start, inner.stats()
+    if points:  # those that no look has seen
+        unseen = after.preemptions - before.preemptions - sum(p.preempted for p in points)
+        points[-1] = replace(points[-1], preempted=points[-1].preempted + unseen)
     return Outcome(
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         cpu=time.process_time() - cpu,
         arrived=tuple(map(tuple, arrived)),
         ttft=tuple(m[0] - job.at for m, job in zip(arrived, jobs, strict=True) if m),
@@ -144,7 +159,7 @@ def run_jobs(
         tokens=tuple(map(tuple, tokens)),
         points=tuple(points),
         before=before,
-        after=inner.stats(),
+        after=after,
     )
 
 

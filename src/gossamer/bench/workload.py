@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 
-__all__ = ["Job", "Lengths", "arrivals", "cut_lengths", "make_jobs", "random_lengths"]
+__all__ = ["Job", "Lengths", "arrivals", "cut_lengths", "make_jobs", "random_lengths", "uncached"]
 
 Lengths = list[tuple[int, int]]
 """(prompt tokens, output tokens) of each request."""
@@ -68,3 +70,10 @@ def make_jobs(lengths: Lengths, times: Sequence[float], vocab: int, seed: int) -
         Job(tuple(rng.randrange(vocab) for _ in range(prompt)), output, at)
         for (prompt, output), at in zip(lengths, times, strict=True)
     ]
+
+
+def uncached(config: EngineConfig) -> EngineConfig:
+    """The configuration without a prefix cache: for work that is repeated to be measured, and for engines
+    that share a program's pages."""
+    off: dict[str, Any] = {f.name: None for f in fields(config) if f.name == "prefix_cache"}
+    return replace(config, **off)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gossamer.cli.bench_prefix import prefix
 from gossamer.cli.bench_trace import trace
 from gossamer.cli.engine_flags import EngineFlags
 from gossamer.cli.models import model_context
@@ -296,3 +297,4 @@ app.command()(verb(latency))
 app.command()(verb(throughput))
 app.command()(verb(shapes))
 app.command()(verb(trace))
+app.command()(verb(prefix))
