@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer.cli.bench_prefix import prefix
+from gossamer.cli.bench_speculation import speculation
 from gossamer.cli.bench_trace import trace
 from gossamer.cli.engine_flags import EngineFlags
 from gossamer.cli.models import model_context
@@ -298,3 +299,4 @@ app.command()(verb(throughput))
 app.command()(verb(shapes))
 app.command()(verb(trace))
 app.command()(verb(prefix))
+app.command()(verb(speculation))

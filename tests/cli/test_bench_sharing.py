@@ -1,0 +1,42 @@
+"""`gossamer bench prefix` and `gossamer bench speculation`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from gossamer.config import EngineConfig
+from tests.cli.conftest import Cli
+
+FIELDS = {f.name for f in fields(EngineConfig)}
+cached = pytest.mark.skipif("prefix_cache" not in FIELDS, reason="there is no prefix cache yet")
+
+
+@cached
+def test_prefix(cli: Cli, stories: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a girl. " * 40)
+    flags = ("--input-len", 100, "--output-len", 4, "--num-prompts", 4, "--turns", 2, "--rounds", 1)
+    report = cli("bench", "prefix", stories, *flags, "--json").json
+    assert report["few-shot"]["hit_rate"] > 0.5 and report["nothing"]["hit_rate"] == 0
+    out = cli("bench", "prefix", stories, *flags, "--text", text).out
+    for words in ("prompts that begin alike", "with nothing in common", "hits"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "words"),
+    [
+        ("prefix", ("--turns", "99"), "lower --input-len or --turns"),
+        ("prefix", ("--shared", "1"), "between 0 and 1"),
+        pytest.param("prefix", ("--input-len", "100", "--text", "/none"), "/none", marks=cached),
+        ("speculation", ("--rounds", "0"), "at least 1"),
+        ("speculation", ("--input-len", "500"), "lower one of them"),
+        ("speculation", ("--output-len", "1"), "at least 2"),
+        ("speculation", ("--input-len", "9"), "specul"),
+    ],
+)
+def test_mistakes(cli: Cli, stories: Path, verb: str, flags: tuple[str, ...], words: str) -> None:
+    assert words in cli("bench", verb, stories, *flags).complaint
