@@ -1,7 +1,7 @@
 """Speculative decoding against plain, one request at a time, greedy, on texts that people wrote.
 
 The model's choice is forced to be a reference continuation: what a step costs is real, and drafts stand
-where the reference agrees with them, so that neither the loops of a small model nor random weights flatter them.
+where the reference agrees with them, so that no loop of a small model and no random weights flatter them.
 """
 
 from __future__ import annotations
