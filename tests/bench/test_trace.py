@@ -13,7 +13,7 @@ from gossamer.bench.plot import check_picture, draw
 from gossamer.bench.replay import Goals, figures, parse_ways, ratios, run_ways, start_ways, way_figures
 from gossamer.bench.throughput import Outcome, Point, run_jobs
 from gossamer.bench.trace import Arrival, Pace, fit, pace_jobs, read_trace, schedule
-from gossamer.bench.workload import Job
+from gossamer.bench.workload import Job, uncached
 from gossamer.config import EngineConfig
 from gossamer.engine.engine import Stats
 from gossamer.errors import ConfigError
@@ -185,7 +185,7 @@ def test_ways_in_equal_memory(shared: Path) -> None:
 
 
 def test_preemptions_are_in_the_points(shared: Path) -> None:
-    tight = config(shared, kv_bytes=128 * BYTES)
+    tight = uncached(config(shared, kv_bytes=128 * BYTES))
     jobs = [Job(tuple(range(3, 3 + 20)), 60) for _ in range(4)]
     outcome = run_jobs(*recording(start(tight)), jobs)
     assert outcome.preemptions == sum(p.preempted for p in outcome.points) > 0

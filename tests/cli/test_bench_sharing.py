@@ -22,7 +22,7 @@ def test_prefix(cli: Cli, stories: Path, tmp_path: Path) -> None:
     report = cli("bench", "prefix", stories, *flags, "--json").json
     assert report["few-shot"]["hit_rate"] > 0.5 and report["nothing"]["hit_rate"] == 0
     out = cli("bench", "prefix", stories, *flags, "--text", text).out
-    for words in ("prompts that begin alike", "with nothing in common", "hits"):
+    for words in ("few-shot prompts", "nothing in common", "found"):
         assert words in out
 
 

@@ -30,7 +30,7 @@ def test_replay(cli: Cli, stories: Path, trace: Path, tmp_path: Path) -> None:
     assert found["extra_tokens"] == 0 and 0 < found["kv_held_mean"] <= found["kv_held_peak"] <= 1
     assert picture.stat().st_size > 5000
     text = cli("bench", "trace", stories, "--trace", trace, "--saturate", "--skip-long", "-c", 64).out
-    for words in ("all at once", "first token", "slots wasted", "preemptions"):
+    for words in ("all at once", "first token", "are empty", "preemptions"):
         assert words in text
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from gossamer.backends.cpu.program import native_arena
 from gossamer.bench.measure import RecordingExecutor, run_step
 from gossamer.bench.memory import memory_figures
-from gossamer.bench.workload import Job
+from gossamer.bench.workload import Job, uncached
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, ExecutorLimits, Handle, Sampling, Span, StepPlan, StepResult
@@ -123,6 +123,7 @@ def start_shapes(config: EngineConfig, loading: Callable[[int, int], None] | Non
         raise ConfigError("shapes are measured with continuous batching over pages; drop the baseline flags")
     if config.max_model_len == 1:
         raise ConfigError("--max-model-len 1 has no room for a prompt and a token after it; give 2 at least")
+    config = uncached(config)
     length = config.max_model_len or config.max_num_batched_tokens
     dummies = -(-config.max_num_batched_tokens // length)
     # A step of max_num_seqs sequences keeps its tokens: a program must hold more tokens than sequences.

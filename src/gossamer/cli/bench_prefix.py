@@ -15,11 +15,7 @@ from gossamer.errors import ConfigError
 __all__ = ["prefix", "read_text"]
 
 _WORK = "Workload"
-_MEANING = {
-    "chat": "turns of a chat, each with all before it",
-    "few-shot": "prompts that begin alike",
-    "nothing": "prompts with nothing in common",
-}
+_LABELS = {"chat": "turns of chats", "few-shot": "few-shot prompts", "nothing": "nothing in common"}
 
 
 def prefix(
@@ -103,12 +99,12 @@ def _print(report: dict[str, Any]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", style="cyan")
-    for name in ("first token without", "with the cache", "of it", "all of it", "hits"):
+    for name in ("first token\nwithout", "\nwith cache", "\nof it", "in all\nof it", "tokens\nfound"):
         table.add_column(name, justify="right")
-    for name, meaning in _MEANING.items():
+    for name, label in _LABELS.items():
         found = report[name]
         table.add_row(
-            meaning,
+            label,
             f"{found['ttft_ms_without']:.1f} ms",
             f"{found['ttft_ms_with']:.1f} ms",
             f"[bold]{100 * found['ttft_ratio']:.1f} %[/]",

@@ -112,23 +112,22 @@ def _print(report: dict[str, Any]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", style="cyan")
-    names = (
-        "plain",
-        "speculative",
-        "speedup",
-        "with prefill",
-        "tokens a step",
-        "a draft",
-        "steps with drafts",
-    )
-    for name in names:
+    for name in (
+        "plain\ntok/s",
+        "drafted\ntok/s",
+        "times\nas fast",
+        "with\nprefill",
+        "tokens\na step",
+        "with a\ndraft",
+        "steps\ndrafted",
+    ):
         table.add_column(name, justify="right")
     for name, found in report["workloads"].items():
         length = found["acceptance_length"]
         table.add_row(
             name,
-            f"{found['plain_tokens_per_s']:.1f} tok/s",
-            f"{found['tokens_per_s']:.1f} tok/s",
+            f"{found['plain_tokens_per_s']:.1f}",
+            f"{found['tokens_per_s']:.1f}",
             f"[bold]{found['speedup']:.2f}[/]",
             f"{found['speedup_with_prefill']:.2f}",
             f"{found['tokens_per_step']:.2f}",

@@ -266,25 +266,31 @@ _ROWS = (
     ("prompt", "prompt_tokens_per_s", 1, "tok/s"),
     ("output", "output_tokens_per_s", 1, "tok/s"),
     ("both", "total_tokens_per_s", 1, "tok/s"),
-    ("goodput", "goodput_requests_per_s", 2, "requests a second within the goals"),
-    ("first token", "ttft_ms", 0, "ms: median, p95, p99"),
-    ("between tokens", "itl_ms", 1, "ms: median, p95, p99"),
-    ("whole request", "e2e_ms", 0, "ms: median, p95, p99"),
+    ("goodput", "goodput_requests_per_s", 2, "a second, within the goals"),
+    ("first token", "ttft_ms.p50", 0, "ms, median"),
+    ("", "ttft_ms.p95", 0, "ms, p95"),
+    ("", "ttft_ms.p99", 0, "ms, p99"),
+    ("between tokens", "itl_ms.p50", 1, "ms, median"),
+    ("", "itl_ms.p95", 1, "ms, p95"),
+    ("", "itl_ms.p99", 1, "ms, p99"),
+    ("whole request", "e2e_ms.p50", 0, "ms, median"),
+    ("", "e2e_ms.p95", 0, "ms, p95"),
+    ("", "e2e_ms.p99", 0, "ms, p99"),
     ("running", "running_mean", 1, "sequences on average"),
     ("", "running_while_waiting", 1, "while others wait"),
     ("", "running_peak", 0, "at most"),
     ("waiting", "waiting_peak", 0, "at most"),
     ("KV pages held", "kv_held_mean", -1, "on average"),
     ("", "kv_held_peak", -1, "at most"),
-    ("slots wasted", "kv_wasted", -1, "of those held have no keys and values"),
+    ("slots wasted", "kv_wasted", -1, "of those held are empty"),
     ("preemptions", "preemptions", 0, ""),
     ("computed", "computed_tokens", 0, "tokens"),
-    ("", "extra_tokens", 0, "of them padding and recomputation"),
+    ("", "extra_tokens", 0, "padding and recomputation"),
     ("prefix hits", "prefix_hit_tokens", 0, "prompt tokens not computed"),
     ("steps", "steps", 0, ""),
     ("", "tokens_per_step_mean", 1, "tokens each"),
     ("all of it", "elapsed_s", 1, "s"),
-    ("", "processors_used", 2, "processors used on average"),
+    ("", "processors_used", 2, "processors used"),
 )
 
 
@@ -318,7 +324,8 @@ def _table(ways: dict[str, dict[str, Any]]) -> Any:
         table.add_column(name, justify="right", style="bold")
     table.add_column("")
     for label, name, digits, unit in _ROWS:
-        values = [way[name] for way in ways.values()]
+        key, _, part = name.partition(".")
+        values = [way[key][part] if part else way[key] for way in ways.values()]
         if any(value is not None for value in values):
             table.add_row(label, *(_value(value, digits) for value in values), unit)
     return table
@@ -327,8 +334,6 @@ def _table(ways: dict[str, dict[str, Any]]) -> Any:
 def _value(value: Any, digits: int) -> str:
     if value is None:
         return "-"
-    if isinstance(value, dict):
-        return " ".join(_value(each, digits) for each in value.values())
     return f"{100 * value:.1f} %" if digits < 0 else f"{value:,.{digits}f}"
 
 
