@@ -6,9 +6,9 @@ and 95 % of the gaps between its tokens are within theirs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.bench.measure import RecordingExecutor, recording
 from gossamer.bench.memory import memory_figures
-from gossamer.bench.throughput import Outcome, Point, percentiles, run_jobs
+from gossamer.bench.throughput import Outcome, Point, Running, percentiles, run_jobs
 from gossamer.bench.workload import Job, uncached
 from gossamer.config import ContinuousBatching, EngineConfig, PagedAttention, StaticBatching
 from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph
-from gossamer.runtime.start import Started, start
+from gossamer.runtime.start import start
 from gossamer.text_engine import TextEngine
 
 __all__ = [
@@ -132,7 +132,7 @@ def _hits(outcome: Outcome) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to serve, started. Ways that differ in the engine alone share a program and its memory."""
+    """One way to serve, started."""
 
     name: str
     engine: TextEngine
@@ -170,20 +170,12 @@ def start_ways(
     graph: Graph,
     loading: Callable[[int, int], None] | None = None,
 ) -> list[Way]:
-    """Loads the ways with the same KV memory: config.kv_bytes, else room for 8 sequences of the context
-    without pages. Pages and contiguous slots need a program each, all else one."""
+    """Loads the ways, each with its own program and the same KV memory: config.kv_bytes, else room for 8
+    sequences of the context without pages."""
     length = config.max_model_len or graph.max_positions
     memory = config.kv_bytes or _SLOTS * kv_page_bytes(graph, -(-length // 16) * 16, config.kv_dtype)
     common = replace(config, max_model_len=length, kv_bytes=memory)
-    programs: dict[bool, Started] = {}
-    ways = []
-    for name in names:
-        own = _way(name, common)
-        paged = own.paged_attention is not None
-        if paged not in programs:
-            programs[paged] = start(own, loading)
-        ways.append(Way(name, *recording(replace(programs[paged], config=own))))
-    return ways
+    return [Way(name, *recording(start(_way(name, common), loading))) for name in names]
 
 
 def run_ways(
@@ -193,24 +185,33 @@ def run_ways(
     *,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Outcome]:
-    """Each way's round of median time; rounds take turns. Raises AssertionError where tokens differ."""
+    """Each way's round of median time.
+
+    Ways take turns at every step, the one whose clock is behind first: what else the machine does meets all
+    of them alike, and pauses of one cost no time. Raises AssertionError where tokens differ.
+    """
     done: dict[str, list[Outcome]] = {way.name: [] for way in ways}
     for way in ways:
         progress(f"warm-up, {way.name}")
         run_jobs(way.engine, way.recorder, [replace(jobs[0], output_len=min(4, jobs[0].output_len), at=0.0)])
     for index in range(rounds):
-        for way in ways:
-            ended, began = 0, time.perf_counter()
+        ended = dict.fromkeys(done, 0)
 
-            def follow(tokens: int, finished: int, way: Way = way, index: int = index) -> None:
-                nonlocal ended
-                ended += finished
-                if finished:
-                    progress(f"round {index + 1} of {rounds}, {way.name}: {ended} of {len(jobs)} requests")
+        def follow(
+            name: str, tokens: int, finished: int, index: int = index, ended: dict[str, int] = ended
+        ) -> None:
+            ended[name] += finished
+            if finished:
+                counts = ", ".join(f"{name} {count}" for name, count in ended.items())
+                progress(f"round {index + 1} of {rounds}: of {len(jobs)} requests, {counts}")
 
-            progress(f"round {index + 1} of {rounds}, {way.name}")
-            done[way.name].append(run_jobs(way.engine, way.recorder, jobs, progress=follow))
-            progress(f"{way.name} took {time.perf_counter() - began:.1f} s")
+        runs = {way.name: Running(way.engine, way.recorder, jobs, partial(follow, way.name)) for way in ways}
+        while going := [run for run in runs.values() if run.goes]:
+            behind = min(going, key=lambda run: run.clock + run.pause)
+            behind.clock += behind.pause
+            behind.advance()
+        for name, run in runs.items():
+            done[name].append(run.outcome())
     assert len({o.tokens for outcomes in done.values() for o in outcomes}) == 1, "ways gave different tokens"
     middle = {name: median(o.seconds for o in outcomes) for name, outcomes in done.items()}
     return {

@@ -17,7 +17,7 @@ from gossamer.engine.engine import Stats
 from gossamer.engine.request import SamplingParams
 from gossamer.text_engine import TextEngine
 
-__all__ = ["Outcome", "Point", "percentiles", "run_jobs", "throughput_report"]
+__all__ = ["Outcome", "Point", "Running", "percentiles", "run_jobs", "throughput_report"]
 
 _LOOKING = 0.01  # part of the time for looks at the engine, each of which costs in proportion to its pages
 
@@ -41,7 +41,7 @@ class Point:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What became of the jobs. seconds: from start to the last token; cpu: processor seconds
-    meanwhile; arrived: of each job, when each of its
+    in its steps; arrived: of each job, when each of its
     tokens came, seconds from the start; ttft, e2e: seconds of each job from when it came; tokens: each job's
     output; points: the steps; before, after: the engine's counters."""
 
@@ -81,6 +81,110 @@ class Outcome:
         return self.after.preemptions - self.before.preemptions
 
 
+class Running:
+    """Jobs on their way through an engine, greedily and past end tokens.
+
+    clock: seconds from the start, which `advance` moves on by what its step took: whoever calls it may let
+    other work pass between, unseen. progress(new tokens, jobs that ended).
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        recorder: RecordingExecutor,
+        jobs: Sequence[Job],
+        progress: Callable[[int, int], None] = lambda tokens, finished: None,
+    ) -> None:
+        self.clock = 0.0
+        self._engine, self._recorder, self._jobs = engine, recorder, jobs
+        self._progress = progress
+        self._coming = sorted(range(len(jobs)), key=lambda i: jobs[i].at, reverse=True)
+        self._names: dict[str, int] = {}
+        self._tokens: list[list[int]] = [[] for _ in jobs]
+        self._arrived: list[list[float]] = [[] for _ in jobs]
+        self._points: list[Point] = []
+        self._cpu = 0.0
+        self._before = self._planned = self._done = engine.engine.stats()
+        self._looked = self._spent = 0.0
+        self._fresh = False
+
+    @property
+    def goes(self) -> bool:
+        """Whether there is work, now or later."""
+        return bool(self._coming) or self._engine.has_work()
+
+    @property
+    def pause(self) -> float:
+        """Seconds until there is something to do."""
+        if self._engine.has_work() or not self._coming:
+            return 0.0
+        return max(0.0, self._jobs[self._coming[-1]].at - self.clock)
+
+    def advance(self) -> None:
+        """Lets jobs in whose time has come, and runs a step."""
+        began, cpu = time.perf_counter(), time.process_time()
+        while self._coming and self._jobs[self._coming[-1]].at <= self.clock:
+            index = self._coming.pop()
+            job, name = self._jobs[index], self._engine.new_id()
+            self._names[name] = index
+            params = SamplingParams(temperature=0.0, max_tokens=job.output_len, ignore_eos=True)
+            self._engine.submit(name, job.prompt, params)
+        preempted = self._planned.preemptions
+        self._recorder.kv_usage = self._look
+        step, updates = run_step(self._engine, self._recorder)
+        self._cpu += time.process_time() - cpu
+        self.clock += time.perf_counter() - began
+        for update in updates:
+            index = self._names[update.request_id]
+            self._tokens[index] += update.tokens
+            self._arrived[index] += [self.clock] * len(update.tokens)
+            self._progress(len(update.tokens), int(update.finish_reason is not None))
+        if step is None:
+            return
+        if self._fresh:
+            self._done = self._engine.engine.stats()
+        self._points.append(
+            Point(
+                at=self.clock,
+                seconds=step.wall,
+                tokens=step.tokens,
+                running=self._planned.running,
+                waiting=self._planned.waiting,
+                held=self._planned.kv_usage,
+                filled=self._done.kv_filled,
+                preempted=self._planned.preemptions - preempted,
+            )
+        )
+
+    def _look(self) -> float:
+        """While a step is planned and not yet run."""
+        now = time.perf_counter()
+        self._fresh = (now - self._looked) * _LOOKING >= 2 * self._spent
+        if self._fresh:
+            self._planned = self._engine.engine.stats()
+            self._looked = time.perf_counter()
+            self._spent = self._looked - now
+        return self._planned.kv_usage
+
+    def outcome(self) -> Outcome:
+        """What became of the jobs, at their end."""
+        after, points, jobs = self._engine.engine.stats(), self._points, self._jobs
+        if points:  # those that no look has seen
+            unseen = after.preemptions - self._before.preemptions - sum(p.preempted for p in points)
+            points[-1] = replace(points[-1], preempted=points[-1].preempted + unseen)
+        return Outcome(
+            seconds=self.clock,
+            cpu=self._cpu,
+            arrived=tuple(map(tuple, self._arrived)),
+            ttft=tuple(m[0] - job.at for m, job in zip(self._arrived, jobs, strict=True) if m),
+            e2e=tuple(m[-1] - job.at for m, job in zip(self._arrived, jobs, strict=True) if m),
+            tokens=tuple(map(tuple, self._tokens)),
+            points=tuple(points),
+            before=self._before,
+            after=after,
+        )
+
+
 def run_jobs(
     engine: TextEngine,
     recorder: RecordingExecutor,
@@ -88,79 +192,14 @@ def run_jobs(
     *,
     progress: Callable[[int, int], None] = lambda tokens, finished: None,
 ) -> Outcome:
-    """Runs the jobs to their end, greedily and past end tokens. progress(new tokens, jobs that ended)."""
-    order = sorted(range(len(jobs)), key=lambda i: jobs[i].at)
-    names: dict[str, int] = {}
-    tokens: list[list[int]] = [[] for _ in jobs]
-    arrived: list[list[float]] = [[] for _ in jobs]
-    points: list[Point] = []
-    inner = engine.engine
-    before = planned = done = inner.stats()
-    looked = spent = 0.0
-    fresh = False
-
-    def look() -> float:  # while a step is planned and not yet run
-        nonlocal planned, looked, spent, fresh
-        now = time.perf_counter()
-        fresh = (now - looked) * _LOOKING >= 2 * spent
-        if fresh:
-            planned = inner.stats()
-            looked = time.perf_counter()
-            spent = looked - now
-        return planned.kv_usage
-
-    recorder.kv_usage = look
-    start, cpu = time.perf_counter(), time.process_time()
-    coming = 0
-    while coming < len(order) or engine.has_work():
-        while coming < len(order) and jobs[order[coming]].at <= time.perf_counter() - start:
-            job = jobs[order[coming]]
-            name = engine.new_id()
-            names[name] = order[coming]
-            params = SamplingParams(temperature=0.0, max_tokens=job.output_len, ignore_eos=True)
-            engine.submit(name, job.prompt, params)
-            coming += 1
-        if not engine.has_work():
-            time.sleep(max(0.0, jobs[order[coming]].at - (time.perf_counter() - start)))
-            continue
-        preempted = planned.preemptions
-        step, updates = run_step(engine, recorder)
-        now = time.perf_counter() - start
-        for update in updates:
-            index = names[update.request_id]
-            tokens[index] += update.tokens
-            arrived[index] += [now] * len(update.tokens)
-            progress(len(update.tokens), int(update.finish_reason is not None))
-        if step is not None:
-            if fresh:
-                done = inner.stats()
-            points.append(
-                Point(
-                    at=now,
-                    seconds=step.wall,
-                    tokens=step.tokens,
-                    running=planned.running,
-                    waiting=planned.waiting,
-                    held=planned.kv_usage,
-                    filled=done.kv_filled,
-                    preempted=planned.preemptions - preempted,
-                )
-            )
-    seconds, after = time.perf_counter() - start, inner.stats()
-    if points:  # those that no look has seen
-        unseen = after.preemptions - before.preemptions - sum(p.preempted for p in points)
-        points[-1] = replace(points[-1], preempted=points[-1].preempted + unseen)
-    return Outcome(
-        seconds=seconds,
-        cpu=time.process_time() - cpu,
-        arrived=tuple(map(tuple, arrived)),
-        ttft=tuple(m[0] - job.at for m, job in zip(arrived, jobs, strict=True) if m),
-        e2e=tuple(m[-1] - job.at for m, job in zip(arrived, jobs, strict=True) if m),
-        tokens=tuple(map(tuple, tokens)),
-        points=tuple(points),
-        before=before,
-        after=after,
-    )
+    """Runs the jobs to their end in real time. progress(new tokens, jobs that ended)."""
+    running = Running(engine, recorder, jobs, progress)
+    start = time.perf_counter()
+    while running.goes:
+        time.sleep(running.pause)
+        running.clock = time.perf_counter() - start
+        running.advance()
+    return running.outcome()
 
 
 def throughput_report(engine: TextEngine, jobs: Sequence[Job], outcome: Outcome) -> dict[str, Any]:

@@ -73,7 +73,6 @@ def make_jobs(lengths: Lengths, times: Sequence[float], vocab: int, seed: int) -
 
 
 def uncached(config: EngineConfig) -> EngineConfig:
-    """The configuration without a prefix cache: for work that is repeated to be measured, and for engines
-    that share a program's pages."""
+    """The configuration without a prefix cache: for work that is repeated to be measured."""
     off: dict[str, Any] = {f.name: None for f in fields(config) if f.name == "prefix_cache"}
     return replace(config, **off)
