@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from gossamer.bench.prefix import WORKLOADS, PrefixWork, _prompts, _Source, bench_prefix, check_cache
 from gossamer.config import EngineConfig
-from gossamer.errors import ConfigError, NotBuiltError
+from gossamer.errors import ConfigError
 from gossamer.runtime.start import start
 
 WORK = PrefixWork(input_len=100, output_len=4, requests=4, turns=3, shared=0.8, rounds=1)
-BUILT = "prefix_cache" in {f.name for f in fields(EngineConfig)}
 
 
 def test_prompts_are_as_long_as_they_say() -> None:
@@ -57,13 +55,12 @@ def test_work_that_cannot_be(options: dict[str, float], said: str) -> None:
         _Source(WORK, 500, range(9))
 
 
-@pytest.mark.skipif(BUILT, reason="there is a prefix cache")
 def test_without_a_cache_there_is_nothing_to_measure() -> None:
-    with pytest.raises(NotBuiltError, match="prefix cache"):
-        check_cache(EngineConfig(model="m"))
+    for off in ({"prefix_cache": None}, {"paged_attention": None}):
+        with pytest.raises(ConfigError, match="prefix cache"):
+            check_cache(EngineConfig(model="m", **off))  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not BUILT, reason="there is no prefix cache yet")
 def test_what_is_shared_is_found(shared: Path) -> None:
     config = EngineConfig(model=str(shared / "models" / "stories260K"), max_model_len=WORK.longest)
     check_cache(config)

@@ -151,7 +151,7 @@ def test_figures() -> None:
     assert found["kv_wasted"] == pytest.approx((0.5 * 0.2 + 3 * 0.1) / 3.5, abs=1e-4)
     assert found["running_mean"] == 1.25 and found["running_while_waiting"] == 2
     assert found["computed_tokens"] == 13 and found["needed_tokens"] == 10
-    assert found["extra_tokens"] == 13 + (found["prefix_hit_tokens"] or 0) - 10 and found["preemptions"] == 1
+    assert found["extra_tokens"] == 3 and found["preemptions"] == 1
     assert figures(jobs, outcome, Goals())["goodput_requests_per_s"] is None
     assert figures(jobs, outcome, Goals(ttft_ms=600))["good_requests"] == 1
     slower = found | {"total_tokens_per_s": 1.0, "running_while_waiting": None}

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from gossamer.config import EngineConfig
 from tests.cli.conftest import Cli
 
-FIELDS = {f.name for f in fields(EngineConfig)}
-cached = pytest.mark.skipif("prefix_cache" not in FIELDS, reason="there is no prefix cache yet")
 
-
-@cached
 def test_prefix(cli: Cli, stories: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("Once upon a time there was a girl. " * 40)
@@ -31,7 +25,7 @@ def test_prefix(cli: Cli, stories: Path, tmp_path: Path) -> None:
     [
         ("prefix", ("--turns", "99"), "lower --input-len or --turns"),
         ("prefix", ("--shared", "1"), "between 0 and 1"),
-        pytest.param("prefix", ("--input-len", "100", "--text", "/none"), "/none", marks=cached),
+        ("prefix", ("--input-len", "100", "--text", "/none"), "/none"),
         ("speculation", ("--rounds", "0"), "at least 1"),
         ("speculation", ("--input-len", "500"), "lower one of them"),
         ("speculation", ("--output-len", "1"), "at least 2"),

@@ -10,15 +10,16 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from gossamer.bench.measure import RecordingExecutor, recording, run_step
 from gossamer.bench.memory import memory_figures
+from gossamer.bench.workload import uncached
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
-from gossamer.errors import ConfigError, NotBuiltError
+from gossamer.errors import ConfigError
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
 
@@ -79,11 +80,11 @@ class PrefixWork:
 
 
 def check_cache(config: EngineConfig) -> None:
-    """Raises where this engine or configuration has no prefix cache to measure."""
-    if "prefix_cache" not in {f.name for f in fields(config)}:
-        raise NotBuiltError("the prefix cache is not built yet")
+    """Raises ConfigError for a configuration without a prefix cache to measure."""
     if config.paged_attention is None:
         raise ConfigError("the prefix cache shares pages; drop --no-paged-attention")
+    if config.prefix_cache is None:
+        raise ConfigError("it runs with the prefix cache and without; drop --no-enable-prefix-caching")
 
 
 @dataclass(slots=True)
@@ -113,9 +114,8 @@ def bench_prefix(
 ) -> dict[str, Any]:
     """The report that `gossamer bench prefix --json` prints. started: with the cache on. text: tokens that
     prompts are pieces of; None: random ones. ratio: with over without, the median over rounds."""
-    off: dict[str, Any] = {"prefix_cache": None}
     with_, without = (
-        _Side(*recording(s)) for s in (started, replace(started, config=replace(started.config, **off)))
+        _Side(*recording(s)) for s in (started, replace(started, config=uncached(started.config)))
     )
     source = _Source(work, started.graph.vocab, text)
     report: dict[str, Any] = {}
@@ -228,4 +228,4 @@ def _run(side: _Side, source: _Source, name: str, seed: int) -> _Run:
 
 
 def _hits(side: _Side) -> int:
-    return int(getattr(side.engine.engine.stats(), "prefix_hits", 0))
+    return side.engine.engine.stats().prefix_hits

@@ -67,14 +67,15 @@ def figures(jobs: Sequence[Job], outcome: Outcome, goals: Goals) -> dict[str, An
     """The keys of a replay in `gossamer bench trace --json`.
 
     needed_tokens: prompts and all output tokens but the last of each, which is never fed. prefix_hit_tokens:
-    prompt tokens found in the prefix cache; None where there is none. running_while_waiting: mean of the
+    prompt tokens found in the prefix cache; None where it is off. running_while_waiting: mean of the
     sequences running while others wait, that is, how many the memory holds.
     """
     prompts = sum(len(job.prompt) for job in jobs)
     outputs = sum(map(len, outcome.tokens))
     good = sum(map(goals.met, outcome.ttft, outcome.gaps))
     computed = outcome.after.computed_tokens - outcome.before.computed_tokens
-    hits = _hits(outcome)
+    hits = outcome.after.prefix_hits - outcome.before.prefix_hits
+    cached = outcome.after.prefix_queries > outcome.before.prefix_queries
     needed = prompts + outputs - len(jobs)
     seconds = outcome.seconds
     stated = goals.ttft_ms is not None or goals.itl_ms is not None
@@ -106,8 +107,8 @@ def figures(jobs: Sequence[Job], outcome: Outcome, goals: Goals) -> dict[str, An
         "output_tokens": outputs,
         "computed_tokens": computed,
         "needed_tokens": needed,
-        "extra_tokens": computed + (hits or 0) - needed,
-        "prefix_hit_tokens": hits,
+        "extra_tokens": computed + hits - needed,
+        "prefix_hit_tokens": hits if cached else None,
     }
 
 
@@ -120,11 +121,6 @@ def _wasted(points: Sequence[Point]) -> float:
     """Part of the slots held, over time, that have no keys and values."""
     held = sum(p.held * p.seconds for p in points)
     return round(sum(p.held * (1 - p.filled) * p.seconds for p in points) / held, 4) if held else 0.0
-
-
-def _hits(outcome: Outcome) -> int | None:
-    before, after = (getattr(stats, "prefix_hits", None) for stats in (outcome.before, outcome.after))
-    return None if before is None or after is None else int(after - before)
 
 
 # -- side by side ---------------------------------------------------------------------------------
