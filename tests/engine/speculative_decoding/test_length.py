@@ -61,7 +61,7 @@ def run(
             prefill=0,
             kv_tokens=100,
             room=100,
-            drafting=lambda sequences, depth: drafting * depth,
+            drafting=lambda sequences, depth, keys: drafting * depth,
         )  # fmt: skip
         seconds += cost(len(rates) + sum(lengths)) + drafting * max(lengths)
         tokens += len(rates)
@@ -142,7 +142,7 @@ def test_room_goes_to_the_likeliest() -> None:
         control.verified(offers[1], 8, 8)
     for room in (0, 1, 5, 8, 100):
         lengths = control.choose(
-            offers, decodes=2, prefill=0, kv_tokens=9, room=room, drafting=lambda sequences, depth: 0.0
+            offers, decodes=2, prefill=0, kv_tokens=9, room=room, drafting=lambda sequences, depth, keys: 0.0
         )
         assert sum(lengths) == min(room, 16) and lengths[1] >= lengths[0]
 
@@ -156,7 +156,7 @@ def test_all_is_drafted_where_it_may_not_adapt_or_costs_are_unknown() -> None:
             control.verified(Offer(0, 0, MOST), 8, 0)
         offers = [Offer(0, 0, 8), Offer(1, 3, 2)]
         assert control.choose(
-            offers, decodes=2, prefill=0, kv_tokens=9, room=50, drafting=lambda sequences, depth: 1.0
+            offers, decodes=2, prefill=0, kv_tokens=9, room=50, drafting=lambda sequences, depth, keys: 1.0
         ) == [8, 2]
 
 
@@ -169,7 +169,7 @@ def test_choosing_costs_microseconds_a_sequence() -> None:
     for _ in range(50):
         start = time.perf_counter()
         control.choose(
-            offers, decodes=64, prefill=0, kv_tokens=9, room=256, drafting=lambda sequences, depth: 0.0
+            offers, decodes=64, prefill=0, kv_tokens=9, room=256, drafting=lambda sequences, depth, keys: 0.0
         )
         best = min(best, time.perf_counter() - start)
     assert best / 64 < 20e-6

@@ -1,20 +1,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.engine.speculative_decoding.ngram import Ngram, NgramIndex
-
-
-@dataclass
-class Text:
-    prompt_ids: tuple[int, ...]
-    output_ids: list[int] = field(default_factory=list)
-    id: int = 0
+from tests.engine.speculative_decoding.fakes import Seq
 
 
 def found(text: list[int], least: int, most: int) -> tuple[int, int]:
@@ -48,14 +41,15 @@ def test_finds_the_latest_place_of_the_longest_suffix(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.lists(st.integers(0, 2), max_size=40))
 def test_offers_and_drafts_follow_the_sequence(prompt: list[int], outputs: list[int]) -> None:
-    ngram, seq = Ngram(2, 4), Text(tuple(prompt))
+    ngram, seq = Ngram(2, 4), Seq(0, tuple(prompt))
     for token in [*outputs, 0]:
-        kind, most = ngram.offer(seq, 5)
+        offer = ngram.offer(seq, 5)
         text = [*prompt, *seq.output_ids]
         place, length = found(text, 2, 4)
-        assert most == (5 if place else 0)
-        if place:
-            assert kind == (16 if length >= 16 else 8 if length >= 8 else min(length, 4))
+        assert (offer is not None) == bool(place)
+        if offer is not None:
+            assert offer[0] == 0 and offer.most == 5
+            assert offer.kind == (16 if length >= 16 else 8 if length >= 8 else min(length, 4))
             (draft,) = ngram.propose([(seq, 3)])
             assert draft is not None and draft.parents is None
             whole = text[place:]
@@ -67,24 +61,24 @@ def test_offers_and_drafts_follow_the_sequence(prompt: list[int], outputs: list[
 
 def test_sequences_are_apart_and_forgotten() -> None:
     ngram = Ngram(1, 2)
-    a, b = Text((1, 2, 1)), Text((1, 3, 1), id=1)
-    assert ngram.offer(a, 4)[1] == ngram.offer(b, 4)[1] == 4
+    a, b = Seq(0, (1, 2, 1)), Seq(1, (1, 3, 1))
+    assert ngram.offer(a, 4) and ngram.offer(b, 4)
     drafts = ngram.propose([(b, 1), (a, 2)])
     assert [d.tokens for d in drafts if d] == [[3], [2, 1]]
     ngram.forget(a)
     a.prompt_ids = (7, 8)  # another sequence may take the name
-    assert ngram.offer(a, 4) == (0, 0)
+    assert ngram.offer(a, 4) is None
 
 
 @pytest.mark.parametrize("prompt", [4_000, 64_000])
 def test_a_token_costs_microseconds_whatever_the_length(prompt: int) -> None:
-    ngram, seq = Ngram(2, 4), Text(tuple(i * i % 251 for i in range(prompt)))
+    ngram, seq = Ngram(2, 4), Seq(0, tuple(i * i % 251 for i in range(prompt)))
     ngram.offer(seq, 4)
     best = 1.0
     for i in range(200):
         seq.output_ids.append(i % 251)
         start = time.perf_counter()
-        if ngram.offer(seq, 4)[1]:
+        if ngram.offer(seq, 4):
             ngram.propose([(seq, 4)])
         best = min(best, time.perf_counter() - start)
     assert best < 100e-6

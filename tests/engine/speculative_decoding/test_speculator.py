@@ -1,61 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.engine.request import SamplingParams
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.speculator import Speculator
-from gossamer.engine.step import Sampling
 from gossamer.errors import NotBuiltError
 from gossamer.runtime.null import NullExecutor
 from tests.engine.serving import limits
-
-
-@dataclass
-class Config:
-    method: str = "ngram"
-    num_speculative_tokens: int = 4
-    prompt_lookup_min: int = 2
-    prompt_lookup_max: int = 4
-    adaptive: bool = True
-
-
-@dataclass
-class Seq:
-    """A sequence as the engine keeps it."""
-
-    id: int
-    prompt_ids: tuple[int, ...]
-    output_ids: list[int] = field(default_factory=list)
-    limit: int = 1000
-    pending: int = 1
-    finish_reason: Any = None
-    grammar: Any = None
-    draft: Draft | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
-    def computed(self) -> int:
-        return self.length - self.pending
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(SamplingParams(), self.id, self.prompt_ids, self.output_ids)
-
-
-@dataclass
-class State:
-    running: list[Seq]
-    waiting: tuple[int, ...] = ()
-    max_num_seqs: int = 8
+from tests.engine.speculative_decoding.fakes import Config, Live, Seq, State
 
 
 class Flat:
@@ -137,6 +93,12 @@ def test_a_grammar_prunes_drafts() -> None:
     free, some, none = quoting(0), quoting(1, grammar=Grammar(2)), quoting(2, grammar=Grammar(0))
     speculator(Free()).draft(State([free, some, none]))
     assert (free.draft, some.draft, none.draft) == (Draft([4, 5, 6, 7]), Draft([4, 5]), None)
+
+
+def test_drafts_stop_before_an_end() -> None:
+    middle, at_once = quoting(0, live=Live((6,))), quoting(1, live=Live((4,)))
+    speculator(Free()).draft(State([middle, at_once]))
+    assert (middle.draft, at_once.draft) == (Draft([4, 5]), None)
 
 
 def test_it_is_off_where_it_loses_and_says_so() -> None:

@@ -17,6 +17,7 @@ _OWN_DECAY, _SHARED_DECAY = 0.9, 0.98  # per verification: about the last 10 of 
 _OWN_WEIGHT, _SHARED_WEIGHT = 3.0, 2.0  # in verifications: how much what is known before counts beside them
 _ALLOWANCE = 0.01  # part of the time that may be lost to drafts that turn out wrong
 _CREDIT, _MOST_CREDIT = 1.0, 2.0  # in steps: what may be lost at first, and ever after without a gain
+_LASTS = 32  # steps over which an offer's lead is expected to pay
 _PROBE, _LAST_PROBE = 8, 64  # while drafts lose, one is tried every so many steps, ever more rarely
 
 
@@ -28,11 +29,16 @@ class Times(Protocol):
 
 
 class Offer(NamedTuple):
-    """A sequence that could draft at most `most` tokens; kind: of the evidence, each with its own chances."""
+    """A sequence that could draft at most `most` tokens.
+
+    kind: of the evidence; each kind has its own chances. lead: seconds before its first token can be drafted,
+    once, such as those of the draft's own prefill.
+    """
 
     sequence: int
     kind: int
     most: int
+    lead: float = 0.0
 
 
 class _Rates:
@@ -92,13 +98,13 @@ class LengthControl:
         prefill: int,
         kv_tokens: int,
         room: int,
-        drafting: Callable[[int, int], float],
+        drafting: Callable[[int, int, int], float],
     ) -> list[int]:
         """How many tokens each of the offers is to draft.
 
         decodes: sequences that get a token in the step anyhow; prefill: other tokens that it will compute;
         kv_tokens: keys that decodes read; room: tokens of all drafts at most; drafting: seconds that drafts
-        take for (sequences, depth).
+        take for (sequences, tokens of each, keys that they read).
         """
         tokens = sorted(
             ((-p, i, depth) for i, o in enumerate(offers) for depth, p in enumerate(self.chances(o), 1))
@@ -114,25 +120,30 @@ class LengthControl:
 
         with_prefill = (self._times.predict(decodes + prefill, kv_tokens) or base) if prefill else base
 
+        keys = kv_tokens // decodes  # of a sequence
+
         def extra(count: int, sequences: int, depth: int) -> float:
             step = self._times.predict(decodes + prefill + count, kv_tokens + count) or with_prefill
-            return max(step - with_prefill, 0.0) + drafting(sequences, depth)
+            return max(step - with_prefill, 0.0) + drafting(sequences, depth, sequences * keys)
 
         best, best_rate, cost = 0, self._worth, 0.0
-        expected, deepest, who, next_look = float(decodes), 0, set[int](), 1
+        expected, deepest, lead, drafts, next_look = float(decodes), 0, 0.0, 0, 1
         for count, (minus_p, i, depth) in enumerate(tokens, 1):
             expected -= minus_p
             deepest = max(deepest, depth)
-            who.add(i)
+            if depth == 1:
+                drafts += 1
+                lead += offers[i].lead / _LASTS
             if count == next_look or count == len(tokens):  # not at each: a look costs a prediction
                 next_look = count + 1 + count // 8
-                more = extra(count, len(who), deepest)
+                more = extra(count, drafts, deepest) + lead
                 if (base + more) / expected < best_rate:
                     best, best_rate, cost = count, (base + more) / expected, more
         if tokens and (best == 0 or account <= 0):
             best = 0
             self._waited += 1
-            if self._waited >= self._interval and account >= (more := extra(1, 1, 1)):
+            due = self._waited >= self._interval
+            if due and account >= (more := extra(1, 1, 1) + offers[tokens[0][1]].lead):
                 best, cost, self._waited = 1, more, 0
                 self._interval = min(2 * self._interval, _LAST_PROBE)
         self._account = account - cost if best else account

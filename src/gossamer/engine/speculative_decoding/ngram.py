@@ -6,9 +6,10 @@ After "Prompt Lookup Decoding" (Saxena, 2023) and "Inference with Reference" (LL
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from gossamer.engine.speculative_decoding.draft import Draft
+from gossamer.engine.speculative_decoding.length import Offer
+from gossamer.engine.speculative_decoding.proposer import Speculated
 
 __all__ = ["Ngram", "NgramIndex"]
 
@@ -69,22 +70,6 @@ class NgramIndex:
         return tokens
 
 
-class Text(Protocol):
-    """What prompt lookup reads of a sequence."""
-
-    @property
-    def id(self) -> int:
-        """Unique."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int]:
-        """The prompt."""
-
-    @property
-    def output_ids(self) -> Sequence[int]:
-        """What has been produced; only ever longer."""
-
-
 class Ngram:
     """Proposes by prompt lookup, for any number of sequences.
 
@@ -97,8 +82,8 @@ class Ngram:
         self._indices: dict[int, NgramIndex] = {}
         self._places: dict[int, int] = {}
 
-    def offer(self, seq: Text, most: int) -> tuple[int, int]:
-        """(kind, how many tokens); 0 tokens where nothing matches. Indexes what is new of the sequence."""
+    def offer(self, seq: Speculated, most: int) -> Offer | None:
+        """`most` tokens where anything matches. Indexes what is new of the sequence."""
         index = self._indices.get(seq.id)
         if index is None:
             index = self._indices[seq.id] = NgramIndex(self._least, self._most)
@@ -108,25 +93,20 @@ class Ngram:
             index.extend(seq.output_ids[new:])
         place, length = index.find()
         if not length:
-            return 0, 0
+            return None
         self._places[seq.id] = place
-        for bound in reversed(_CLASSES):
-            if length >= bound > self._most:
-                return bound, most
-        return min(length, self._most), most
+        kind = next((k for k in reversed(_CLASSES) if length >= k > self._most), min(length, self._most))
+        return Offer(seq.id, kind, most)
 
-    def propose(self, wanted: Sequence[tuple[Text, int]]) -> list[Draft | None]:
+    def propose(self, wanted: Sequence[tuple[Speculated, int]]) -> list[Draft | None]:
         """Drafts of the lengths wanted, of sequences that had an offer since their newest token."""
         return [Draft(self._indices[seq.id].read(self._places[seq.id], count)) for seq, count in wanted]
 
-    def seconds(self, sequences: int, depth: int) -> float:
+    def seconds(self, sequences: int, depth: int, keys: int) -> float:
         """Nothing worth counting."""
         return 0.0
 
-    def verified(self, seq: Text, accepted: int) -> None:
-        """It learns from the sequence itself."""
-
-    def forget(self, seq: Text) -> None:
+    def forget(self, seq: Speculated) -> None:
         """Drops a sequence's index."""
         self._indices.pop(seq.id, None)
         self._places.pop(seq.id, None)

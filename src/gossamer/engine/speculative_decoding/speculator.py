@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gossamer.engine.request import FinishReason
 from gossamer.engine.speculative_decoding.draft import Draft
+from gossamer.engine.speculative_decoding.draft_model import DraftModel
 from gossamer.engine.speculative_decoding.length import LengthControl, Offer, Times
 from gossamer.engine.speculative_decoding.ngram import Ngram
-from gossamer.engine.step import Executor, Sampling
+from gossamer.engine.speculative_decoding.proposer import Proposer, Speculated
+from gossamer.engine.step import Executor
 from gossamer.errors import NotBuiltError
 
 __all__ = ["Batch", "Proposer", "Settings", "Speculated", "SpeculationStats", "Speculator"]
@@ -31,31 +32,6 @@ class Settings(Protocol):
     def adaptive(self) -> bool: ...
 
 
-class Speculated(Protocol):
-    """What is read of a sequence; `draft` is written."""
-
-    draft: Draft | None
-
-    @property
-    def id(self) -> int: ...
-    @property
-    def prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def output_ids(self) -> Sequence[int]: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def limit(self) -> int: ...
-    @property
-    def computed(self) -> int: ...
-    @property
-    def finish_reason(self) -> FinishReason | None: ...
-    @property
-    def sampling(self) -> Sampling: ...
-    @property
-    def grammar(self) -> Any: ...
-
-
 class Batch(Protocol):
     """What is read of the engine's state."""
 
@@ -65,28 +41,6 @@ class Batch(Protocol):
     def waiting(self) -> Any: ...
     @property
     def max_num_seqs(self) -> int: ...
-
-
-class Proposer(Protocol):
-    """A way to guess. Offers come first, so that lengths are chosen before anything costly is drafted."""
-
-    def offer(self, seq: Speculated, most: int) -> tuple[int, int]:
-        """(kind of evidence, how many tokens it could draft, at most `most`)."""
-
-    def propose(self, wanted: Sequence[tuple[Speculated, int]]) -> list[Draft | None]:
-        """Drafts of at most so many tokens; each sequence had an offer since its newest token."""
-
-    def seconds(self, sequences: int, depth: int) -> float:
-        """What `propose` takes for so many sequences and tokens each."""
-
-    def verified(self, seq: Speculated, accepted: int) -> None:
-        """How many tokens of its last draft stand."""
-
-    def forget(self, seq: Speculated) -> None:
-        """Drops a sequence's state and pages."""
-
-    def check(self) -> None:
-        """Raises IntegrityError for pages that contradict each other."""
 
 
 @dataclass(slots=True)
@@ -137,13 +91,14 @@ class Speculator:
         room = min(rows, tokens // 2 if prefill or waiting else tokens)
         if room <= 0:
             return
-        offers, candidates = [], []
+        offers: list[Offer] = []
+        candidates: list[Speculated] = []
         for seq in ready:
             most = min(self._most, seq.limit - seq.length - 1)
             if most > 0:
-                kind, most = self._proposer.offer(seq, most)
-                if most:
-                    offers.append(Offer(seq.id, kind, most))
+                offer = self._proposer.offer(seq, most)
+                if offer is not None:
+                    offers.append(offer)
                     candidates.append(seq)
         lengths = self._control.choose(
             offers,
@@ -159,6 +114,8 @@ class Speculator:
             return
         drafts = self._proposer.propose([(seq, n) for seq, _, n in chosen])
         for (seq, offer, _), draft in zip(chosen, drafts):
+            if draft is not None:
+                draft = _before_end(draft, seq.live.ends)
             if draft is not None and seq.grammar is not None:
                 draft = seq.grammar.prune(draft)
             seq.draft = draft
@@ -170,7 +127,6 @@ class Speculator:
         self.stats.drafts += 1
         self.stats.proposed += drafted
         self.stats.accepted += accepted
-        self._proposer.verified(seq, accepted)
         self._control.verified(self._offers.pop(seq.id), drafted, accepted)
 
     def forget(self, seq: Speculated) -> None:
@@ -185,7 +141,17 @@ class Speculator:
         self._proposer.check()
 
 
+def _before_end(draft: Draft, ends: Container[int]) -> Draft | None:
+    """A chain up to its first end token: the target finds that itself, and nothing follows it."""
+    if draft.parents is not None:
+        return draft
+    stop = next((i for i, token in enumerate(draft.tokens) if token in ends), len(draft.tokens))
+    return Draft(draft.tokens[:stop]) if stop else None
+
+
 def _proposer(config: Settings, executor: Executor) -> Proposer:
     if config.method == "ngram":
         return Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
-    raise NotBuiltError(f"speculation by {config.method!r} is not built yet; 'ngram' is")
+    if config.method == "draft_model":
+        return DraftModel(executor)
+    raise NotBuiltError(f"speculation by {config.method!r} is not built yet; 'ngram' and 'draft_model' are")
