@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol
 __all__ = ["LengthControl", "Offer", "Times"]
 
 _FIRST = 0.5  # a position's chance before anything is known
-_OWN_DECAY, _SHARED_DECAY = 0.9, 0.98  # per verification: about the last 10 of a sequence, 50 of the engine
+_OWN_DECAY, _SHARED_DECAY = 0.95, 0.98  # per verification: about the last 20 of a sequence, 50 of the engine
 _OWN_WEIGHT, _SHARED_WEIGHT = 3.0, 2.0  # in verifications: how much what is known before counts beside them
 _ALLOWANCE = 0.01  # part of the time that may be lost to drafts that turn out wrong
-_CREDIT, _MOST_CREDIT = 1.0, 2.0  # in steps: what may be lost at first, and ever after without a gain
+_CREDIT, _MOST_CREDIT = 1.0, 6.0  # in steps: what may be lost at first, and ever after without a gain
 _LASTS = 32  # steps over which an offer's lead is expected to pay
-_PROBE, _LAST_PROBE = 8, 64  # while drafts lose, one is tried every so many steps, ever more rarely
+_PROBE, _LAST_PROBE = 4, 64  # while drafts lose, one is tried every so many steps, ever more rarely
 
 
 class Times(Protocol):
