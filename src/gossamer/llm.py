@@ -17,6 +17,7 @@ from gossamer.config import (
     PagedAttention,
     ParallelComputing,
     Quantization,
+    SpeculativeDecoding,
 )
 from gossamer.config.weight_formats import FLOATS, weight_formats
 from gossamer.engine.request import Completion, RequestOutput, SamplingParams
@@ -31,10 +32,10 @@ _KV_DTYPES = {
     "auto": "bf16", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "float32": "f32", "fp32": "f32",
 }  # fmt: skip
 
-_TEXTS = {"model", "revision", "dtype", "quantization", "kv_cache_dtype", "isa"}
+_TEXTS = {"model", "revision", "dtype", "quantization", "kv_cache_dtype", "isa", "swap_directory"}
 _COUNTS = {
     "threads", "page_size", "prefill_chunk", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_bytes", "memory_budget", "weight_cache_limit",
+    "kv_bytes", "memory_budget", "weight_cache_limit", "swap_bytes",
 }  # fmt: skip
 _NEEDED = {
     "model", "dtype", "kv_cache_dtype", "page_size", "max_num_seqs", "max_num_batched_tokens",
@@ -51,7 +52,10 @@ def engine_config(
     autotune: bool = True,
     threads: int | None = None,
     page_size: int = 16,
+    swap_bytes: int | None = None,
+    swap_directory: str | None = None,
     prefill_chunk: int | None = None,
+    speculative_config: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> EngineConfig:
     """An EngineConfig from the names people type.
@@ -61,14 +65,18 @@ def engine_config(
     uint4 and nf4); weight_formats: {pattern: format} for matrices that are to be stored otherwise, such as
     {"layers.*.mlp.down_proj": "int8", "head": "bf16"}; kv_cache_dtype: float32, bfloat16, float16, int8 or
     int4; isa: scalar, avx2 or avx512 (None: $GOSSAMER_ISA, else the best there is); autotune: measure how to
-    cut layers into tiles at the first start; the rest are fields of EngineConfig. Raises ConfigError for
-    anything else, and CheckpointError where config.json cannot be read.
+    cut layers into tiles at the first start; swap_bytes: size of a file in swap_directory for KV pages of
+    sequences that had to make room; speculative_config: {"method": "ngram", "num_speculative_tokens": 4,
+    "prompt_lookup_max": 4}, or {"method": "draft_model", "model": ...}, as a mapping or as JSON (see
+    SpeculativeDecoding); the rest are fields of EngineConfig. Raises ConfigError for anything else, and
+    CheckpointError where config.json cannot be read.
     """
     half = None
     model = str(model) if isinstance(model, os.PathLike) else model
     _check_types(
         {"model": model, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
         | {"isa": isa, "threads": threads, "page_size": page_size, "prefill_chunk": prefill_chunk}
+        | {"swap_bytes": swap_bytes, "swap_directory": swap_directory}
         | options
     )
     if dtype != "auto" and dtype not in FLOATS:
@@ -91,8 +99,15 @@ def engine_config(
             autotune=autotune,
         ),
         "parallel_computing": ParallelComputing(threads=threads),
-        "paged_attention": PagedAttention(page_size=page_size),
+        "paged_attention": PagedAttention(
+            page_size=page_size, swap_bytes=swap_bytes, swap_directory=swap_directory
+        ),
+        "speculative_decoding": None
+        if speculative_config is None
+        else SpeculativeDecoding.parse(speculative_config),
     }
+    if swap_bytes is not None and options.get("paged_attention", True) is None:
+        raise ConfigError("contiguous KV has no pages to swap; leave out swap_bytes or use PagedAttention")
     if options.get("static_batching") is None:
         defaults["continuous_batching"] = ContinuousBatching(prefill_chunk=prefill_chunk)
     try:

@@ -232,7 +232,6 @@ def test_a_model_that_computes_nan_is_an_error_that_says_so(shared: Path, tmp_pa
     "line",
     [
         ["plan", "gossamer/pocket"],
-        ["serve", "gossamer/pocket", "--speculative-config", "{}"],
         ["generate", "gossamer/pocket", "-p", "x", "--tensor-parallel-size=2"],
     ],
 )

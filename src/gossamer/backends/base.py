@@ -10,7 +10,8 @@ __all__ = ["MemoryReport", "ReceiptLine"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
     """Bytes taken at start; nothing grows past them. kv_tokens: how many tokens the KV pages hold.
-    arena_separate, arena_shared: what the arena would be without memory reuse, and with it."""
+    arena_separate, arena_shared: what the arena would be without memory reuse, and with it. draft: all that a
+    draft model takes beside."""
 
     weights: int
     kv: int
@@ -19,11 +20,12 @@ class MemoryReport:
     arena_separate: int
     arena_shared: int
     workspace: int
+    draft: int = 0
 
     @property
     def total(self) -> int:
         """All bytes together."""
-        return self.weights + self.kv + self.arena + self.workspace
+        return self.weights + self.kv + self.arena + self.workspace + self.draft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ def memory_figures(report: MemoryReport) -> dict[str, int]:
         "arena_separate_bytes": report.arena_separate,
         "arena_shared_bytes": report.arena_shared,
         "workspace_bytes": report.workspace,
+        "draft_bytes": report.draft,
         "total_bytes": report.total,
         "resident_bytes": resident_bytes(),
     }

@@ -69,6 +69,12 @@ class EngineFlags:
         help="Most memory to take in all; a model that needs more is refused.")] = None
     page_size: Annotated[int, flag(
         "--page-size", panel=_MEMORY, metavar="TOKENS", help="Tokens in a KV page, a multiple of 16.")] = 16
+    swap_bytes: Annotated[str | None, flag(
+        "--swap-bytes", panel=_MEMORY, metavar="SIZE",
+        help="Size of a file on disk for KV pages of sequences that had to make room.")] = None
+    swap_directory: Annotated[str | None, flag(
+        "--swap-directory", panel=_MEMORY, metavar="DIR",
+        help="Where that file lies; in the cache directory if not given.")] = None
     no_paged_attention: Annotated[bool, flag(
         "--no-paged-attention", panel=_MEMORY,
         help="Contiguous KV: every sequence reserves --max-model-len.")] = False
@@ -95,6 +101,11 @@ class EngineFlags:
     static_batching: Annotated[str | None, flag(
         "--static-batching", panel=_BATCHING, metavar="KIND",
         help="ragged or padded: whole batches instead of continuous ones, as a baseline.")] = None
+    speculative_config: Annotated[str | None, flag(
+        "--speculative-config", panel=_BATCHING, metavar="JSON",
+        help="Guess tokens and verify them together: "
+        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4} or '
+        '{"method": "draft_model", "model": MODEL}.')] = None
     backend: Annotated[str, flag(
         "--backend", panel=_MACHINE, metavar="NAME",
         help="cpu (native kernels) or reference (eager torch).")] = "cpu"
@@ -148,6 +159,9 @@ class EngineFlags:
             kv_cache_dtype=self.kv_cache_dtype,
             load_format=self.load_format,
             page_size=self.page_size,
+            swap_bytes=None if self.swap_bytes is None else parse_size(self.swap_bytes),
+            swap_directory=self.swap_directory,
+            speculative_config=self.speculative_config,
             prefill_chunk=self.prefill_chunk,
             isa=self.isa,
             autotune=not self.no_autotune,

@@ -9,14 +9,16 @@ __all__ = ["known_elsewhere"]
 _GPU = "GPUs are not built yet; the processors do all the work"
 _LOGGED = "prompts and outputs are never logged; leave it out"
 _PARALLEL = "tensor parallelism is not built yet; --threads uses the cores of this machine"
-_SPECULATIVE = "speculative decoding is not built yet"
+_SPECULATIVE = (
+    '--speculative-config says all of it: {"method": "draft_model", "model": MODEL, '
+    '"num_speculative_tokens": 4}'
+)
 
 _INSTEAD = {
     # from the plan
     "--tensor-parallel-size": _PARALLEL,
     "--tp": _PARALLEL,
     "--pipeline-parallel-size": "pipeline parallelism is not built yet",
-    "--speculative-config": _SPECULATIVE,
     "--enable-prefix-caching": "the prefix cache is not built yet",
     "--itl-goal-ms": "dynamic batching is not built yet",
     "--device": "other devices than the CPU are not built yet",
@@ -31,8 +33,7 @@ _INSTEAD = {
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
     "--kv-bytes the KV pool",
     "--kv-cache-memory-bytes": "--kv-bytes sets the size of the KV pool",
-    "--swap-space": "nothing is swapped, a request that finds no KV memory is computed again; --kv-bytes "
-    "gives more",
+    "--swap-space": "--swap-bytes sets the size of the file that KV pages are swapped to",
     "--block-size": "--page-size sets the tokens of a KV page",
     "--enable-chunked-prefill": "always on; --prefill-chunk sets its size",
     "--enforce-eager": "there are no CUDA graphs to turn off; --backend reference runs eager torch",
@@ -40,6 +41,7 @@ _INSTEAD = {
     "--download-dir": "HF_HOME says where the hub cache is",
     "--tokenizer": "the tokenizer is the one in the model's directory",
     "--speculative-model": _SPECULATIVE,
+    "--num-speculative-tokens": _SPECULATIVE,
     "--max-logprobs": "a request may ask for up to 20 log-probabilities; leave it out",
     "--disable-log-requests": _LOGGED,
     "--enable-log-requests": _LOGGED,

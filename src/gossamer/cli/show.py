@@ -80,9 +80,15 @@ def memory_table(started: Started) -> Table:
         reuse = f"{format_size(memory.arena_shared)} with memory reuse, which is off"
     table.add_row("arena", format_size(memory.arena), reuse)
     table.add_row("workspace", format_size(memory.workspace), "")
+    if memory.draft and config.speculative_decoding is not None:
+        model = escape(str(config.speculative_decoding.model))
+        table.add_row("draft", format_size(memory.draft), f"{model}, with KV pages of its own")
     table.add_section()
     table.add_row("total", format_size(memory.total), "", style="bold")
     table.add_row("resident", format_size(resident_bytes()), "the whole process, now")
+    if started.swap_bytes:
+        slots = started.executor.limits.swap_pages[0]
+        table.add_row("swap", format_size(started.swap_bytes), f"on disk, {slots:,} KV pages of each group")
     return table
 
 

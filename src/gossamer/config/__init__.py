@@ -14,6 +14,7 @@ from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.prefix_cache import PrefixCache
 from gossamer.config.quantization import Quantization
+from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "ParallelComputing",
     "PrefixCache",
     "Quantization",
+    "SpeculativeDecoding",
     "StaticBatching",
 ]

@@ -15,6 +15,7 @@ from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.prefix_cache import PrefixCache
 from gossamer.config.quantization import Quantization
+from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 from gossamer.config.weight_formats import WeightFormats, weight_formats
 from gossamer.errors import ConfigError
@@ -57,6 +58,7 @@ class EngineConfig:
     parallel_computing: ParallelComputing | None = field(default_factory=ParallelComputing)
     continuous_batching: ContinuousBatching | None = field(default_factory=ContinuousBatching)
     static_batching: StaticBatching | None = None
+    speculative_decoding: SpeculativeDecoding | None = None
 
     kv_dtype: KVType = "bf16"
     """What keys and values are stored in; int8 and int4 with one scale per token and head. The reference
@@ -107,8 +109,27 @@ class EngineConfig:
             )
         if (self.continuous_batching is None) == (self.static_batching is None):
             raise ConfigError("exactly one of continuous batching and static batching must be on")
+        if self.static_batching is not None and self.speculative_decoding is not None:
+            raise ConfigError(
+                "static batching is a baseline without speculation; leave out --static-batching or "
+                "--speculative-config"
+            )
+        if self.backend == "reference":
+            self._check_reference()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: a step could not advance every sequence; raise one or lower the other"
+            )
+
+    def _check_reference(self) -> None:
+        """Refuses what runs on the CPU backend alone."""
+        if self.speculative_decoding is not None and self.speculative_decoding.method != "ngram":
+            raise ConfigError(
+                f"the reference backend runs one model, and {self.speculative_decoding.method} is a second; "
+                "use --backend cpu, or the method ngram"
+            )
+        if self.paged_attention is not None and self.paged_attention.swap_bytes is not None:
+            raise ConfigError(
+                "the reference backend swaps no pages; use --backend cpu or leave swap_bytes out"
             )

@@ -30,7 +30,7 @@ from gossamer.graph.ir import Graph
 from gossamer.graph.ops.attention import KVCache, KVState, SpanRows, tree_depths
 from gossamer.graph.ops.sampling import sample_row
 from gossamer.runtime.rows import produced_before
-from gossamer.runtime.sizing import KVPlan
+from gossamer.runtime.sizing import KVPlan, step_rows
 
 __all__ = ["ReferenceExecutor", "start_reference"]
 
@@ -216,7 +216,7 @@ def start_reference(
     model = ReferenceModel.load(graph, source)
     limits = ExecutorLimits(
         max_tokens=config.max_num_batched_tokens,
-        max_rows=config.max_num_seqs,
+        max_rows=step_rows(config, graph.vocab),
         max_spans=config.max_num_seqs,
         page_size=kv.page_size,
         pages=(kv.pages,) * len(graph.kv_groups),

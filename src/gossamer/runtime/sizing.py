@@ -9,9 +9,11 @@ from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
 
-__all__ = ["KVPlan", "plan_kv"]
+__all__ = ["KVPlan", "plan_kv", "step_rows"]
 
 _MIB = 1 << 20
+_LOGITS = 64 << 20  # bytes that the rows of drafts may make of the logits
+_DRAFT_ROWS = 64  # that there is room for whatever the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,17 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
             )
         )
     return KVPlan(size, pages, length)
+
+
+def step_rows(config: EngineConfig, vocab: int) -> int:
+    """Most rows that a step samples: one of each sequence, and with speculation those of drafts, as far as
+    their logits stay within 64 MiB."""
+    speculative = config.speculative_decoding
+    if speculative is None:
+        return config.max_num_seqs
+    every = config.max_num_seqs * (1 + speculative.num_speculative_tokens)
+    room = max(config.max_num_seqs + _DRAFT_ROWS, _LOGITS // (4 * vocab))
+    return min(config.max_num_batched_tokens, every, room)
 
 
 def _ceil(a: int, b: int) -> int:

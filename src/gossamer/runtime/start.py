@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.backends.cpu.packing import Progress
 from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
 from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import DummySource, WeightSource, check_tensors
 from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
-from gossamer.errors import DependencyError
+from gossamer.errors import DependencyError, MemoryBudgetError
 from gossamer.graph.families import build_graph
 from gossamer.graph.families.names import fit_names
 from gossamer.graph.ir import Graph
 from gossamer.memory import available_memory
 from gossamer.passes.pipeline import run_passes
+from gossamer.runtime.draft import check_draft, draft_config, draft_pages
 from gossamer.runtime.local import LocalExecutor
-from gossamer.runtime.sizing import plan_kv
+from gossamer.runtime.sizing import KVPlan, plan_kv, step_rows
+from gossamer.runtime.swap import SwapFile
 
 __all__ = ["Started", "cache_directory", "load_graph", "packed_directory", "start", "tuning_directory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """An executor with all that stands behind it. receipt() lists what ran (empty on the reference)."""
+    """An executor with all that stands behind it. receipt() lists what ran (empty on the reference), a
+    draft's after the model's. swap_bytes: size of the swap file on disk."""
 
     config: EngineConfig
     directory: Path
@@ -40,6 +45,7 @@ class Started:
     isa: str
     threads: int
     receipt: Callable[[], list[ReceiptLine]]
+    swap_bytes: int = 0
 
 
 def cache_directory() -> Path:
@@ -90,6 +96,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
         budget = min(budget, config.memory_budget)
     kv = plan_kv(graph, config, budget)
     executor: Executor
+    swap_bytes = 0
     if config.backend == "reference":
         try:
             from gossamer.runtime.reference import start_reference
@@ -101,36 +108,9 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
         executor, memory, isa, threads = start_reference(graph, source, config, kv, budget)
         receipt: Callable[[], list[ReceiptLine]] = list
     else:
-        program = CpuProgram(
-            graph,
-            source,
-            StepShape(
-                tokens=config.max_num_batched_tokens,
-                rows=config.max_num_seqs,
-                spans=config.max_num_seqs,
-                page_size=kv.page_size,
-                pages=kv.pages,
-                table=-(-kv.max_model_len // kv.page_size),
-                kv_dtype=config.kv_dtype,
-            ),
-            isa="scalar" if config.hardware_kernels is None else choose_isa(config.hardware_kernels.isa),
-            threads=1 if config.parallel_computing is None else config.parallel_computing.threads or 0,
-            reuse=config.memory_reuse is not None,
-            unit_rows=None if config.layer_fusion is None else config.layer_fusion.rows,
-            memory_budget=budget,
-            cache_dir=packed_directory() if config.weight_cache else None,
-            cache_limit=config.weight_cache_limit,
-            progress=progress,
+        executor, memory, isa, threads, receipt, swap_bytes = _start_cpu(
+            graph, directory, source, config, kv, budget, progress
         )
-        if config.hardware_kernels is not None and config.hardware_kernels.autotune:
-            program.tune(tuning_directory(), progress)
-        executor, memory, isa, threads = (
-            LocalExecutor(program, kv.max_model_len),
-            program.memory,
-            program.isa,
-            program.threads,
-        )
-        receipt = program.receipt
     return Started(
         config=config,
         directory=directory,
@@ -142,4 +122,92 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
         isa=isa,
         threads=threads,
         receipt=receipt,
+        swap_bytes=swap_bytes,
     )
+
+
+def _start_cpu(
+    graph: Graph,
+    directory: Path,
+    source: WeightSource,
+    config: EngineConfig,
+    kv: KVPlan,
+    budget: int,
+    progress: Progress | None,
+) -> tuple[Executor, MemoryReport, str, int, Callable[[], list[ReceiptLine]], int]:
+    """The programs of the CPU backend: the draft is planned first, and loaded once all of it fits."""
+    beside: CpuProgram | None = None
+    own = draft_config(config, kv)
+    if own is not None:
+        draft_graph, draft_directory, draft_source = load_graph(own)
+        check_draft(config, graph, draft_graph, kv, directory, draft_directory)
+        draft_graph, _ = run_passes(draft_graph, own)
+        pages = draft_pages(draft_graph, config, kv, budget)
+        try:
+            beside = _program(draft_graph, draft_source, config, replace(kv, pages=pages), budget, load=False)
+        except MemoryBudgetError as error:
+            raise MemoryBudgetError(f"the draft model {own.model}: {error}") from None
+    program = _program(graph, source, config, kv, budget, draft=beside, progress=progress)
+    if beside is not None:
+        beside.load(draft_source, progress=progress, **_cache(config))
+    if config.hardware_kernels is not None and config.hardware_kernels.autotune:
+        for each in (program, beside):
+            if each is not None:
+                each.tune(tuning_directory(), progress)
+    swap = None
+    paged = config.paged_attention
+    if paged is not None and paged.swap_bytes is not None:
+        swap = SwapFile(Path(paged.swap_directory or cache_directory()), paged.swap_bytes, program.kv)
+    executor = LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
+
+    def receipt() -> list[ReceiptLine]:
+        lines = program.receipt()
+        return lines if beside is None else lines + [named(line) for line in beside.receipt()]
+
+    def named(line: ReceiptLine) -> ReceiptLine:
+        return replace(line, node=f"draft.{line.node}")
+
+    return executor, program.memory, program.isa, program.threads, receipt, swap.bytes if swap else 0
+
+
+def _program(
+    graph: Graph,
+    source: WeightSource,
+    config: EngineConfig,
+    kv: KVPlan,
+    budget: int,
+    *,
+    draft: CpuProgram | None = None,
+    progress: Progress | None = None,
+    load: bool = True,
+) -> CpuProgram:
+    return CpuProgram(
+        graph,
+        source,
+        StepShape(
+            tokens=config.max_num_batched_tokens,
+            rows=step_rows(config, graph.vocab),
+            spans=config.max_num_seqs,
+            page_size=kv.page_size,
+            pages=kv.pages,
+            table=-(-kv.max_model_len // kv.page_size),
+            kv_dtype=config.kv_dtype,
+        ),
+        isa="scalar" if config.hardware_kernels is None else choose_isa(config.hardware_kernels.isa),
+        threads=1 if config.parallel_computing is None else config.parallel_computing.threads or 0,
+        pool=None if draft is None else draft.pool,
+        reuse=config.memory_reuse is not None,
+        unit_rows=None if config.layer_fusion is None else config.layer_fusion.rows,
+        memory_budget=budget,
+        draft=draft,
+        progress=progress,
+        load=load,
+        **_cache(config),
+    )
+
+
+def _cache(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "cache_dir": packed_directory() if config.weight_cache else None,
+        "cache_limit": config.weight_cache_limit,
+    }

@@ -89,16 +89,22 @@ class CpuProgram:
         *,
         isa: str,
         threads: int,
+        pool: _native.Pool | None = None,
         reuse: bool = True,
         unit_rows: int | None = None,
         memory_budget: int | None = None,
+        draft: CpuProgram | None = None,
         cache_dir: Path | None = None,
         cache_limit: int | None = None,
         progress: Progress | None = None,
+        load: bool = True,
     ) -> None:
+        """pool: threads to share with another program. draft: a program whose memory counts in the same
+        budget. load: whether to fill weights and touch memory now; otherwise `load` does, before any run.
+        """
         require_kernels({w.format for w in graph.weights.values()}, shape.kv_dtype)
         self.graph, self.shape, self.isa = graph, shape, isa
-        self.pool = _start_pool(threads)
+        self.pool = _start_pool(threads) if pool is None else pool
         self.threads = int(self.pool.size)
         counts = {"T": shape.tokens, "R": shape.rows, "S": shape.spans}
         self._unit_rows = unit_rows or shape.tokens
@@ -106,11 +112,12 @@ class CpuProgram:
         self._offsets = arena.offsets
         places, block_bytes = layout(graph)
         kv_bytes = shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
+        beside = {} if draft is None else {"draft": draft.memory.total}
         try:  # nothing is touched yet, but a limit on address space counts what is merely reserved
             self._block = _native.allocate(block_bytes)
             self._allocate_kv()
         except MemoryError:
-            sizes = {"weights": block_bytes, "kv": kv_bytes, "arena": arena.bytes}
+            sizes = {"weights": block_bytes, "kv": kv_bytes, "arena": arena.bytes} | beside
             raise too_large(memory_budget or 0, graph, shape, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
@@ -134,7 +141,7 @@ class CpuProgram:
             self.program.scratch_bytes(graph.vocab, shape.tokens, shape.rows),
         )
         self._make_step_arrays()
-        self.memory = MemoryReport(
+        self.memory: MemoryReport = MemoryReport(
             weights=block_bytes + sum(v.nbytes for v in self._vectors.values()),
             kv=kv_bytes,
             kv_tokens=shape.pages * shape.page_size,
@@ -144,24 +151,38 @@ class CpuProgram:
             if reuse
             else native_arena(graph, counts, reuse=True, unit_rows=unit_rows).bytes,
             workspace=workspace + scratch + self._step_bytes,
+            draft=beside.get("draft", 0),
         )
         if memory_budget is not None and self.memory.total > memory_budget:
             m = self.memory
             parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
-            raise too_large(memory_budget, graph, shape, **parts)
+            raise too_large(memory_budget, graph, shape, **parts, **beside)
         self._arena, self._workspace, self._scratch = (
-            _touched(_native.allocate(max(size, 64))) for size in (arena.bytes, workspace, scratch)
+            _native.allocate(max(size, 64)) for size in (arena.bytes, workspace, scratch)
         )
         self.program.set_memory(self._arena, self._workspace, self._scratch)
-        for pool in self.kv:
-            _touched(pool.reshape(-1))
         self.tunings: dict[str, dict[int, Choice]] = {}
+        self._places = places
+        if load:
+            self.load(source, cache_dir=cache_dir, cache_limit=cache_limit, progress=progress)
+
+    def load(
+        self,
+        source: WeightSource,
+        *,
+        cache_dir: Path | None = None,
+        cache_limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Touches the memory that was planned and fills in the weights."""
+        for block in (self._arena, self._workspace, self._scratch, *self.kv):
+            _touched(block.reshape(-1))
         self.from_cache = fill_block(
-            graph,
+            self.graph,
             source,
             self.pool,
             self._block,
-            places,
+            self._places,
             cache_dir=cache_dir,
             cache_limit=cache_limit,
             progress=progress,
@@ -218,7 +239,7 @@ class CpuProgram:
         self.program.bind_sampled(self.token, self.logprob, self.top_ids, self.top_logprobs, self.bad)
         empty = np.zeros(1, np.int32)
         self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
-        self._step_bytes = sum(
+        self._step_bytes: int = sum(
             a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self._block
         )
 
