@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer.engine.request import SamplingParams
+    from gossamer.engine.request import SamplingParams, StructuredOutputs
     from gossamer.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs", "__version__"]
 __version__ = "0.1.0"
 
-_LAZY = {"LLM": "gossamer.llm", "SamplingParams": "gossamer.engine.request"}
+_LAZY = {
+    "LLM": "gossamer.llm",
+    "SamplingParams": "gossamer.engine.request",
+    "StructuredOutputs": "gossamer.engine.request",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gossamer.errors import RequestError
 
@@ -18,6 +20,7 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprob",
     "token_ids",
 ]
@@ -28,6 +31,121 @@ MAX_N = 128
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 4096  # characters; while a text may begin one, it is held back
 MAX_BIASES = 1024
+MAX_GRAMMAR = 1 << 17  # characters of a schema, expression, grammar or all choices
+MAX_SCHEMA_DEPTH = 64
+MAX_CHOICES = 4096  # of a list of choices and of an enum
+MAX_REPEATS = 10_000  # the n of {n} in a regular expression
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """What an output must look like as a whole: exactly one of these; names and meanings follow vLLM.
+
+    json: a JSON schema, as a mapping or text (kept as text). regex: a regular expression (Rust's syntax, no
+    look-around and no references back). choice: texts, of which it is one. grammar: in Lark's syntax, as
+    llguidance reads it, with the rule `start`. json_object: any JSON object. Raises RequestError.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        named = ("json", "regex", "choice", "grammar")
+        given = [name for name in named if getattr(self, name) is not None]
+        given += ["json_object"] if self.json_object is not False else []
+        if len(given) != 1 or not isinstance(self.json_object, bool):
+            raise RequestError(
+                f"structured_outputs has {', '.join(given) or 'nothing'}; give exactly one of json, regex, "
+                "choice, grammar and json_object: true"
+            )
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema(self.json))
+        elif self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+        for name in ("json", "regex", "grammar"):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_GRAMMAR):
+                what = f"{len(text)} characters" if isinstance(text, str) else _short(text)
+                raise RequestError(
+                    f"structured_outputs: {name} is {what}; give a text of 1 to {MAX_GRAMMAR} characters"
+                )
+        if self.regex is not None or self.grammar is not None:
+            _check_repeats(self.regex or self.grammar or "")
+
+    @property
+    def kind(self) -> str:
+        """Which of them it is, in words."""
+        if self.json is not None:
+            return "json schema"
+        return next(name for name in ("regex", "choice", "grammar", "json_object") if getattr(self, name))
+
+
+def _schema(value: str | Mapping[str, Any]) -> str:
+    """A JSON schema as text."""
+    try:
+        schema = json.loads(value) if isinstance(value, str) and len(value) <= MAX_GRAMMAR else value
+        if isinstance(schema, str) or not isinstance(schema, Mapping):
+            found = f"{len(schema)} characters" if isinstance(schema, str) else _short(schema)
+            raise RequestError(
+                f"structured_outputs: json is {found}; give an object of at most {MAX_GRAMMAR} characters"
+            )
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        for key, each in _walk(schema):
+            if key == "pattern" and isinstance(each, str):
+                _check_repeats(each)
+            elif key == "patternProperties" and isinstance(each, Mapping):
+                for pattern in each:
+                    _check_repeats(pattern)
+            elif key == "enum" and isinstance(each, list) and len(each) > MAX_CHOICES:
+                raise RequestError(
+                    f"structured_outputs: an enum has {len(each)} values; at most {MAX_CHOICES} are allowed"
+                )
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise RequestError(f"structured_outputs: json is not a JSON schema ({_short(str(cause))})") from None
+    return text
+
+
+def _walk(schema: Any) -> Iterator[tuple[str | None, Any]]:
+    """(key, value) of everything in a schema. Raises RequestError where it nests too deep."""
+    waiting: list[tuple[str | None, Any, int]] = [(None, schema, 0)]
+    while waiting:
+        key, value, depth = waiting.pop()
+        if depth > MAX_SCHEMA_DEPTH:
+            raise RequestError(
+                f"structured_outputs: json nests deeper than the {MAX_SCHEMA_DEPTH} levels allowed; use $ref"
+            )
+        yield key, value
+        if isinstance(value, Mapping):
+            waiting += [(name, each, depth + 1) for name, each in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(None, each, depth + 1) for each in value]
+
+
+def _check_repeats(pattern: str) -> None:
+    found = re.findall(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}", pattern)
+    for digits in (each for pair in found for each in pair if each):
+        if len(digits) > 9 or int(digits) > MAX_REPEATS:
+            raise RequestError(
+                f"structured_outputs: a repetition of {digits[:20]} is asked for; at most {MAX_REPEATS} is "
+                "allowed"
+            )
+
+
+def _choices(value: Iterable[str]) -> tuple[str, ...]:
+    listed = (
+        None if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) else tuple(value)
+    )
+    good = listed is not None and 0 < len(listed) <= MAX_CHOICES and all(type(t) is str for t in listed)
+    if not good or listed is None or not 0 < sum(map(len, listed)) <= MAX_GRAMMAR or not all(listed):
+        raise RequestError(
+            f"structured_outputs: choice {_short(value)} is not a list of 1 to {MAX_CHOICES} texts, none "
+            f"empty, of {MAX_GRAMMAR} characters together"
+        )
+    return tuple(dict.fromkeys(listed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +153,9 @@ class SamplingParams:
     """How tokens are chosen; names and meanings follow vLLM.
 
     temperature 0 is greedy. top_k 0 or -1 means all. seed None draws a fresh one per request.
-    max_tokens None runs to the end of the context. Raises RequestError for a value out of range.
+    max_tokens None runs to the end of the context. prompt_logprobs: log-probabilities of the prompt's tokens
+    too, with so many of the likeliest. structured_outputs: what the output must look like (a mapping of its
+    fields will do). Raises RequestError for a value out of range.
     """
 
     n: int = 1
@@ -56,6 +176,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +191,14 @@ class SamplingParams:
         self._set("stop", _stops(self.stop))
         self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids or ()))
         self._set("logit_bias", _biases(self.logit_bias))
+        wanted = self.structured_outputs
+        if isinstance(wanted, Mapping):
+            try:
+                self._set("structured_outputs", StructuredOutputs(**wanted))
+            except TypeError:
+                raise RequestError(f"structured_outputs {_short(wanted)} has an unknown key") from None
+        elif wanted is not None and not isinstance(wanted, StructuredOutputs):
+            raise RequestError(f"structured_outputs {_short(wanted)} is not a StructuredOutputs")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -206,6 +335,8 @@ class RequestOutput:
     """A request's outputs so far; finished once every one of them is.
 
     times: "arrival", "first_scheduled", "first_token", "finished" in seconds of time.perf_counter().
+    prompt_logprobs: where asked for, one per token of the prompt, None for the first. num_cached_tokens: of
+    the prompt, found in the prefix cache.
     """
 
     id: str
@@ -213,6 +344,8 @@ class RequestOutput:
     outputs: list[Completion]
     prompt: str | None = None
     times: dict[str, float] = field(default_factory=dict)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
 
     @property
     def finished(self) -> bool:
