@@ -169,21 +169,24 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        cache_salt: str = "",
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues prompts (texts or lists of token ids), all together; outputs in the prompts' order.
 
-        sampling_params: one for all or one for each; None: the model's own defaults. use_tqdm: show a
-        progress bar on standard error. Raises RequestError for an invalid prompt before anything runs.
+        sampling_params: one for all or one for each; None: the model's own defaults. cache_salt:
+        prompts of another salt share no prefixes with these. use_tqdm: show a progress bar on standard error.
+        Raises RequestError for an invalid prompt before anything runs.
         """
         listed = _as_list(prompts)
-        return self._run([(p, self.engine.encode(p)) for p in listed], sampling_params, use_tqdm)
+        return self._run([(p, self.engine.encode(p)) for p in listed], sampling_params, use_tqdm, cache_salt)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        cache_salt: str = "",
         use_tqdm: bool = True,
         **template_options: Any,
     ) -> list[RequestOutput]:
@@ -193,13 +196,14 @@ class LLM:
         several = not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         ids = [self.engine.encode_chat(c, **template_options) for c in conversations]
-        return self._run([(None, i) for i in ids], sampling_params, use_tqdm)
+        return self._run([(None, i) for i in ids], sampling_params, use_tqdm, cache_salt)
 
     def _run(
         self,
         prompts: Sequence[tuple[Prompt | None, tuple[int, ...]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         show: bool,
+        cache_salt: str,
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.engine.default_params()
@@ -211,12 +215,14 @@ class LLM:
             raise RequestError("sampling_params is not a SamplingParams, nor a list with one for each prompt")
         if len(sampling_params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters")
+        if not isinstance(cache_salt, str):
+            raise RequestError(f"cache_salt is {type(cache_salt).__name__}; a text is right")
         outputs: dict[str, RequestOutput] = {}
         with self._turn:
             try:
                 for (prompt, ids), params in zip(prompts, sampling_params, strict=True):
                     request_id = self.engine.new_id()
-                    self.engine.submit(request_id, ids, params)
+                    self.engine.submit(request_id, ids, params, cache_salt=cache_salt)
                     completions = [
                         Completion(index=i, logprobs=None if params.logprobs is None else [])
                         for i in range(params.n)
@@ -255,3 +261,6 @@ def _add(output: RequestOutput, update: TextUpdate) -> None:
         completion.logprobs += update.logprobs
     completion.finish_reason, completion.stop_reason = update.finish_reason, update.stop_reason
     output.times = dict(update.times)
+    output.num_cached_tokens = update.cached
+    if update.prompt_logprobs is not None:
+        output.prompt_logprobs = update.prompt_logprobs

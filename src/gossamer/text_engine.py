@@ -16,7 +16,9 @@ from gossamer.checkpoint.generation_config import GenerationDefaults, read_gener
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
 from gossamer.engine.engine import Engine, Update
+from gossamer.engine.grammar_compiler import GrammarCompiler
 from gossamer.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, token_ids
+from gossamer.engine.structured_output import GrammarFactory
 from gossamer.errors import RequestError, TokenizerError
 from gossamer.runtime.start import Started, start
 
@@ -26,7 +28,8 @@ __all__ = ["TextEngine", "TextUpdate"]
 @dataclass(slots=True)
 class TextUpdate:
     """What a step brought one output: new text (may lag behind its tokens), tokens and, at the end, why
-    it ended. times: see gossamer.engine.engine.Update."""
+    it ended. prompt_logprobs: with output 0's first tokens, where asked for; one per token of the prompt,
+    None for the first. times, cached: see gossamer.engine.engine.Update."""
 
     request_id: str
     index: int
@@ -36,6 +39,8 @@ class TextUpdate:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     times: Mapping[str, float]
+    cached: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class _Output:
@@ -101,6 +106,7 @@ class TextEngine:
         self.chat_template = ChatTemplate.load(started.directory, special, chat_template)
         eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.defaults.eos_token_ids
         self.eos_ids = tuple(i for i in eos if i < started.graph.vocab)
+        self._grammars = None if self.tokenizer is None else _grammars(self.tokenizer, started.graph.vocab)
         self._outputs: dict[tuple[str, int], _Output] = {}
         self._counter = itertools.count()
 
@@ -157,6 +163,21 @@ class TextEngine:
             )
         return self.tokenizer
 
+    def compile(self, params: SamplingParams) -> GrammarFactory | None:
+        """The grammar of structured_outputs, for `submit`; None where none is asked for. May take some time,
+        and any thread may call it. Raises RequestError where the grammar is wrong or too much,
+        TokenizerError without a tokenizer."""
+        wanted = params.structured_outputs
+        if wanted is None:
+            return None
+        special = self._need_tokenizer().special_ids
+        assert self._grammars is not None
+        # A stop token that text spells is the grammar's to allow; one that does not can only be the end.
+        ends = [token for token in params.stop_token_ids if token in special]
+        ends += [] if params.ignore_eos else self.eos_ids
+        vocab = self.started.graph.vocab
+        return self._grammars.compile(wanted, tuple(t for t in dict.fromkeys(ends) if 0 <= t < vocab))
+
     def submit(
         self,
         request_id: str,
@@ -165,11 +186,16 @@ class TextEngine:
         *,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
+        grammar: GrammarFactory | None = None,
     ) -> None:
-        """Queues a request. Raises what Engine.submit raises, and TokenizerError for stop strings
-        without a tokenizer."""
+        """Queues a request. grammar: what `compile` made of the parameters; compiled here if not given.
+        Raises what Engine.submit and `compile` raise, and TokenizerError for stop strings without a
+        tokenizer."""
         if params.stop:
             self._need_tokenizer()
+        if grammar is None:
+            grammar = self.compile(params)
         ids = tuple(prompt_ids)
         self.engine.submit(
             Request(
@@ -179,6 +205,8 @@ class TextEngine:
                 eos_ids=self.eos_ids,
                 priority=priority,
                 tenant=tenant,
+                cache_salt=cache_salt,
+                grammar=grammar,
             )
         )
         for index in range(params.n):
@@ -195,6 +223,12 @@ class TextEngine:
     def has_work(self) -> bool:
         """Whether a step would bring something."""
         return self.engine.has_work()
+
+    def close(self) -> None:
+        """Ends the processes that render templates and try grammars; they start again when needed."""
+        self.chat_template.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def run(self) -> Iterator[TextUpdate]:
         """Steps until no work is left."""
@@ -219,7 +253,31 @@ class TextEngine:
         if reason is not None:
             del self._outputs[key]
         logprobs = update.logprobs if update.logprobs is None else update.logprobs[:count]
-        return TextUpdate(*key, text, update.tokens[:count], logprobs, reason, why, update.times)
+        scores = update.prompt_logprobs
+        return TextUpdate(
+            *key,
+            text,
+            update.tokens[:count],
+            logprobs,
+            reason,
+            why,
+            update.times,
+            update.cached,
+            None if scores is None else [None, *scores],
+        )
+
+
+def _grammars(tokenizer: Tokenizer, vocab: int) -> GrammarCompiler:
+    """Grammars over a model's vocabulary, where end tokens and those beyond the tokenizer's spell nothing."""
+    ends = set(tokenizer.eos_ids)
+    known = range(min(vocab, tokenizer.vocab_size))
+
+    def tokens() -> list[bytes]:
+        spelled = [b"" if token in ends else tokenizer.token_bytes(token) for token in known]
+        return spelled + [b""] * (vocab - len(spelled))
+
+    special = {token: tokenizer.token_text(token) for token in tokenizer.special_ids - ends if token in known}
+    return GrammarCompiler(tokens, special, lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
 def _tokenizer(started: Started) -> Tokenizer | None:

@@ -237,7 +237,7 @@ class EngineWorker:
             what, ticket = self._inbox.get()
             if ticket is not None and what == "submit":
                 self._call(ticket.fail, failure)
-        engine.chat_template.close()
+        engine.close()
 
     def _call(self, function: Callable[..., object], *args: Any) -> None:
         """Has the event loop call a function."""
