@@ -54,8 +54,10 @@ def chat(
             f"{config.model} has no chat template; give one with --chat-template FILE, "
             "or continue plain text with `gossamer generate`"
         )
+    params = running.default_params(**given)
+    running.compile(params)
     show_start(running.started)
-    talk = _Conversation(running, running.default_params(**given), system, live=not json)
+    talk = _Conversation(running, params, system, live=not json)
     talk.run()
     if json:
         emit_json(

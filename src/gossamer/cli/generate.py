@@ -41,6 +41,8 @@ def generate(
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Continue a prompt, written live."""
+    from rich.markup import escape
+
     from gossamer.cli.receipt import receipt_rows, receipt_table
     from gossamer.cli.stream import run_request
 
@@ -67,13 +69,19 @@ def generate(
         )
         if receipt:
             console.print(receipt_table(lines) if lines else "this backend keeps no receipt")
-    if any(output["finish_reason"] == "error" for output in report["outputs"]):
-        stderr().print(
-            "[bold red]error:[/] the model computed NaN or infinity, so there is no next token: its weights "
-            "are damaged, or the storage format cannot hold its values (try --dtype float32)"
-        )
+    failed = next((each for each in report["outputs"] if each["finish_reason"] == "error"), None)
+    if failed is not None:
+        why = _FAILURES.get(failed["stop_reason"], failed["stop_reason"])
+        stderr().print("[bold red]error:[/]", escape(str(why)), soft_wrap=True)
         return 2
     return 0
+
+
+_FAILURES = {
+    "nan": "the model computed NaN or infinity, so there is no next token: its weights are damaged, or the "
+    "storage format cannot hold its values (try --dtype float32)",
+    "empty": "no token was allowed: logit_bias, end tokens and grammar exclude all of them",
+}
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -128,4 +136,6 @@ def _start(
     )
     with loading_bar(sys.stderr.isatty()) as bar:
         engine = TextEngine.start(config, progress=bar)
-    return engine, engine.encode(prompt), engine.default_params(**sampling)
+    params = engine.default_params(**sampling)
+    engine.compile(params)  # kept for the request: a grammar that is wrong is said first
+    return engine, engine.encode(prompt), params

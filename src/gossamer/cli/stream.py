@@ -32,7 +32,8 @@ def run_request(
     """
     wrap = wrap or terminal_wrap()
     outputs: list[dict[str, Any]] = [
-        {"index": i, "text": "", "token_ids": [], "finish_reason": None} for i in range(params.n)
+        {"index": i, "text": "", "token_ids": [], "finish_reason": None, "stop_reason": None}
+        for i in range(params.n)
     ]
     if params.logprobs is not None:
         for output in outputs:
@@ -53,7 +54,7 @@ def run_request(
                     {"token_id": l.token, "logprob": l.logprob, "top": [list(t) for t in l.top]}
                     for l in update.logprobs
                 ]
-            output["finish_reason"] = update.finish_reason
+            output["finish_reason"], output["stop_reason"] = update.finish_reason, update.stop_reason
             times = dict(update.times)
             if live and params.n == 1:
                 sys.stdout.write(wrap.feed(update.text))
