@@ -277,7 +277,13 @@ def _grammars(tokenizer: Tokenizer, vocab: int) -> GrammarCompiler:
         return spelled + [b""] * (vocab - len(spelled))
 
     special = {token: tokenizer.token_text(token) for token in tokenizer.special_ids - ends if token in known}
-    return GrammarCompiler(tokens, special, lambda text: tokenizer.encode(text, add_special_tokens=False))
+    before = tokenizer.encode("\n", add_special_tokens=False)
+
+    def encode(text: str) -> list[int]:
+        # After a line's end, because SentencePiece puts a space before what begins a text.
+        return tokenizer.encode("\n" + text, add_special_tokens=False)[len(before) :]
+
+    return GrammarCompiler(tokens, special, encode)
 
 
 def _tokenizer(started: Started) -> Tokenizer | None:

@@ -42,13 +42,18 @@ END = 0
 VOCAB = len(TOKENS)
 
 
-def make_compiler(tokens: list[bytes] = TOKENS) -> GrammarCompiler:
-    return GrammarCompiler(lambda: tokens, {}, lambda text: [2 + byte for byte in text.encode()])
+def in_bytes(text: str) -> list[int]:
+    return [2 + byte for byte in text.encode()]
 
 
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return make_compiler()
+def spaced(text: str) -> list[int]:
+    """Like SentencePiece, which begins with a space."""
+    return in_bytes(" " + text)
+
+
+@pytest.fixture(scope="module", params=[in_bytes, spaced])
+def compiler(request: pytest.FixtureRequest) -> GrammarCompiler:
+    return GrammarCompiler(lambda: TOKENS, {}, request.param)
 
 
 def start(compiler: GrammarCompiler, **wanted: Any) -> Grammar:

@@ -123,9 +123,25 @@ class _Vocabulary:
         self.special_token_ids = special
         self.eos_token_id = len(tokens)
         self._encode = encode
+        self._plain = {i for i, data in enumerate(tokens) if data}.difference(special)
+        self._ids = {tokens[i]: i for i in sorted(self._plain, reverse=True)}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """Tokens that spell exactly the text: the tokenizer's, unless it adds a space or special ones."""
+        wanted, ids = text.encode(), self._encode(text)
+        if b"".join(self.tokens[i] for i in ids) == wanted and self._plain.issuperset(ids):
+            return ids
+        ids, at = [], 0
+        while at < len(wanted):
+            size = min(self._longest, len(wanted) - at)
+            while size and wanted[at : at + size] not in self._ids:
+                size -= 1
+            if not size:
+                break  # not to be spelled; llguidance goes on byte by byte, and the mask says so
+            ids.append(self._ids[wanted[at : at + size]])
+            at += size
+        return ids
 
 
 class _Worker:
