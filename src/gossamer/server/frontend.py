@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 
 from gossamer.engine.request import SamplingParams
+from gossamer.engine.structured_output import GrammarFactory
 from gossamer.errors import QueueFullError
 from gossamer.server.errors import ApiError, unavailable
 from gossamer.server.metrics import Metrics
@@ -42,6 +43,7 @@ class Frontend:
         self._reserved = 0
         self._live: set[Ticket] = set()
         self._limiter: anyio.CapacityLimiter | None = None
+        self._compiling: anyio.CapacityLimiter | None = None
 
     @property
     def engine(self) -> TextEngine:
@@ -70,6 +72,15 @@ class Frontend:
             self._limiter = anyio.CapacityLimiter(_TOKENIZERS)
         return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
+    async def _grammar(self, params: SamplingParams) -> GrammarFactory | None:
+        """Compiles what the output must look like, one at a time, while others are tokenized."""
+        if params.structured_outputs is None:
+            return None
+        if self._compiling is None:
+            self._compiling = anyio.CapacityLimiter(1)
+        compile_ = self.engine.compile
+        return await anyio.to_thread.run_sync(lambda: compile_(params), limiter=self._compiling)
+
     async def open(
         self,
         encode: Callable[[], Sequence[tuple[int, ...]]],
@@ -77,7 +88,7 @@ class Frontend:
         params: SamplingParams,
         *,
         priority: int = 0,
-        tenant: str = "",
+        cache_salt: str = "",
     ) -> Ticket:
         """Tokenizes a request and queues it; close the ticket whatever happens.
 
@@ -91,7 +102,11 @@ class Frontend:
         ticket: Ticket | None = None
         try:
             ids = await self.in_thread(encode)
-            jobs = [Job(prompt_ids=i, params=params, priority=priority, tenant=tenant) for i in ids]
+            grammar = await self._grammar(params)
+            jobs = [
+                Job(prompt_ids=i, params=params, priority=priority, cache_salt=cache_salt, grammar=grammar)
+                for i in ids
+            ]
             ticket = Ticket(jobs, arrival)
             self._live.add(ticket)
             self.worker.submit(ticket)

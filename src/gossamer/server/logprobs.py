@@ -9,7 +9,7 @@ from gossamer.checkpoint.detokenize import IncrementalDetokenizer
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.engine.request import TokenLogprob
 
-__all__ = ["CompletionLogprobs", "chat_logprobs"]
+__all__ = ["CompletionLogprobs", "chat_logprobs", "prompt_logprobs"]
 
 _LOWEST = -9999.0  # JSON has no -Infinity; vLLM's number for it
 
@@ -26,6 +26,22 @@ def chat_logprobs(tokenizer: Tokenizer | None, logprobs: Sequence[TokenLogprob])
         for each in logprobs
     ]
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer | None, scores: Sequence[TokenLogprob | None]
+) -> list[dict[str, Any] | None]:
+    """vLLM's prompt_logprobs: per token {id: {logprob, decoded_token}} of it and the likeliest."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"logprob": max(logprob, _LOWEST), "decoded_token": _spell(tokenizer, token)[0]}
+
+    return [
+        None
+        if each is None
+        else {str(token): entry(token, value) for token, value in ((each.token, each.logprob), *each.top)}
+        for each in scores
+    ]
 
 
 class CompletionLogprobs:
@@ -56,6 +72,12 @@ class CompletionLogprobs:
             part["text_offset"].append(self._offset)
             if self._text is not None:
                 self._offset += len(self._text.push(each.token))
+        return part
+
+    def prompt_part(self, ids: Sequence[int], scores: Sequence[TokenLogprob | None]) -> dict[str, list[Any]]:
+        """The lists for a prompt, whose first token has no log-probability."""
+        part = self.part([TokenLogprob(ids[0], 0.0), *(each for each in scores if each is not None)])
+        part["token_logprobs"][0] = part["top_logprobs"][0] = None
         return part
 
     def _name(self, token: int) -> str:

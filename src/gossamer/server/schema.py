@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from gossamer.engine.request import MAX_LOGPROBS, SamplingParams
+from gossamer.engine.request import MAX_LOGPROBS, MAX_N, SamplingParams
 from gossamer.errors import RequestError
 from gossamer.server.errors import ApiError
 from gossamer.text_engine import TextEngine
@@ -16,15 +16,18 @@ __all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "StreamOptio
 # Parameters that would change the answer but do not exist here yet, with the values that ask for nothing.
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
-    "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
+    "parallel_tool_calls": (True, False),
     "suffix": ("",), "audio": (), "modalities": (["text"],), "prediction": (), "store": (False,),
     "service_tier": ("auto", "default"), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
-    "prompt_logprobs": (), "use_beam_search": (False,), "length_penalty": (1,), "bad_words": ([],),
+    "use_beam_search": (False,), "length_penalty": (1,), "bad_words": ([],),
     "allowed_token_ids": (), "truncate_prompt_tokens": (), "logits_processors": ([],),
     "chat_template": (), "documents": ([],), "continue_final_message": (False,), "prompt_embeds": (),
     "kv_transfer_params": (), "mm_processor_kwargs": (), "return_token_ids": (False,),
+}  # fmt: skip
+# What vLLM called it once -> the key of structured_outputs, if it has one here.
+_GUIDED = {
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
+    "guided_decoding_backend": None, "guided_whitespace_pattern": None,
 }  # fmt: skip
 _NO_LIMIT = 2**31 - 1  # the engine cuts it to the context
 
@@ -37,13 +40,20 @@ class _Body(BaseModel):
     def _refuse_what_is_not_built(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        for name in sorted(data.keys() & _GUIDED.keys()):
+            if data[name] is None:
+                continue
+            key = _GUIDED[name]
+            new = "leave it out" if key is None else f'say structured_outputs: {{"{key}": ...}}'
+            raise ApiError(400, f"{name} is gone; {new}", param=name, code="unsupported_parameter")
         for name in data:
             refused = name in _NOT_BUILT and name not in cls.model_fields
             if refused and data[name] is not None and data[name] not in _NOT_BUILT[name]:
                 raise ApiError(
                     400, f"{name} is not built yet; leave it out", param=name, code="unsupported_parameter"
                 )
-        return {k: v for k, v in data.items() if k not in _NOT_BUILT or k in cls.model_fields}
+        gone = (_NOT_BUILT.keys() | _GUIDED.keys()) - cls.model_fields.keys()
+        return {k: v for k, v in data.items() if k not in gone}
 
 
 class StreamOptions(_Body):
@@ -78,7 +88,11 @@ class _Generation(_Body):
     stream_options: StreamOptions | None = None
     priority: int | None = None
     """Lower runs first."""
-    cache_salt: str | None = None
+    cache_salt: str | None = Field(default=None, max_length=1024)
+    """Requests of another salt share no prefixes with this one."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
 
     # Known to OpenAI's clients; they say something about the caller and nothing about the answer.
     user: str | None = None
@@ -90,13 +104,20 @@ class _Generation(_Body):
     _SAME: ClassVar = (
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
-        "min_tokens", "skip_special_tokens",
+        "min_tokens", "skip_special_tokens", "prompt_logprobs",
     )  # fmt: skip
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Generation:
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only for stream: true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(400, "prompt_logprobs does not go with stream: true", param="prompt_logprobs")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ApiError(
+                400, "structured_outputs and response_format both say what the output looks like; give one",
+                param="response_format",
+            )  # fmt: skip
         return self
 
     @property
@@ -106,13 +127,19 @@ class _Generation(_Body):
 
     def _params(self, engine: TextEngine, **own: Any) -> SamplingParams:
         given = {name: getattr(self, name) for name in self._SAME} | own
+        wanted = self.structured_outputs
+        given["structured_outputs"] = (
+            wanted if self.response_format is None else _format(self.response_format)
+        )
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
         try:
             return engine.default_params(**given)
         except RequestError as error:
             # Sampling parameters begin their message with the name of the one that is wrong.
-            name = str(error).split(" ", 1)[0]
+            name = str(error).split(" ", 1)[0].rstrip(":")
+            if name == "structured_outputs" and self.response_format is not None:
+                name = "response_format"
             raise ApiError(400, str(error), param=name if name in type(self).model_fields else None) from None
 
 
@@ -139,17 +166,31 @@ class CompletionRequest(_Generation):
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
+        if self.scored and self.prompt_logprobs is not None:
             raise ApiError(
-                400, "echo together with logprobs is not built yet; give one of them", param="echo",
-                code="unsupported_parameter",
+                400, "echo with logprobs brings those of the prompt already; leave prompt_logprobs out",
+                param="prompt_logprobs",
             )  # fmt: skip
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ApiError(
-                400, f"best_of {self.best_of} other than n {self.n or 1} is not built yet", param="best_of",
-                code="unsupported_parameter",
-            )  # fmt: skip
+        if self.scored and self.stream and (self.n or 1) > 1:
+            raise ApiError(400, "echo with logprobs streams one output only; n must be 1", param="n")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens 0 is only for echo: true; give 1 or more", param="max_tokens")
+        if self.best_of is not None:
+            if not (self.n or 1) <= self.best_of <= MAX_N:
+                raise ApiError(
+                    400, f"best_of {self.best_of} is not in n {self.n or 1} to {MAX_N}", param="best_of"
+                )
+            if self.stream and self.best_of > (self.n or 1):
+                raise ApiError(
+                    400, "best_of above n does not go with stream: true: the best is known at the end",
+                    param="best_of",
+                )  # fmt: skip
         return self
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt is shown with its log-probabilities."""
+        return bool(self.echo) and self.logprobs is not None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one. Raises ApiError where there is none."""
@@ -163,7 +204,14 @@ class CompletionRequest(_Generation):
 
     def params(self, engine: TextEngine) -> SamplingParams:
         """How its tokens are chosen. Raises ApiError for a value out of range."""
-        return self._params(engine, logprobs=self.logprobs, max_tokens=self.max_tokens)
+        more: dict[str, Any] = {"logprobs": self.logprobs, "max_tokens": self.max_tokens}
+        if self.scored:
+            more["prompt_logprobs"] = self.logprobs
+        if self.max_tokens == 0:  # the engine makes one; the answer leaves it out
+            more["max_tokens"], more["min_tokens"] = 1, None
+        if self.best_of is not None and self.best_of > (self.n or 1):
+            more |= {"n": self.best_of, "logprobs": self.logprobs or 0}
+        return self._params(engine, **more)
 
 
 class _Message(BaseModel):
@@ -290,6 +338,26 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
             )
         biases[int(token)] = bias
     return biases
+
+
+def _format(given: dict[str, Any]) -> dict[str, Any] | None:
+    """OpenAI's response_format as structured_outputs."""
+    kind, schema = given.get("type"), given.get("json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+        return {"json": schema["schema"]}
+    if kind == "json_schema":
+        raise ApiError(
+            400, 'response_format of type json_schema needs "json_schema": {"name": ..., "schema": {...}}',
+            param="response_format",
+        )  # fmt: skip
+    raise ApiError(
+        400, f"response_format has type {str(kind)[:40]!r}; text, json_object and json_schema are allowed",
+        param="response_format",
+    )  # fmt: skip
 
 
 def _text(part: dict[str, Any], where: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gossamer.engine.request import SamplingParams
+from gossamer.engine.structured_output import GrammarFactory
 from gossamer.text_engine import TextUpdate
 
 __all__ = ["ClientGone", "Event", "Job", "Ticket"]
@@ -27,7 +28,8 @@ class Job:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
-    tenant: str = ""
+    cache_salt: str = ""
+    grammar: GrammarFactory | None = None
 
 
 class Ticket:

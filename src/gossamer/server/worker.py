@@ -152,7 +152,12 @@ class EngineWorker:
             for job in ticket.jobs:
                 request_id = engine.new_id()
                 engine.submit(
-                    request_id, job.prompt_ids, job.params, priority=job.priority, tenant=job.tenant
+                    request_id,
+                    job.prompt_ids,
+                    job.params,
+                    priority=job.priority,
+                    cache_salt=job.cache_salt,
+                    grammar=job.grammar,
                 )
                 ids.append(request_id)
         except Exception as error:
