@@ -11,6 +11,7 @@ from typing import Any
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.config import (
     ContinuousBatching,
+    DynamicBatching,
     EngineConfig,
     HardwareKernels,
     MixedPrecision,
@@ -19,6 +20,7 @@ from gossamer.config import (
     Quantization,
     SpeculativeDecoding,
 )
+from gossamer.config.dynamic_batching import GOAL_LIMITS
 from gossamer.config.weight_formats import FLOATS, weight_formats
 from gossamer.engine.request import Completion, RequestOutput, SamplingParams
 from gossamer.errors import ConfigError, RequestError
@@ -68,7 +70,8 @@ def engine_config(
     cut layers into tiles at the first start; swap_bytes: size of a file in swap_directory for KV pages of
     sequences that had to make room; speculative_config: {"method": "ngram", "num_speculative_tokens": 4,
     "prompt_lookup_max": 4}, or {"method": "draft_model", "model": ...}, as a mapping or as JSON (see
-    SpeculativeDecoding); the rest are fields of EngineConfig. Raises ConfigError for anything else, and
+    SpeculativeDecoding); the rest are fields of EngineConfig (whose max_num_seqs and max_num_batched_tokens
+    are 256 and 1024 where dynamic_batching has a goal). Raises ConfigError for anything else, and
     CheckpointError where config.json cannot be read.
     """
     half = None
@@ -110,6 +113,9 @@ def engine_config(
         raise ConfigError("contiguous KV has no pages to swap; leave out swap_bytes or use PagedAttention")
     if options.get("static_batching") is None:
         defaults["continuous_batching"] = ContinuousBatching(prefill_chunk=prefill_chunk)
+    dynamic = options.get("dynamic_batching")
+    if isinstance(dynamic, DynamicBatching) and dynamic.itl_goal_ms is not None:
+        defaults |= GOAL_LIMITS
     try:
         return EngineConfig(model=model, **(defaults | options))
     except TypeError as error:

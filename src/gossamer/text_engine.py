@@ -15,6 +15,7 @@ from gossamer.checkpoint.detokenize import IncrementalDetokenizer, StopChecker
 from gossamer.checkpoint.generation_config import GenerationDefaults, read_generation_config
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
+from gossamer.engine.batching.dynamic import budget_of
 from gossamer.engine.engine import Engine, Update
 from gossamer.engine.grammar_compiler import GrammarCompiler
 from gossamer.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, token_ids
@@ -99,6 +100,7 @@ class TextEngine:
             batching=batching,
             max_num_seqs=config.max_num_seqs,
             prefix_cache=config.prefix_cache,
+            budget=budget_of(config.dynamic_batching),
         )
         self.defaults: GenerationDefaults = read_generation_config(started.directory)
         self.tokenizer = _tokenizer(started)

@@ -106,6 +106,17 @@ class EngineFlags:
         help="Guess tokens and verify them together: "
         '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4} or '
         '{"method": "draft_model", "model": MODEL}.')] = None
+    itl_goal_ms: Annotated[float | None, flag(
+        "--itl-goal-ms", panel=_BATCHING, metavar="MS",
+        help="Time between a request's tokens that 95 % of them should not exceed: steps and sequences adapt "
+        "to hold it.")] = None
+    max_wait_ms: Annotated[float | None, flag(
+        "--max-wait-ms", panel=_BATCHING, metavar="MS",
+        help="Let newcomers join together: when they fill the free places, or the first has waited so "
+        "long.")] = None
+    length_buckets: Annotated[bool, flag(
+        "--length-buckets", panel=_BATCHING,
+        help="Make static batches of prompts of like length.")] = False
     backend: Annotated[str, flag(
         "--backend", panel=_MACHINE, metavar="NAME",
         help="cpu (native kernels) or reference (eager torch).")] = "cpu"
@@ -122,6 +133,7 @@ class EngineFlags:
     def config(self, **suggested: Any) -> EngineConfig:
         """The engine's configuration. suggested: max_model_len, max_num_seqs or max_num_batched_tokens for
         where the user said nothing, or model. Raises GossamerError for values that cannot be."""
+        from gossamer.config import DynamicBatching
         from gossamer.config.weight_formats import parse_pair
         from gossamer.llm import engine_config
 
@@ -151,6 +163,15 @@ class EngineFlags:
         options |= self._fusion()
         if self.static_batching is not None:
             options |= self._static()
+        elif self.length_buckets:
+            raise ConfigError(
+                "--length-buckets shapes static batches, continuous ones have no use for like lengths; add "
+                "--static-batching ragged or padded, or leave it out"
+            )
+        if self.itl_goal_ms is not None or self.max_wait_ms is not None:
+            options["dynamic_batching"] = DynamicBatching(
+                itl_goal_ms=self.itl_goal_ms, max_wait_ms=self.max_wait_ms
+            )
         return engine_config(
             model,
             revision=self.revision,
@@ -191,5 +212,7 @@ class EngineFlags:
             raise ConfigError("--prefill-chunk belongs to continuous batching; leave out --static-batching")
         return {
             "continuous_batching": None,
-            "static_batching": StaticBatching(padded=self.static_batching == "padded"),
+            "static_batching": StaticBatching(
+                padded=self.static_batching == "padded", length_buckets=self.length_buckets
+            ),
         }

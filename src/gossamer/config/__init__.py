@@ -4,6 +4,7 @@ Presence of a technique's config means on, `None` means off; ablation is `replac
 """
 
 from gossamer.config.continuous_batching import ContinuousBatching
+from gossamer.config.dynamic_batching import DynamicBatching
 from gossamer.config.engine import EngineConfig
 from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
@@ -19,6 +20,7 @@ from gossamer.config.static_batching import StaticBatching
 
 __all__ = [
     "ContinuousBatching",
+    "DynamicBatching",
     "EngineConfig",
     "HardwareKernels",
     "LayerFusion",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from gossamer.config.continuous_batching import ContinuousBatching
+from gossamer.config.dynamic_batching import DynamicBatching
 from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
@@ -59,6 +60,8 @@ class EngineConfig:
     continuous_batching: ContinuousBatching | None = field(default_factory=ContinuousBatching)
     static_batching: StaticBatching | None = None
     speculative_decoding: SpeculativeDecoding | None = None
+    dynamic_batching: DynamicBatching | None = None
+    """Adapts what is on; without it a step holds what the two limits below allow."""
 
     kv_dtype: KVType = "bf16"
     """What keys and values are stored in; int8 and int4 with one scale per token and head. The reference
@@ -116,6 +119,15 @@ class EngineConfig:
             )
         if self.backend == "reference":
             self._check_reference()
+        if (
+            self.static_batching is not None
+            and self.dynamic_batching is not None
+            and self.dynamic_batching.itl_goal_ms is not None
+        ):
+            raise ConfigError(
+                f"a goal of {self.dynamic_batching.itl_goal_ms:g} ms between tokens needs continuous "
+                "batching, a static batch cannot adapt; give one of --itl-goal-ms and --static-batching"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "

@@ -24,6 +24,8 @@ from gossamer.errors import ConfigError, ContextLengthError, MemoryBudgetError, 
 
 __all__ = ["Engine", "Stats", "Update"]
 
+_WINDOW = 1e-3  # seconds that a step sleeps in which newcomers only wait for each other
+
 
 @dataclass(slots=True)
 class Update:
@@ -216,6 +218,9 @@ class Engine:
             if self._speculator is not None:
                 self._speculator.forget(seq)
         if not plan.spans:
+            if not state.running and not self._budget.admits(state):
+                time.sleep(_WINDOW)
+                return updates
             raise IntegrityError("requests wait, but the policy plans nothing")
         moving: set[int] = set()
         if state.kv_ops:

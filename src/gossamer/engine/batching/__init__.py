@@ -21,14 +21,14 @@ class Policy(Protocol):
     """Decides steps. It may admit, grow and preempt through the state, never append tokens."""
 
     def plan(self, state: State) -> StepPlan:
-        """The next step; with spans whenever a sequence waits or runs."""
+        """The next step; with spans whenever a sequence runs, or waits and the budget admits it."""
 
     def finished(self, state: State, seq: Sequence) -> None:
         """Told when a sequence that may run has its finish_reason; sees to its release."""
 
 
 def policy_of(batching: Batching, budget: Budget) -> Policy:
-    """The policy a config asks for; static ones know no budget."""
+    """The policy a config asks for; of the budget a static one knows only when it admits."""
     if isinstance(batching, ContinuousBatching):
         return Continuous(batching, budget)
-    return Padded() if batching.padded else Ragged()
+    return Padded(batching, budget) if batching.padded else Ragged(batching, budget)

@@ -7,32 +7,42 @@ First the whole batch is prefilled, in as many steps as the token budget makes i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
+from gossamer.config import StaticBatching
+from gossamer.engine.batching.budget import Budget
 from gossamer.engine.sequence import Phase, Sequence
 from gossamer.engine.state import State
 from gossamer.engine.step import Span, StepPlan
 
 __all__ = ["Padded", "Ragged"]
 
+LIKE = 2.0  # times as long as another may a prompt be in a batch of like ones
 PAD = 0  # any valid id: no token that matters ever attends to it
 
 
 class Ragged:
     """No padding; finished rows are dropped, their places stay empty until the batch is done."""
 
-    __slots__ = ()
+    __slots__ = ("_buckets", "_budget")
+
+    def __init__(self, config: StaticBatching, budget: Budget) -> None:
+        self._buckets = config.length_buckets
+        self._budget = budget
 
     def plan(self, state: State) -> StepPlan:
         """The next step of the batch, or the first of the next batch."""
-        running, waiting, kv = state.running, state.waiting, state.kv
-        if not running:
-            while waiting and len(running) < state.max_num_seqs:
-                seq = waiting.first()
-                hit = state.find(seq)
-                if state.wanted(hit, seq.limit) > kv.free:
+        running = state.running
+        if not running and self._budget.admits(state):
+            line = _line(state, self._buckets)
+            while line:
+                hit = state.find(line[0])
+                if state.wanted(hit, line[0].limit) > state.kv.free:
                     break
-                state.start(waiting.pop(), seq.limit, hit)
+                seq = line.popleft()
+                state.start(seq, seq.limit, hit)
+            _back(state, line)
 
         spans: list[Span] = []
         budget = state.limits.max_tokens
@@ -56,15 +66,17 @@ class Padded:
     written before the first decode. A finished row's tokens are nobody's.
     """
 
-    __slots__ = ("_longest", "_prefill")
+    __slots__ = ("_buckets", "_budget", "_longest", "_prefill")
 
-    def __init__(self) -> None:
+    def __init__(self, config: StaticBatching, budget: Budget) -> None:
+        self._buckets = config.length_buckets
+        self._budget = budget
         self._longest = 0
         self._prefill: deque[tuple[Sequence, int]] = deque()  # rows to prefill, and from which slot
 
     def plan(self, state: State) -> StepPlan:
         """The next step of the batch, or the first of the next batch."""
-        if not state.running:
+        if not state.running and self._budget.admits(state):
             self._admit(state)
         spans: list[Span] = []
         budget = state.limits.max_tokens
@@ -93,14 +105,14 @@ class Padded:
     def _admit(self, state: State) -> None:
         batch: list[Sequence] = []
         self._longest = 0
-        while state.waiting and len(batch) < state.max_num_seqs:
-            seq = state.waiting.pop()
-            longest = max(self._longest, len(seq.prompt_ids))
-            if sum(state.kv.pages(max(longest, row.limit)) for row in (*batch, seq)) > state.kv.free:
-                state.waiting.push(seq)
+        line = _line(state, self._buckets)
+        while line:
+            longest = max(self._longest, len(line[0].prompt_ids))
+            if sum(state.kv.pages(max(longest, row.limit)) for row in (*batch, line[0])) > state.kv.free:
                 break
-            batch.append(seq)
+            batch.append(line.popleft())
             self._longest = longest
+        _back(state, line)
         for seq in batch:
             state.start(seq, max(self._longest, seq.limit))
         self._prefill = deque((seq, 0) for seq in state.running)
@@ -115,3 +127,26 @@ class Padded:
         if pads and start + len(span.tokens) == prompt:
             return replace(span, tokens=[*span.tokens, *([PAD] * pads)])
         return span
+
+
+def _line(state: State, buckets: bool) -> deque[Sequence]:
+    """Who may form a batch, out of the queue now: the first of it, or the first and those most like it."""
+    waiting, most = state.waiting, state.max_num_seqs
+    if not buckets:
+        return deque(waiting.pop() for _ in range(min(most, len(waiting))))
+    line = [waiting.pop() for _ in range(len(waiting))]
+    first = len(line[0].prompt_ids) if line else 0
+
+    def unlike(seq: Sequence) -> float:
+        length = len(seq.prompt_ids)
+        return max(length, first) / min(length, first)
+
+    line.sort(key=unlike)
+    count = sum(unlike(seq) <= LIKE for seq in line[:most])
+    _back(state, line[count:])
+    return deque(line[:count])
+
+
+def _back(state: State, line: Iterable[Sequence]) -> None:
+    for seq in line:
+        state.waiting.push(seq)
