@@ -57,6 +57,7 @@ def engine_config(
     swap_bytes: int | None = None,
     swap_directory: str | None = None,
     prefill_chunk: int | None = None,
+    preempt_by: str | None = None,
     speculative_config: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> EngineConfig:
@@ -79,7 +80,7 @@ def engine_config(
     _check_types(
         {"model": model, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
         | {"isa": isa, "threads": threads, "page_size": page_size, "prefill_chunk": prefill_chunk}
-        | {"swap_bytes": swap_bytes, "swap_directory": swap_directory}
+        | {"preempt_by": preempt_by, "swap_bytes": swap_bytes, "swap_directory": swap_directory}
         | options
     )
     if dtype != "auto" and dtype not in FLOATS:
@@ -109,10 +110,15 @@ def engine_config(
         if speculative_config is None
         else SpeculativeDecoding.parse(speculative_config),
     }
+    if options.get("paged_attention", True) is None:
+        defaults["prefix_cache"] = None
     if swap_bytes is not None and options.get("paged_attention", True) is None:
         raise ConfigError("contiguous KV has no pages to swap; leave out swap_bytes or use PagedAttention")
     if options.get("static_batching") is None:
-        defaults["continuous_batching"] = ContinuousBatching(prefill_chunk=prefill_chunk)
+        defaults["continuous_batching"] = ContinuousBatching(
+            prefill_chunk=prefill_chunk,
+            preempt_by=preempt_by or "auto",  # type: ignore[arg-type]
+        )
     dynamic = options.get("dynamic_batching")
     if isinstance(dynamic, DynamicBatching) and dynamic.itl_goal_ms is not None:
         defaults |= GOAL_LIMITS

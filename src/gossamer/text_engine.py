@@ -100,6 +100,7 @@ class TextEngine:
             batching=batching,
             max_num_seqs=config.max_num_seqs,
             prefix_cache=config.prefix_cache,
+            speculation=config.speculative_decoding,
             budget=budget_of(config.dynamic_batching),
         )
         self.defaults: GenerationDefaults = read_generation_config(started.directory)

@@ -184,6 +184,32 @@ def test_bench_throughput(cli: Cli, stories: Path, tmp_path: Path) -> None:
     assert ran.json["cut_requests"] == 1 and "1 of 2 requests were cut to 512 tokens" in ran.err
 
 
+def test_generate_in_batches_of_every_kind(cli: Cli, stories: Path) -> None:
+    say = ("generate", stories, "-p", "Once", "--n", 3, "--temperature", 0, "--max-tokens", 5, "--json")
+    plain = cli(*say).json["outputs"]
+    for flags in (
+        ("--itl-goal-ms", 20),
+        ("--max-wait-ms", 5, "--itl-goal-ms", 20),
+        ("--static-batching", "padded", "--length-buckets", "--max-wait-ms", 5),
+    ):
+        assert cli(*say, *flags).json["outputs"] == plain
+
+
+def test_bench_dynamic(cli: Cli, stories: Path) -> None:
+    work = ("--num-prompts", 9, "--input-len", 8, "--output-len", 12, "--num-iters", 1)
+    report = cli("bench", "dynamic", stories, "--itl-goal-ms", 5, *work, "--json").json
+    assert set(report["loads"]) == {"steady", "bursty", "long-prompt"} and report["itl_goal_ms"] == 5
+    for load in report["loads"].values():
+        assert load["requests"] in (3, 9)
+        budgets = [(fixed["tokens"], fixed["sequences"]) for fixed in load["fixed"]]
+        assert budgets[0] == (512, 32) and len(set(budgets)) == len(budgets) >= 6
+        best = max(fixed["tokens_per_s"] for fixed in load["fixed"])
+        assert load["of_best"] == pytest.approx(load["goal"]["tokens_per_s"] / best, abs=1e-3)
+        assert load["itl_p95_of_goal"] == pytest.approx(load["goal"]["itl_p95_ms"] / 5, abs=1e-3)
+    text = cli("bench", "dynamic", stories, "--itl-goal-ms", 5, *work, "--load", "bursty").out
+    assert "goal of 5 ms" in text and "512 x 32" in text and "of the default" in text
+
+
 def test_demo(cli: Cli, stories: Path) -> None:
     report = cli("demo", stories, "--max-tokens", 24, "--json").json
     assert report["continuation"]["text"]

@@ -1,4 +1,4 @@
-"""`gossamer bench latency|throughput|shapes`, and where its other verbs hang."""
+"""`gossamer bench latency|throughput|shapes|dynamic`, and where its other verbs hang."""
 
 from __future__ import annotations
 
@@ -294,9 +294,103 @@ def _print_shapes(report: dict[str, Any]) -> None:
     )
 
 
+def dynamic(
+    engine: EngineFlags,
+    load: Annotated[
+        list[str] | None,
+        flag("--load", panel=_WORK, metavar="NAME", help="steady, bursty or long-prompt; all if not given."),
+    ] = None,
+    num_prompts: Annotated[
+        int, flag("--num-prompts", panel=_WORK, metavar="N", help="Requests of a load; a third if long.")
+    ] = 120,
+    input_len: Annotated[
+        int, flag("--input-len", panel=_WORK, help="Mean prompt tokens; long prompts have six times as many.")
+    ] = 160,
+    output_len: Annotated[int, flag("--output-len", panel=_WORK, help="Mean output tokens.")] = 80,
+    request_rate: Annotated[
+        float,
+        flag("--request-rate", panel=_WORK, metavar="PART", help="Arrivals, as a part of what is served."),
+    ] = 1.0,
+    num_iters: Annotated[
+        int, flag("--num-iters", panel=_WORK, help="Measured rounds; medians are reported.")
+    ] = 3,
+    seed: Annotated[int, flag("--seed", panel=_WORK, help="Of lengths, prompts and arrivals.")] = 0,
+    json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Hold --itl-goal-ms against fixed budgets of tokens and sequences, on loads of several kinds."""
+    from gossamer.bench.dynamic import LOADS, bench_dynamic, loads_of
+    from gossamer.progress import loading_bar, status_line
+    from gossamer.runtime.start import start
+
+    if num_iters < 1:
+        raise ConfigError(f"num_iters {num_iters} must be at least 1")
+    if not 0 < request_rate <= 10:
+        raise ConfigError(f"request rate {request_rate} is not in (0, 10] times what is served")
+    if engine.itl_goal_ms is None:
+        raise ConfigError("there is nothing to hold against fixed budgets without a goal; give --itl-goal-ms")
+    loads = loads_of(load or LOADS, num_prompts, input_len, output_len, seed)
+    longest = max(prompt + output for each in loads for prompt, output in each.lengths)
+    if longest > (context := model_context(engine)):
+        raise ConfigError(
+            f"the longest request has {longest} tokens, this model serves {context}; lower --input-len or "
+            "--output-len, or choose another --load"
+        )
+    config = engine.config(max_model_len=longest)
+    with loading_bar(sys.stderr.isatty()) as loading:
+        started = start(config, loading)
+    show_start(started)
+    with status_line(sys.stderr.isatty()) as progress:
+        report = bench_dynamic(started, loads, num_iters, rate=request_rate, seed=seed, progress=progress)
+    if json:
+        emit_json(report)
+    else:
+        _print_dynamic(report)
+
+
+def _print_dynamic(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    goal = report["itl_goal_ms"]
+    console.print("A fixed budget is tokens of a step x sequences running.")
+    for name, found in report["loads"].items():
+        table = Table(
+            title=f"[bold]{name}[/]  [dim]{found['requests']} requests, "
+            f"{found['requests_per_s_offered']:.2f} a second[/]",
+            title_justify="left",
+            title_style="",
+            box=box.SIMPLE_HEAD,
+        )
+        table.add_column("budget", no_wrap=True)
+        for column in ("tok/s", "in the goal", "between, p95", "first, p95", "running"):
+            table.add_column(column, justify="right")
+        runs = [(f"{f['tokens']} x {f['sequences']}", f) for f in found["fixed"]]
+        for label, run in (*runs, (f"[bold cyan]goal of {goal:g} ms[/]", found["goal"])):
+            table.add_row(
+                label,
+                f"{run['tokens_per_s']:.0f}",
+                f"{run['good_tokens_per_s']:.0f}",
+                f"{run['itl_p95_ms']:.1f} ms",
+                f"{run['ttft_p95_ms'] / 1e3:.2f} s",
+                f"{run['running_mean']:.1f}",
+            )
+        console.print(table)
+        held = found["of_best_that_holds"]
+        console.print(
+            f"p95 between tokens is {found['itl_p95_of_goal']:.2f} of the goal; throughput "
+            f"{found['of_best']:.2f} of the best fixed budget, "
+            + (f"{held:.2f} of the best that holds the goal, " if held else "none of which holds the goal, ")
+            + f"{found['of_default']:.2f} of the default",
+            soft_wrap=True,
+        )
+
+
 app.command()(verb(latency))
 app.command()(verb(throughput))
 app.command()(verb(shapes))
 app.command()(verb(trace))
 app.command()(verb(prefix))
 app.command()(verb(speculation))
+app.command()(verb(dynamic))

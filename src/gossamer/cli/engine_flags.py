@@ -78,6 +78,13 @@ class EngineFlags:
     no_paged_attention: Annotated[bool, flag(
         "--no-paged-attention", panel=_MEMORY,
         help="Contiguous KV: every sequence reserves --max-model-len.")] = False
+    enable_prefix_caching: Annotated[bool, flag(
+        "--enable-prefix-caching/--no-enable-prefix-caching", panel=_MEMORY,
+        help="Keep pages of earlier prompts, and use them for prompts that begin alike.")] = True
+    preempt_by: Annotated[str | None, flag(
+        "--preempt-by", panel=_MEMORY, metavar="HOW",
+        help="What becomes of the pages of a request that makes room: recompute, swap or auto, the "
+        "cheaper.")] = None
     no_memory_reuse: Annotated[bool, flag(
         "--no-memory-reuse", panel=_MEMORY, help="One buffer per intermediate, no shared arena.")] = False
     no_operator_fusion: Annotated[bool, flag(
@@ -156,6 +163,8 @@ class EngineFlags:
             given = getattr(self, name)
             if given is not None or suggested.get(name) is not None:
                 options[name] = suggested[name] if given is None else given
+        if not self.enable_prefix_caching:
+            options["prefix_cache"] = None
         if self.no_paged_attention:
             options["paged_attention"] = None
         if self.no_memory_reuse:
@@ -184,6 +193,7 @@ class EngineFlags:
             swap_directory=self.swap_directory,
             speculative_config=self.speculative_config,
             prefill_chunk=self.prefill_chunk,
+            preempt_by=self.preempt_by,
             isa=self.isa,
             autotune=not self.no_autotune,
             threads=self.threads,
@@ -208,6 +218,8 @@ class EngineFlags:
 
         if self.static_batching not in ("ragged", "padded"):
             raise ConfigError(f"static batching {self.static_batching!r} is unknown; choose ragged or padded")
+        if self.preempt_by is not None:
+            raise ConfigError("--preempt-by belongs to continuous batching; leave out --static-batching")
         if self.prefill_chunk is not None:
             raise ConfigError("--prefill-chunk belongs to continuous batching; leave out --static-batching")
         return {

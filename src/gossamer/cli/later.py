@@ -19,7 +19,6 @@ _INSTEAD = {
     "--tensor-parallel-size": _PARALLEL,
     "--tp": _PARALLEL,
     "--pipeline-parallel-size": "pipeline parallelism is not built yet",
-    "--enable-prefix-caching": "the prefix cache is not built yet",
     "--device": "other devices than the CPU are not built yet",
     "plan": "the planner is not built yet; `gossamer probe` and `gossamer graph --costs` show what it will "
     "stand on",

@@ -24,7 +24,7 @@ def flag(*names: str, help: str, panel: str | None = None, **options: Any) -> An
         *names,
         help=help,
         rich_help_panel=panel,
-        envvar="GOSSAMER_" + long.removeprefix("--").replace("-", "_").upper(),
+        envvar="GOSSAMER_" + long.partition("/")[0].removeprefix("--").replace("-", "_").upper(),
         show_envvar=False,
         **options,
     )

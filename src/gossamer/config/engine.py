@@ -112,6 +112,20 @@ class EngineConfig:
             )
         if (self.continuous_batching is None) == (self.static_batching is None):
             raise ConfigError("exactly one of continuous batching and static batching must be on")
+        if self.prefix_cache is not None and self.paged_attention is None:
+            raise ConfigError(
+                "the prefix cache shares pages, and contiguous KV has none; turn it off "
+                "(--no-enable-prefix-caching, prefix_cache=None) or use PagedAttention"
+            )
+        if (
+            self.continuous_batching is not None
+            and self.continuous_batching.preempt_by == "swap"
+            and (self.paged_attention is None or self.paged_attention.swap_bytes is None)
+        ):
+            raise ConfigError(
+                "preemption by swap needs a slower tier; give its size (--swap-bytes 1GiB), or preempt by "
+                "recompute"
+            )
         if self.static_batching is not None and self.speculative_decoding is not None:
             raise ConfigError(
                 "static batching is a baseline without speculation; leave out --static-batching or "
