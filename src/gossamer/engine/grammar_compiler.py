@@ -201,8 +201,9 @@ def _source(wanted: StructuredOutputs) -> str:
     if wanted.grammar is not None:
         return LLMatcher.grammar_from_lark(wanted.grammar)
     schema = '{"type": "object"}' if wanted.json is None else str(wanted.json)
-    # Without a bound a small model may write spaces for ever.
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": r"[ \t\r\n]{1,64}"})
+    # A space, or a line's end with its indentation: without a bound a small model writes spaces for ever.
+    space = {"whitespace_pattern": r" |\r?\n[ \t]{0,20}"}
+    return LLMatcher.grammar_from_json_schema(schema, defaults=space)
 
 
 def _first_line(error: str) -> str:
