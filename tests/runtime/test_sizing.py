@@ -29,7 +29,7 @@ def plan(budget: int = PLENTY, **options: Any) -> KVPlan:
 def test_plenty_of_memory_holds_every_sequence_at_its_longest() -> None:
     longest = GRAPH.max_positions
     assert plan(max_num_seqs=3) == KVPlan(16, 3 * longest // 16, longest)
-    assert plan(max_num_seqs=3, paged_attention=None) == KVPlan(longest, 3, longest)
+    assert plan(max_num_seqs=3, paged_attention=None, prefix_cache=None) == KVPlan(longest, 3, longest)
 
 
 def test_pages_take_an_eighth_of_the_budget_or_what_was_asked_for() -> None:
@@ -44,17 +44,17 @@ def test_pages_take_an_eighth_of_the_budget_or_what_was_asked_for() -> None:
 @pytest.mark.parametrize("paged", [PagedAttention(), None])
 def test_a_context_that_kv_bytes_cannot_hold_is_refused_with_one_that_fits(paged: Any) -> None:
     with pytest.raises(MemoryBudgetError, match="64 tokens") as refusal:
-        plan(kv_bytes=2 * PAGE, max_model_len=64, paged_attention=paged)
+        plan(kv_bytes=2 * PAGE, max_model_len=64, paged_attention=paged, prefix_cache=None)
     fits = re.search(r"--max-model-len (\d+) fits", str(refusal.value))
     assert fits is not None
-    found = plan(kv_bytes=2 * PAGE, max_model_len=int(fits[1]), paged_attention=paged)
+    found = plan(kv_bytes=2 * PAGE, max_model_len=int(fits[1]), paged_attention=paged, prefix_cache=None)
     assert found.pages * found.page_size == found.max_model_len == 32
 
 
 def test_less_than_a_page_and_more_than_the_positions() -> None:
     for paged in (PagedAttention(), None):
         with pytest.raises(MemoryBudgetError, match=f"--kv-bytes to {PAGE}"):
-            plan(kv_bytes=PAGE - 1, paged_attention=paged)
+            plan(kv_bytes=PAGE - 1, paged_attention=paged, prefix_cache=None)
     with pytest.raises(ConfigError, match=str(GRAPH.reach)):
         plan(max_model_len=GRAPH.reach + 1)
 

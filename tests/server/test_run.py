@@ -36,9 +36,9 @@ def submit(self, plan):
     return quick(self, plan)
 LocalExecutor.submit = submit
 init = LocalExecutor.__init__
-def slowly(self, *args):
+def slowly(self, *args, **options):
     time.sleep(load)
-    init(self, *args)
+    init(self, *args, **options)
 LocalExecutor.__init__ = slowly
 serve(engine_config(model, threads=1), ServerSettings(port=0, shutdown_timeout=timeout),
       on_ready=lambda engine, url: print(url, flush=True))

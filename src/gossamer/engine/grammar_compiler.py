@@ -202,8 +202,7 @@ def _source(wanted: StructuredOutputs) -> str:
         return LLMatcher.grammar_from_lark(wanted.grammar)
     schema = '{"type": "object"}' if wanted.json is None else str(wanted.json)
     # A space, or a line's end with its indentation: without a bound a small model writes spaces for ever.
-    space = {"whitespace_pattern": r" |\r?\n[ \t]{0,20}"}
-    return LLMatcher.grammar_from_json_schema(schema, defaults=space)
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": r" |\r?\n[ \t]{0,20}"})
 
 
 def _first_line(error: str) -> str:

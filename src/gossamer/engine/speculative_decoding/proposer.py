@@ -8,9 +8,10 @@ from typing import Any, Protocol
 from gossamer.engine.request import FinishReason
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.length import Offer
-from gossamer.engine.step import Mask, Sampling
+from gossamer.engine.step import Sampling
+from gossamer.engine.structured_output import Grammar
 
-__all__ = ["Grammar", "Proposer", "Speculated"]
+__all__ = ["Proposer", "Speculated"]
 
 
 class Ends(Protocol):
@@ -19,16 +20,6 @@ class Ends(Protocol):
     @property
     def ends(self) -> Mapping[int, Any]:
         """The tokens that end an output."""
-
-
-class Grammar(Protocol):
-    """What is asked of a sequence's grammar."""
-
-    def prune(self, draft: Draft) -> Draft | None:
-        """The draft without what the grammar forbids."""
-
-    def masks(self, draft: Draft | None) -> list[Mask]:
-        """What it allows after the newest token and after each of the draft."""
 
 
 class Speculated(Protocol):
