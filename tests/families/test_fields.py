@@ -59,6 +59,7 @@ def test_several_unknown_fields_are_all_named() -> None:
     [
         (["FooForCausalLM"], "'FooForCausalLM' is unknown; known are GPT2LMHeadModel, Gemma2"),
         (["Gemma3ForConditionalGeneration"], "text-only checkpoint"),
+        (["EagleHead"], "serve the model it was trained for"),
         ([], "one name is right"),
         (None, "one name is right"),
         ("LlamaForCausalLM", "one name is right"),

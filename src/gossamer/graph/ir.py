@@ -131,8 +131,9 @@ class Unit:
 class Graph:
     """A whole model.
 
-    inputs: "ids" [T] i32, "positions" [T] i32, "rows" [R] i32 (which tokens need logits).
-    outputs: name -> value name; "logits" [R, vocab] always; "hidden.<layer>" where tapped.
+    inputs: "ids" [T] i32, "positions" [T] i32, "rows" [R] i32 (which tokens need logits); of a draft head
+    also "features" [T, hidden] f32.
+    outputs: name -> value name; "logits" [R, vocab] always; "hidden" [T, hidden] where features are tapped.
     nodes: in execution order. kv_groups: in block-table order. max_positions: longest context the
     model was made for; reach: the longest that its positions can serve (a rotary scaling stretches it).
     units: made by layer fusion, in order, disjoint; a pass that changes nodes runs before it.

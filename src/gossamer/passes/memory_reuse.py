@@ -54,7 +54,8 @@ def intervals(
     graph: Graph, counts: Mapping[str, int], *, unit_rows: int | None = None, size_of: SizeOf = plain_size
 ) -> list[Interval]:
     """Liveness of every intermediate at these most values of T, S and R. Outputs live to the end; KV
-    handles and graph inputs need no bytes here.
+    handles and the graph's indices need no bytes here; floats that it is given (features) are there from the
+    first node to their last reader.
 
     Inside a unit values hold unit_rows rows at most (None: as many as the step). Its nodes run again for
     every tile, so a value of all rows lives through every unit that touches it.
@@ -67,6 +68,11 @@ def intervals(
     unit_of = {i: unit for unit in graph.units for i in range(unit.first, unit.last)}
     inner = {name for unit in graph.units for name in graph.inner(unit)}
     found = []
+    for name in graph.inputs:
+        if len(graph.values[name].shape) > 1:
+            until = last.get(name, 0)
+            until = unit_of[until].last - 1 if until in unit_of else until
+            found.append(Interval(name, _aligned(size_of(graph.values[name], counts["T"])), 0, until))
     for index, node in enumerate(graph.nodes):
         for name in node.outputs:
             value = graph.values[name]

@@ -303,7 +303,14 @@ class CpuProgram:
 
     def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """View of an output ("logits", ...) after a step, [rows, width]; valid until the next one."""
-        value = self.graph.values[self.graph.outputs[name]]
+        return self._view(self.graph.outputs[name], rows)
+
+    def input(self, name: str, rows: int) -> npt.NDArray[np.float32]:
+        """View of an input of floats ("features"), [rows, width]: to be filled before every step."""
+        return self._view(name, rows)
+
+    def _view(self, name: str, rows: int) -> npt.NDArray[np.float32]:
+        value = self.graph.values[name]
         width = value.shape[1]
         assert isinstance(width, int)
         start = self._offsets[value.name]

@@ -93,12 +93,14 @@ class ReferenceModel(nn.Module):
         rows: torch.Tensor,
         kv: KVState,
         outputs: Sequence[str] = ("logits",),
+        inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Runs one step. ids, positions [T] and rows [R] are integers; kv says how rows form sequences.
+        """Runs one step. ids, positions [T] and rows [R] are integers; kv says how rows form sequences;
+        inputs: the graph's further ones ("features" of a draft head).
 
         outputs: names of graph outputs or of any value (a tap, such as "layers.3.mlp.residual"). With
         kv.cache None the pass is differentiable and computes only what the outputs need. Raises GraphError
-        for an unknown output or spans that do not cover the rows.
+        for an unknown output, an input that is missing or spans that do not cover the rows.
         """
         row = 0
         for span in kv.spans:
@@ -107,7 +109,9 @@ class ReferenceModel(nn.Module):
             row += span.count
         if row != ids.shape[0]:
             raise GraphError(f"the spans cover {row} rows of {ids.shape[0]}")
-        values: dict[str, Any] = {"ids": ids, "positions": positions, "rows": rows}
+        values: dict[str, Any] = {"ids": ids, "positions": positions, "rows": rows, **(inputs or {})}
+        if missing := sorted(set(self.graph.inputs) - set(values)):
+            raise GraphError(f"graph {self.graph.name} also needs the inputs {', '.join(missing)}")
         names = {name: self.graph.outputs.get(name, name) for name in outputs}
         self._run(self._plan(tuple(names.values()), kv.cache is None), values, kv)
         return {name: values[value] for name, value in names.items()}

@@ -27,6 +27,10 @@ FAMILIES: dict[str, Callable[[Fields, str, int | None], Graph]] = {
 
 # Architectures that look like one of ours and are not, with what to use instead.
 _NEIGHBOURS = {
+    "EagleHead": (
+        "it is a draft head, not a model; serve the model it was trained for and name the head in its "
+        "speculative configuration"
+    ),
     "Gemma3ForConditionalGeneration": (
         "it reads images too, under other tensor names; a text-only checkpoint (Gemma3ForCausalLM, "
         "such as google/gemma-3-1b-it) is right"
