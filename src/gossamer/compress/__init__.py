@@ -1,0 +1,1 @@
+"""Offline work on checkpoints: whatever takes training or calibration before a model is served."""

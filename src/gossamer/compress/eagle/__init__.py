@@ -1,0 +1,1 @@
+"""The training recipe of draft heads: `python -m gossamer.compress.eagle`."""
