@@ -14,6 +14,7 @@ __all__ = [
     "Executor",
     "ExecutorLimits",
     "Handle",
+    "HeadExecutor",
     "KVOp",
     "LastSampled",
     "Mask",
@@ -71,6 +72,8 @@ class Span:
     rows: offsets of the tokens whose logits are sampled, ascending. sampling: needed where there are rows.
     targets: per row, the token to take whatever the logits say, for its log-probability (a prompt's next
     token), or -1; empty: all are sampled.
+    features: of a draft head, per token: whose hidden state it takes, as an offset in the span that its
+    sequence had in the last step of `StepPlan.features`; -1: nobody's, zeros. Empty elsewhere.
     tables: per KV group, the sequence's page ids, long enough for every slot touched; live lists, read
     when the plan is submitted. -1 stands for a page below the group's window, which nobody reads.
     """
@@ -83,6 +86,7 @@ class Span:
     sampling: Sampling | None = None
     targets: Sequence[int] = ()
     parents: tuple[int, ...] | None = None
+    features: Sequence[int] = ()
     adapter: int = 0
 
 
@@ -107,11 +111,18 @@ class KVOp:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step of one program: "target", the model served, or "draft", which speculates for it. Spans of a
-    draft have its own tables; sequences have the same names in both."""
+    draft have its own tables; sequences have the same names in both.
+
+    features: for a draft head, which takes each token with the hidden state of the one before, whose last
+    step left them: "target" after tokens that the target has computed, "draft" after the head's own guesses.
+    A program's hidden states are there until its next step, and nowhere else: a head that is not fed between
+    two steps of the target has lost the first one's, and begins its sequence anew.
+    """
 
     spans: tuple[Span, ...]
     kv_ops: tuple[KVOp, ...] = ()
     program: ProgramName = "target"
+    features: ProgramName = "target"
 
     @property
     def tokens(self) -> int:
@@ -177,3 +188,10 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Gives memory and threads back. Idempotent."""
+
+
+class HeadExecutor(Executor, Protocol):
+    """An executor whose program "draft" is a head over the target's hidden states (EAGLE)."""
+
+    def feature_slots(self, sequence: int) -> range:
+        """Slots of the tokens whose hidden states the target's last step left; empty: none of them."""
