@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from gossamer.engine.request import SamplingParams, TokenLogprob
 
@@ -190,6 +190,7 @@ class Executor(Protocol):
         """Gives memory and threads back. Idempotent."""
 
 
+@runtime_checkable
 class HeadExecutor(Executor, Protocol):
     """An executor whose program "draft" is a head over the target's hidden states (EAGLE)."""
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from gossamer.engine.speculative_decoding import heads
 from gossamer.engine.speculative_decoding.heads import EagleHead
+from gossamer.engine.speculative_decoding.speculator import Speculator
 from gossamer.engine.step import ExecutorLimits, RowResult, Span, StepPlan, StepResult
-from tests.engine.speculative_decoding.fakes import Live, Seq
+from tests.engine.speculative_decoding.fakes import Config, Live, Seq, State
 
 PAGE = 4
 END = 99
@@ -264,3 +265,25 @@ def test_every_token_stands_with_its_feature_whatever_happens(data: st.DataObjec
         head.forget(seq)
     head.check()
     assert head._kv.usage == 0
+
+
+class Unknown:
+    def predict(self, tokens: int, kv_tokens: int) -> float | None:
+        return None
+
+
+def test_the_speculator_lets_it_follow_prompts_that_nobody_drafts_for() -> None:
+    (a, text_a), (b, text_b) = new(1, prompt=12), new(2)
+    fake = Fake({1: text_a, 2: text_b}, limits())
+    speculator = Speculator(Config(method="eagle", num_speculative_tokens=3), fake, Unknown())
+    for _ in range(3):
+        target_step(fake, [(a, 4), (b, 5)])
+        speculator.draft(State([a, b]))
+        speculator.check()
+        for seq in (a, b):
+            if seq.draft is not None:
+                speculator.verified(seq, len(seq.draft.tokens), len(seq.draft.tokens))
+    assert a.draft is not None and a.draft.tokens == text_a[13:16]
+    spans = [s for step in fake.steps if step.features == "target" for s in step.spans if s.sequence == 1]
+    assert [(span.start, len(span.tokens)) for span in spans] == [(0, 5), (5, 4), (9, 4)]
+    assert b.length == 5 + 1 + 4 + 4

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.draft_model import DraftModel
+from gossamer.engine.speculative_decoding.heads import EagleHead
 from gossamer.engine.speculative_decoding.length import LengthControl, Offer, Times
 from gossamer.engine.speculative_decoding.ngram import Ngram
 from gossamer.engine.speculative_decoding.proposer import Proposer, Speculated
-from gossamer.engine.step import Executor
+from gossamer.engine.step import Executor, HeadExecutor
 from gossamer.errors import NotBuiltError
 
 __all__ = ["Batch", "Proposer", "Settings", "Speculated", "SpeculationStats", "Speculator"]
@@ -74,6 +75,8 @@ class Speculator:
         A draft leaves room for its sequence's limit. All together leave every running sequence a token and
         a row, and half of what tokens remain to prefill where any waits.
         """
+        if isinstance(self._proposer, EagleHead):
+            self._proposer.follow(state.running)
         ready: list[Speculated] = []
         prefill = kv_tokens = 0
         for seq in state.running:
@@ -154,4 +157,9 @@ def _proposer(config: Settings, executor: Executor) -> Proposer:
         return Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
     if config.method == "draft_model":
         return DraftModel(executor)
-    raise NotBuiltError(f"speculation by {config.method!r} is not built yet; 'ngram' and 'draft_model' are")
+    if config.method == "eagle":
+        assert isinstance(executor, HeadExecutor), "the executor has no head"
+        return EagleHead(executor)
+    raise NotBuiltError(
+        f"speculation by {config.method!r} is not built yet; 'ngram', 'draft_model' and 'eagle' are"
+    )
