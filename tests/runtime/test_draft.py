@@ -12,7 +12,7 @@ import pytest
 from gossamer.config import EngineConfig, Quantization, SpeculativeDecoding
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, LastSampled, RowResult, Sampling, Span, StepPlan
-from gossamer.errors import ConfigError, MemoryBudgetError, NotBuiltError
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.runtime.sizing import step_rows
 from gossamer.runtime.start import start
 from tests.graph.small import llama_config
@@ -117,9 +117,6 @@ def test_drafts_that_cannot_be_are_refused(models: tuple[Path, Path]) -> None:
     (draft / "config.json").write_text(json.dumps(llama_config(max_position_embeddings=32)))
     with pytest.raises(ConfigError, match=r"32 positions.*--max-model-len 32"):
         start(config(target, draft))
-    eagle = SpeculativeDecoding(method="eagle", model=str(draft))
-    with pytest.raises(NotBuiltError, match="eagle"):
-        start(replace(config(target, None), speculative_decoding=eagle))
     with pytest.raises(ConfigError, match="one model"):
         config(target, draft, backend="reference")
 

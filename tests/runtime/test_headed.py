@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,33 +12,35 @@ import pytest
 
 from gossamer.backends.cpu.program import CpuProgram, StepShape
 from gossamer.checkpoint.weights import DummySource
-from gossamer.config import EngineConfig
+from gossamer.config import ContinuousBatching, EngineConfig, SpeculativeDecoding
+from gossamer.engine.engine import Engine
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.heads import EagleHead
-from gossamer.engine.step import Span, StepPlan
-from gossamer.errors import GraphError
+from gossamer.engine.step import HeadExecutor, Span, StepPlan
+from gossamer.errors import CheckpointError, ConfigError, GraphError
 from gossamer.graph.families.eagle import FEATURES, HIDDEN, build_eagle, with_features
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.headed import HeadedExecutor
-from gossamer.runtime.local import LocalExecutor
+from gossamer.runtime.start import start
+from tests.engine.serving import Client, request
 from tests.engine.speculative_decoding.fakes import Seq
-from tests.graph.small import llama
+from tests.graph.small import llama, llama_config
 
 LENGTH = 64
 
 
-def local(graph: Graph) -> LocalExecutor:
+def compiled(graph: Graph) -> CpuProgram:
     shape = StepShape(tokens=40, rows=16, spans=4, page_size=16, pages=16, table=4, kv_dtype="f32")
     graph = run_passes(graph, EngineConfig(model="small"))[0]
     source = DummySource(graph)
-    return LocalExecutor(CpuProgram(graph, source, shape, isa="scalar", threads=1, unit_rows=8), LENGTH)
+    return CpuProgram(graph, source, shape, isa="scalar", threads=1, unit_rows=8)
 
 
 @pytest.fixture
 def executor() -> HeadedExecutor:
-    return HeadedExecutor(local(with_features(llama())), local(build_eagle(llama())))
+    return HeadedExecutor(compiled(with_features(llama())), LENGTH, head=compiled(build_eagle(llama())))
 
 
 class Requests:
@@ -105,7 +110,7 @@ def test_drafts_are_those_of_the_definition(executor: HeadedExecutor, temperatur
     params = SamplingParams(max_tokens=None, temperature=temperature)
     requests = Requests(executor, prompts, params)
     head = EagleHead(executor)
-    target, own = local(with_features(llama())).program, local(build_eagle(llama())).program
+    target, own = compiled(with_features(llama())), compiled(build_eagle(llama()))
     drafts = 0
     for _ in range(7):
         requests.step(chunk)
@@ -120,9 +125,8 @@ def test_drafts_are_those_of_the_definition(executor: HeadedExecutor, temperatur
     assert drafts >= 12
 
 
-def test_a_target_verifies_a_perfect_head_s_drafts() -> None:
+def test_a_target_verifies_a_perfect_head_s_drafts(executor: HeadedExecutor) -> None:
     """A head that repeats the target is not to be had untrained; the target's own tokens as drafts are."""
-    executor = HeadedExecutor(local(with_features(llama())), local(build_eagle(llama())))
     plain = Requests(executor, {1: (5, 6, 7)}, SamplingParams(max_tokens=None, temperature=0))
     for _ in range(6):
         plain.step(8)
@@ -150,3 +154,58 @@ def test_features_that_are_not_there_are_refused(executor: HeadedExecutor) -> No
     executor.collect(executor.submit(plan((3,), features="draft")))
     with pytest.raises(GraphError, match="1 to 1 of the 1 that the last step of 'draft'"):
         executor.submit(plan((1,), features="draft"))
+
+
+def config_of(model: str, **changes: Any) -> EngineConfig:
+    method = SpeculativeDecoding(method="eagle", num_speculative_tokens=3, adaptive=False)
+    values: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 24}
+    return EngineConfig(model=model, **{"speculative_decoding": method, **values, **changes})
+
+
+def answers(config: EngineConfig, **params: Any) -> tuple[list[Any], Engine]:
+    """Tokens and log-probabilities of prompts of several lengths, served together."""
+    started = start(config)
+    engine = Engine(
+        started.executor,
+        batching=ContinuousBatching(),
+        max_num_seqs=4,
+        speculation=config.speculative_decoding,
+    )
+    client = Client(engine)
+    words = [262, 1103, 309, 290, 2184, 511, 13, 198, 464, 1468, 582, 4423, 262, 3420]
+    for i, count in enumerate((1, 5, 14, 9, 2)):
+        values = {"temperature": 0.7, "max_tokens": 20, "seed": i, "logprobs": 1, **params}
+        client.engine.submit(request(str(i), words[:count], **values))
+    client.run()
+    engine.check()
+    return [(got.tokens, got.logprobs) for _, got in sorted(client.got.items())], engine
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"repetition_penalty": 1.3, "top_k": 20}])
+def test_pocket_s_own_head_changes_no_bit_and_is_often_right(params: dict[str, Any]) -> None:
+    config = config_of("gossamer/pocket")
+    speculated, engine = answers(config, **params)
+    assert speculated == answers(replace(config, speculative_decoding=None), **params)[0]
+    stats = engine.stats()
+    assert stats.drafted > 60 and stats.accepted > 0.25 * stats.drafted
+
+
+def test_a_head_is_planned_and_shown_as_a_draft(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama_config()))
+    config = config_of(str(tmp_path), load_format="dummy", quantization=None)
+    started = start(config)
+    plain = start(replace(config, speculative_decoding=None))
+    assert isinstance(started.executor, HeadExecutor)
+    assert not isinstance(plain.executor, HeadExecutor) and plain.memory.draft == 0
+    assert started.memory.draft > 0 and started.memory.weights == plain.memory.weights
+    limits = started.executor.draft_limits
+    assert limits is not None and limits.max_tokens == started.executor.limits.max_tokens + 4
+    assert any(line.node == "draft.token_part" for line in started.receipt())
+
+
+def test_a_model_without_a_head_is_refused_with_what_to_do(shared: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stories260K has none in eagle/.*compress\.eagle"):
+        start(config_of(str(shared / "models" / "stories260K")))
+    other = SpeculativeDecoding(method="eagle", model=str(shared / "models" / "stories260K"))
+    with pytest.raises(CheckpointError, match="a draft head is 'gossamer_eagle'"):
+        start(config_of("gossamer/pocket", speculative_decoding=other))

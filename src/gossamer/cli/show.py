@@ -81,7 +81,7 @@ def memory_table(started: Started) -> Table:
     table.add_row("arena", format_size(memory.arena), reuse)
     table.add_row("workspace", format_size(memory.workspace), "")
     if memory.draft and config.speculative_decoding is not None:
-        model = escape(str(config.speculative_decoding.model))
+        model = escape(config.speculative_decoding.model or "the head that came with the model")
         table.add_row("draft", format_size(memory.draft), f"{model}, with KV pages of its own")
     table.add_section()
     table.add_row("total", format_size(memory.total), "", style="bold")

@@ -36,7 +36,8 @@ class SpeculativeDecoding:
     num_speculative_tokens: int = 4
     """Most tokens guessed at once."""
     model: str | None = None
-    """Directory or hub id of the draft model or head; ngram has none."""
+    """Directory or hub id of the draft model or head; ngram has none. None with eagle: the head in the folder
+    eagle of the model's own directory."""
     quantization: Quantization | None = None
     """How the draft's weights are stored; None: as the model's."""
     prompt_lookup_min: int = 2
@@ -71,9 +72,10 @@ class SpeculativeDecoding:
             raise ConfigError(f"adaptive {self.adaptive!r} must be true or false")
         if self.model is not None and not (isinstance(self.model, str) and self.model):
             raise ConfigError(f"model {self.model!r} of the draft is not the name of one")
-        if self.method != "ngram" and self.model is None:
-            what = "small model of the same vocabulary" if self.method == "draft_model" else "trained head"
-            raise ConfigError(f'the speculative method {self.method} needs a "model": the {what}')
+        if self.method == "draft_model" and self.model is None:
+            raise ConfigError(
+                'the speculative method draft_model needs a "model": the small model of the same vocabulary'
+            )
         if self.method == "ngram":
             for name in ("model", "quantization"):
                 value = getattr(self, name)

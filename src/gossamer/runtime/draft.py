@@ -1,5 +1,5 @@
-"""The draft model of speculative decoding: its graph, its share of the memory, and whether it speaks as the
-model does."""
+"""The draft of speculative decoding: its graph, its share of the memory, and whether it speaks as the model
+does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from gossamer.backends.cpu.formats import kv_page_bytes
+from gossamer.checkpoint.heads import find_head, load_head
 from gossamer.checkpoint.tokenizer import Tokenizer
+from gossamer.checkpoint.weights import DummySource, WeightSource
 from gossamer.config import EngineConfig
-from gossamer.errors import ConfigError, NotBuiltError
+from gossamer.errors import ConfigError
+from gossamer.graph.families.eagle import build_eagle
 from gossamer.graph.ir import Graph
 from gossamer.runtime.sizing import KVPlan
 
-__all__ = ["check_draft", "draft_config", "draft_pages"]
+__all__ = ["check_draft", "draft_config", "draft_pages", "has_head", "head_of"]
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -22,20 +25,13 @@ def draft_config(config: EngineConfig, kv: KVPlan) -> EngineConfig | None:
     """What the draft is loaded by; None where the method has no model of its own.
 
     It is the model's own configuration but for the name and, where that is said, the format of weights.
-    Raises NotBuiltError for a trained head.
     """
     speculative = config.speculative_decoding
     if speculative is None or speculative.method == "ngram":
         return None
-    if speculative.method == "eagle":
-        raise NotBuiltError(
-            "the speculative method eagle (a trained head) is not built yet; use ngram, or draft_model with "
-            "a small model of the same tokenizer"
-        )
-    assert speculative.model is not None  # SpeculativeDecoding sees to it
     own = replace(
         config,
-        model=speculative.model,
+        model=speculative.model or config.model,
         revision=None,
         max_model_len=kv.max_model_len,
         speculative_decoding=None,
@@ -44,6 +40,23 @@ def draft_config(config: EngineConfig, kv: KVPlan) -> EngineConfig | None:
     if speculative.quantization is None:
         return own
     return replace(own, quantization=speculative.quantization, mixed_precision=None)
+
+
+def has_head(config: EngineConfig) -> bool:
+    """Whether the draft is a trained head, which takes the model's hidden states."""
+    return config.speculative_decoding is not None and config.speculative_decoding.method == "eagle"
+
+
+def head_of(
+    config: EngineConfig, target: Graph, directory: Path, source: WeightSource
+) -> tuple[Graph, WeightSource]:
+    """The head's graph before any pass and where its weights come from. target, directory, source: the
+    model's, before any pass. Raises ConfigError where there is no head, CheckpointError for another's."""
+    if config.load_format == "dummy":
+        head = build_eagle(target)
+        return head, DummySource(head)
+    assert config.speculative_decoding is not None
+    return load_head(find_head(config.speculative_decoding.model, directory), target, source)
 
 
 def draft_pages(graph: Graph, config: EngineConfig, kv: KVPlan, budget: int) -> int:

@@ -18,11 +18,13 @@ from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
 from gossamer.errors import DependencyError, MemoryBudgetError
 from gossamer.graph.families import build_graph
+from gossamer.graph.families.eagle import with_features
 from gossamer.graph.families.names import fit_names
 from gossamer.graph.ir import Graph
 from gossamer.memory import available_memory
 from gossamer.passes.pipeline import run_passes
-from gossamer.runtime.draft import check_draft, draft_config, draft_pages
+from gossamer.runtime.draft import check_draft, draft_config, draft_pages, has_head, head_of
+from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.sizing import KVPlan, plan_kv, step_rows
 from gossamer.runtime.swap import SwapFile
@@ -90,7 +92,8 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     Raises GossamerError for anything a user can mend; memory is checked before any of it is taken.
     """
     graph, directory, source = load_graph(config)
-    graph, passes = run_passes(graph, config)
+    plain = graph
+    graph, passes = run_passes(with_features(graph) if has_head(config) else graph, config)
     budget = available_memory()
     if config.memory_budget is not None:
         budget = min(budget, config.memory_budget)
@@ -109,7 +112,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
         receipt: Callable[[], list[ReceiptLine]] = list
     else:
         executor, memory, isa, threads, receipt, swap_bytes = _start_cpu(
-            graph, directory, source, config, kv, budget, progress
+            graph, plain, directory, source, config, kv, budget, progress
         )
     return Started(
         config=config,
@@ -128,6 +131,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
 
 def _start_cpu(
     graph: Graph,
+    plain: Graph,
     directory: Path,
     source: WeightSource,
     config: EngineConfig,
@@ -135,12 +139,16 @@ def _start_cpu(
     budget: int,
     progress: Progress | None,
 ) -> tuple[Executor, MemoryReport, str, int, Callable[[], list[ReceiptLine]], int]:
-    """The programs of the CPU backend: the draft is planned first, and loaded once all of it fits."""
+    """The programs of the CPU backend: the draft is planned first, and loaded once all of it fits. plain:
+    the graph before any pass."""
     beside: CpuProgram | None = None
     own = draft_config(config, kv)
     if own is not None:
-        draft_graph, draft_directory, draft_source = load_graph(own)
-        check_draft(config, graph, draft_graph, kv, directory, draft_directory)
+        if has_head(config):
+            draft_graph, draft_source = head_of(config, plain, directory, source)
+        else:
+            draft_graph, draft_directory, draft_source = load_graph(own)
+            check_draft(config, graph, draft_graph, kv, directory, draft_directory)
         draft_graph, _ = run_passes(draft_graph, own)
         pages = draft_pages(draft_graph, config, kv, budget)
         try:
@@ -158,7 +166,11 @@ def _start_cpu(
     paged = config.paged_attention
     if paged is not None and paged.swap_bytes is not None:
         swap = SwapFile(Path(paged.swap_directory or cache_directory()), paged.swap_bytes, program.kv)
-    executor = LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
+    executor = (
+        HeadedExecutor(program, kv.max_model_len, head=beside, swap=swap)
+        if beside is not None and has_head(config)
+        else LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
+    )
 
     def receipt() -> list[ReceiptLine]:
         lines = program.receipt()
@@ -185,7 +197,8 @@ def _program(
         graph,
         source,
         StepShape(
-            tokens=config.max_num_batched_tokens,
+            # A head takes a sequence's first token with its first chunk, and the one behind the chunk too.
+            tokens=config.max_num_batched_tokens + (config.max_num_seqs if graph.family == "eagle" else 0),
             rows=step_rows(config, graph.vocab),
             spans=config.max_num_seqs,
             page_size=kv.page_size,
