@@ -8,8 +8,8 @@
 //   kNarrowRows      up to here weights are read as they are packed, which costs less than unpacking them
 //   tile<MR, P>(t)   adds inputs [t.k0, t.k1) to MR rows x P panels; partial sums travel through t.acc
 //   Narrow           the variant that reads packed panels once, for few rows (F where nothing is unpacked)
-//   kStreamRows      up to so many rows Narrow takes one panel at a time: one stream from memory per thread
-//                    goes faster than two, where arithmetic leaves the time for it
+//   kStreamRows      up to so many rows Narrow takes one panel at a time, beyond (up to kRows) two while the
+//                    next two come: either way one stream from memory per thread, which goes faster than two
 //   kUnpackedBytes   0, or bytes per input and panel that unpack(w, panel, k0, k1, to) writes
 // A value depends on the order of the inputs alone, which is the same in all of these.
 #pragma once
@@ -144,6 +144,16 @@ void linear_narrow(Tile t, int64_t p0, int64_t p1) {
     for (int64_t i = 0; i < blocks; i++) {
       t.row = t.act->m * i / blocks;
       const int64_t rows = t.act->m * (i + 1) / blocks - t.row;
+      if (F::kStreamRows > 0 && panels == 2 && blocks == 1) {
+        // Two panels share each activation, and memory still goes by as one stream: that of the next two.
+        t.k0 = 0, t.k1 = w.k_pad;
+        t.b = panel_data(w, p);
+        t.ahead = panel_data(w, p + 2);
+        t.ahead_step = 2 * F::kUnit * bytes;
+        t.ahead_panel = F::kUnit * bytes;
+        run_tile<F>(rows, panels, t);
+        continue;
+      }
       // The last stretch of a panel asks for the start of the panel after the ones being read.
       const int64_t turn = panels == 1 ? w.k_pad : larger(0, w.k_pad - kPrefetchBytes / bytes);
       for (int64_t k = 0; k < w.k_pad; k = t.k1) {

@@ -227,7 +227,7 @@ struct Nf4Levels {
 // The float sums live in t.acc all the time: the integer ones need the registers.
 template <class Dot, class Zero, int kEvery>
 struct Grouped {
-  static constexpr int kRows = 8, kPanels = 2, kNarrowRows = 8, kStreamRows = 6;
+  static constexpr int kRows = 8, kPanels = 2, kNarrowRows = 8, kStreamRows = 2;
   static constexpr int64_t kUnit = Dot::kUnit, kBlock = 512, kUnpackedBytes = 0;
   using Narrow = Grouped<Dot, Zero, 1>;
 
