@@ -102,7 +102,6 @@ class TextEngine:
             prefix_cache=config.prefix_cache,
             speculation=config.speculative_decoding,
             budget=budget_of(config.dynamic_batching),
-            speculation=config.speculative_decoding,
         )
         self.defaults: GenerationDefaults = read_generation_config(started.directory)
         self.tokenizer = _tokenizer(started)

@@ -20,6 +20,7 @@ from gossamer.config import (
     EngineConfig,
     MixedPrecision,
     PagedAttention,
+    PrefixCache,
     ParallelComputing,
     Quantization,
     StaticBatching,
@@ -182,6 +183,7 @@ def test_static_batching_gives_the_same_tokens(padded: bool, paged: bool) -> Non
         continuous_batching=None,
         static_batching=StaticBatching(padded=padded),
         paged_attention=PagedAttention() if paged else None,
+        prefix_cache=PrefixCache() if paged else None,
     )
     assert batched == alone
 
