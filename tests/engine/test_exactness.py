@@ -17,7 +17,7 @@ from gossamer.engine.engine import Engine, Stats
 from gossamer.engine.request import Request
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.speculator import Speculator
-from gossamer.engine.step import ExecutorLimits
+from gossamer.engine.step import Executor, ExecutorLimits
 from gossamer.errors import ContextLengthError, MemoryBudgetError
 from gossamer.runtime.null import NullExecutor
 from tests.engine.serving import VOCAB, Client, Got, limits, request
@@ -104,6 +104,11 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                     grammar=draw(st.none() | st.just(partial(Steps, eos))),
                     n=draw(st.integers(1, 3)),
                     temperature=draw(st.sampled_from([0.0, 1.0])),
+                    top_k=draw(st.sampled_from([0, 5])),
+                    top_p=draw(st.sampled_from([1.0, 0.8])),
+                    repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+                    presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+                    logit_bias=draw(st.sampled_from([{}, {3: 4.0, 7: -2.0}])),
                     seed=draw(st.integers(0, 2**64 - 1)),
                     max_tokens=most,
                     min_tokens=draw(st.integers(0, most or 50)),
@@ -247,31 +252,42 @@ def compare(
     """Runs the plan, checking integrity at every step, and every request by itself with nothing on."""
     expected: dict[tuple[str, int], Got] = {}
     refused = set()
-    plain = replace(bounds, pages=(100,) * len(bounds.pages), swap_pages=())
+    limit = min(bounds.max_model_len, min(bounds.pages) * bounds.page_size)
+    roomy = replace(bounds, pages=(100,) * len(bounds.pages), swap_pages=(), max_model_len=limit)
     for a in plan:
         try:
-            bare = Engine(NullExecutor(bounds), batching=ContinuousBatching(), max_num_seqs=1)
-            bare.submit(a.request)
+            make_bare(NullExecutor(bounds)).submit(a.request)
         except (ContextLengthError, MemoryBudgetError):
             refused.add(a.request.id)
-            continue
-        limit = min(bounds.max_model_len, min(bounds.pages) * bounds.page_size)
-        roomy = replace(plain, max_model_len=limit)
-        by_itself = Client(Engine(NullExecutor(roomy), batching=ContinuousBatching(), max_num_seqs=1))
-        expected.update(by_itself.run(a.request))
-
+        else:
+            expected.update(Client(make_bare(NullExecutor(roomy))).run(a.request))
     engine = Engine(
         NullExecutor(bounds),
         batching=batching,
         max_num_seqs=min(max_num_seqs, bounds.max_tokens),
         prefix_cache=PrefixCache() if cached else None,
     )
+    return run_plan(engine, [a for a in plan if a.request.id not in refused], expected, guesses)
+
+
+def make_bare(executor: Executor) -> Engine:
+    """One request at a time, and nothing on."""
+    return Engine(executor, batching=ContinuousBatching(), max_num_seqs=1)
+
+
+def run_plan(
+    engine: Engine,
+    plan: list[Arrival],
+    expected: Mapping[tuple[str, int], Got],
+    guesses: int | None,
+) -> Stats:
+    """Runs a plan and holds what comes to what is expected."""
     if guesses is not None:
         engine._speculator = Guess(engine, expected, guesses)
     client = Client(engine)
     for step in range(5000):
         for a in plan:
-            if a.step == step and a.request.id not in refused:
+            if a.step == step:
                 client.engine.submit(a.request)
             if a.abort_after is not None and a.step + a.abort_after == step:
                 client.take(client.engine.abort(a.request.id))

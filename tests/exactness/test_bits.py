@@ -20,8 +20,8 @@ from gossamer.config import (
     EngineConfig,
     MixedPrecision,
     PagedAttention,
-    PrefixCache,
     ParallelComputing,
+    PrefixCache,
     Quantization,
     StaticBatching,
 )

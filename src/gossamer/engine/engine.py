@@ -174,8 +174,8 @@ class Engine:
         if not self._state.shares:
             return None
         if self._caches:
-            return f"{len(request.tenant)} {request.tenant}{request.cache_salt}"
-        return None if request.params.n == 1 else f"{self._arrivals}"
+            return request.cache_salt
+        return None if request.params.n == 1 else str(self._arrivals)
 
     def abort(self, request_id: str) -> list[Update]:
         """Ends a request in any phase; its pages are free on return. The last updates of its unfinished

@@ -295,8 +295,8 @@ class Request:
     """One prompt for the engine. Tokens only: text is the business of the rooms around it.
 
     eos_ids end the output unless ignore_eos. priority: lower runs first. tenant: whose it is; tenants share
-    the machine evenly, and nothing else. cache_salt: requests of other salts share no keys and values with
-    it. grammar: makes what restrains each output.
+    the machine evenly. cache_salt: requests of other salts share no keys and values with it. grammar: makes
+    what restrains each output.
     """
 
     id: str

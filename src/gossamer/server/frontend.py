@@ -88,6 +88,7 @@ class Frontend:
         params: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
         cache_salt: str = "",
     ) -> Ticket:
         """Tokenizes a request and queues it; close the ticket whatever happens.
@@ -104,7 +105,14 @@ class Frontend:
             ids = await self.in_thread(encode)
             grammar = await self._grammar(params)
             jobs = [
-                Job(prompt_ids=i, params=params, priority=priority, cache_salt=cache_salt, grammar=grammar)
+                Job(
+                    prompt_ids=i,
+                    params=params,
+                    priority=priority,
+                    tenant=tenant,
+                    cache_salt=cache_salt,
+                    grammar=grammar,
+                )
                 for i in ids
             ]
             ticket = Ticket(jobs, arrival)

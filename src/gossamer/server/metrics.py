@@ -106,9 +106,11 @@ class _EngineCollector(Collector):
             ("num_preemptions", "Outputs sent back to the queue to make room.", stats.preemptions),
             ("prompt_tokens", "Prompt tokens of outputs that got a token.", stats.prompt_tokens),
             ("generation_tokens", "Output tokens.", stats.output_tokens),
-            # Always 0: nothing looks anything up before prefix caching is built.
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", 0),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", 0),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            ("num_swaps", "Preemptions that kept their pages on the slower tier.", stats.swaps),
+            ("spec_decode_num_draft_tokens", "Tokens of drafts verified.", stats.drafted),
+            ("spec_decode_num_accepted_tokens", "Tokens of drafts that stood.", stats.accepted),
         ):
             counter = CounterMetricFamily(f"{self._prefix}:{name}", says, labels=["model_name"])
             counter.add_metric([self._model], value)

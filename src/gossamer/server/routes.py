@@ -38,7 +38,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         return [engine.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts]
 
     ticket = await frontend.open(
-        encode, len(prompts), params, priority=body.priority or 0, cache_salt=body.cache_salt or ""
+        encode,
+        len(prompts),
+        params,
+        priority=body.priority or 0,
+        tenant=body.user or "",
+        cache_salt=body.cache_salt or "",
     )
     answers = CompletionAnswers(ticket, frontend.model, engine.tokenizer, echo or None, body)
     return await reply(request, frontend, ticket, answers, stream=bool(body.stream), usage=body.include_usage)
@@ -56,6 +61,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         1,
         params,
         priority=body.priority or 0,
+        tenant=body.user or "",
         cache_salt=body.cache_salt or "",
     )
     answers = ChatAnswers(ticket, frontend.model, engine.tokenizer)

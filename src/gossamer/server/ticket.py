@@ -28,6 +28,7 @@ class Job:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
+    tenant: str = ""
     cache_salt: str = ""
     grammar: GrammarFactory | None = None
 

@@ -156,6 +156,7 @@ class EngineWorker:
                     job.prompt_ids,
                     job.params,
                     priority=job.priority,
+                    tenant=job.tenant,
                     cache_salt=job.cache_salt,
                     grammar=job.grammar,
                 )
