@@ -94,7 +94,8 @@ class _Generation(_Body):
     structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
 
-    # Known to OpenAI's clients; they say something about the caller and nothing about the answer.
+    # Known to OpenAI's clients; they say something about the caller and nothing about the answer. Users share
+    # the machine evenly.
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
