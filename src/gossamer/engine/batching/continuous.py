@@ -59,11 +59,16 @@ class Continuous:
         if prefilling:
             for seq in running:
                 if budget > 0 and seq.computed < seq.length - 1:
-                    spans.append(seq.prefill(self._most(budget), spare_rows + 1))
-                    budget -= len(spans[-1].tokens)
-                    spare_rows -= max(len(spans[-1].rows) - 1, 0)
+                    most = _fit_chunk(state, seq, self._most(budget))
+                    if most:
+                        spans.append(seq.prefill(most, spare_rows + 1))
+                        budget -= len(spans[-1].tokens)
+                        spare_rows -= max(len(spans[-1].rows) - 1, 0)
         if budget > 0 and spare_rows > 0 and state.waiting and self._budget.admits(state):
             self._admit(state, spans, budget, spare_rows)
+        if not spans and len(running) > 1:  # prompts in the making hold all pages, and none can go on
+            state.preempt()
+            return self.plan(state)
         return StepPlan(tuple(spans))
 
     def finished(self, state: State, seq: Sequence) -> None:
@@ -71,7 +76,7 @@ class Continuous:
         state.release(seq)
 
     def _admit(self, state: State, spans: list[Span], budget: int, spare_rows: int) -> None:
-        """Newcomers get pages for all they have so far; what they will produce grows on demand."""
+        """Newcomers come where there are pages for all they have so far; they get them as they go."""
         running, waiting = state.running, state.waiting
         most = self._budget.sequences(state)
         headroom = sum(_growth(state, seq) for seq in running)
@@ -82,9 +87,11 @@ class Continuous:
             hit = state.find(seq)
             if state.wanted(hit, seq.length) + headroom > state.kv.free:
                 break
-            state.start(waiting.pop(), seq.length, hit)
+            chunk = self._most(budget)
+            known = seq.saved if hit is None else hit.tokens
+            state.start(waiting.pop(), min(seq.length, known + chunk), hit)
             headroom += _growth(state, seq)
-            spans.append(seq.prefill(self._most(budget), spare_rows))
+            spans.append(seq.prefill(chunk, spare_rows))
             budget -= len(spans[-1].tokens)
             spare_rows -= max(len(spans[-1].rows), 1)
 
@@ -98,6 +105,14 @@ def _make_room(state: State, seq: Sequence) -> bool:
         if state.preempt() is seq:
             return False
     return True
+
+
+def _fit_chunk(state: State, seq: Sequence, most: int) -> int:
+    """How many of at most so many tokens its pages hold, grown as far as there are any."""
+    stop = min(seq.length, seq.computed + most)
+    if not state.grow(seq, stop):
+        state.grow(seq, (seq.capacity // state.kv.page_size + state.kv.free) * state.kv.page_size)
+    return min(most, seq.capacity - seq.computed)
 
 
 def _fit_draft(state: State, seq: Sequence, spare: int) -> int:
