@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 __all__ = ["LengthControl", "Offer", "Times"]
 
 _FIRST = 0.5  # a position's chance before anything is known
+_LEAST = 0.005  # a token less likely to be kept is not drafted
 _OWN_DECAY, _SHARED_DECAY = 0.95, 0.98  # per verification: about the last 20 of a sequence, 50 of the engine
 _OWN_WEIGHT, _SHARED_WEIGHT = 3.0, 2.0  # in verifications: how much what is known before counts beside them
 _ALLOWANCE = 0.01  # part of the time that may be lost to drafts that turn out wrong
@@ -77,16 +78,20 @@ class LengthControl:
         self._interval, self._waited = _PROBE, 0
 
     def chances(self, offer: Offer) -> list[float]:
-        """p_1 to p_most: how likely the first i tokens of the draft are all right."""
+        """p_1, p_2 and so on: how likely the first i tokens of the draft are all right, to the last that is
+        worth a look."""
         shared = self._shared.get(offer.kind) or self._shared.setdefault(offer.kind, _Rates(self._most))
         own = self._own.get(offer.sequence, {}).get(offer.kind)
-        result, path, prior = [], 1.0, _FIRST
+        path, prior = 1.0, _FIRST
+        result: list[float] = []
         for i in range(offer.most):
             prior = (shared.hits[i] + _SHARED_WEIGHT * prior) / (shared.tries[i] + _SHARED_WEIGHT)
             rate = prior
             if own is not None:
                 rate = (own.hits[i] + _OWN_WEIGHT * prior) / (own.tries[i] + _OWN_WEIGHT)
             path *= rate
+            if path < _LEAST and result:
+                break
             result.append(path)
         return result
 
@@ -106,26 +111,28 @@ class LengthControl:
         kv_tokens: keys that decodes read; room: tokens of all drafts at most; drafting: seconds that drafts
         take for (sequences, tokens of each, keys that they read).
         """
-        tokens = sorted(
-            ((-p, i, depth) for i, o in enumerate(offers) for depth, p in enumerate(self.chances(o), 1))
-        )
-        del tokens[max(room, 0) :]
         base = self._times.predict(decodes, kv_tokens)
         if not self._adaptive or not base:  # nothing is known: the first drafts are how it gets known
             self._worth = 0.0
-            return self._lengths(offers, tokens)
+            every = sorted((depth, i) for i, o in enumerate(offers) for depth in range(1, o.most + 1))
+            return self._lengths(offers, [(0.0, i, depth) for depth, i in every[: max(room, 0)]])
         self._worth = base / decodes
         account = _CREDIT * base if self._account is None else self._account + _ALLOWANCE * base
         account = min(account, _MOST_CREDIT * base)
 
         with_prefill = (self._times.predict(decodes + prefill, kv_tokens) or base) if prefill else base
-
         keys = kv_tokens // decodes  # of a sequence
 
         def extra(count: int, sequences: int, depth: int) -> float:
             step = self._times.predict(decodes + prefill + count, kv_tokens + count) or with_prefill
             return max(step - with_prefill, 0.0) + drafting(sequences, depth, sequences * keys)
 
+        chances = [self.chances(offer) for offer in offers]
+        least = extra(1, 1, 1)
+        tokens: list[tuple[float, int, int]] = []
+        if sum(map(sum, chances)) * self._worth > least:  # else not even all of them pay for one
+            tokens = sorted((-p, i, depth) for i, ps in enumerate(chances) for depth, p in enumerate(ps, 1))
+            del tokens[max(room, 0) :]
         best, best_rate, cost = 0, self._worth, 0.0
         expected, deepest, lead, drafts, next_look = float(decodes), 0, 0.0, 0, 1
         for count, (minus_p, i, depth) in enumerate(tokens, 1):
@@ -136,16 +143,18 @@ class LengthControl:
                 lead += offers[i].lead / _LASTS
             if count == next_look or count == len(tokens):  # not at each: a look costs a prediction
                 next_look = count + 1 + count // 8
-                more = extra(count, drafts, deepest) + lead
+                more = (least if count == 1 else extra(count, drafts, deepest)) + lead
                 if (base + more) / expected < best_rate:
                     best, best_rate, cost = count, (base + more) / expected, more
-        if tokens and (best == 0 or account <= 0):
+        if offers and room > 0 and (best == 0 or account <= 0):
             best = 0
             self._waited += 1
-            due = self._waited >= self._interval
-            if due and account >= (more := extra(1, 1, 1) + offers[tokens[0][1]].lead):
-                best, cost, self._waited = 1, more, 0
-                self._interval = min(2 * self._interval, _LAST_PROBE)
+            if self._waited >= self._interval:
+                likeliest = max(range(len(offers)), key=lambda i: chances[i][0])
+                more = least + offers[likeliest].lead
+                if account >= more:
+                    best, cost, self._waited, tokens = 1, more, 0, [(0.0, likeliest, 1)]
+                    self._interval = min(2 * self._interval, _LAST_PROBE)
         self._account = account - cost if best else account
         return self._lengths(offers, tokens[:best])
 

@@ -39,6 +39,10 @@ class NgramIndex:
         first = len(text)
         text += tokens
         stop = len(text)
+        if stop - first == 1:  # the usual case, without what only many tokens are worth
+            for length, places in enumerate(self._places[: max(stop - self._least, 0)], self._least):
+                places[tuple(text[first - length : first])] = first
+            return
         for length, places in enumerate(self._places, self._least):
             start = max(first, length)  # of what follows a run
             if start < stop:
@@ -48,17 +52,18 @@ class NgramIndex:
     def find(self) -> tuple[int, int]:
         """(place, length): the longest run at the text's end that also stood earlier, and what followed it
         the last time; (0, 0) where there is none. Beyond `most`, length counts on to 16 at that place."""
-        text, longest = self._tokens, self._least + len(self._places) - 1
-        for length in range(min(longest, len(text)), self._least - 1, -1):
-            place = self._places[length - self._least].get(tuple(text[-length:]))
+        text, found, length = self._tokens, 0, 0
+        most = min(self._least + len(self._places) - 1, len(text))
+        for tried in range(self._least, most + 1):  # a run that stood earlier ends in shorter ones that did
+            place = self._places[tried - self._least].get(tuple(text[-tried:]))
             if place is None:
-                continue
-            if length == longest:
-                most = min(_CLASSES[-1], place)
-                while length < most and text[place - length - 1] == text[-length - 1]:
-                    length += 1
-            return place, length
-        return 0, 0
+                break
+            found, length = place, tried
+        if length == self._least + len(self._places) - 1:
+            most = min(_CLASSES[-1], found)
+            while length < most and text[found - length - 1] == text[-length - 1]:
+                length += 1
+        return found, length
 
     def read(self, place: int, count: int) -> list[int]:
         """What followed from a place on; past the end of the text it is what has been read, once more."""

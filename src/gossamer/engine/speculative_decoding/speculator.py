@@ -103,6 +103,8 @@ class Speculator:
                 if offer is not None:
                     offers.append(offer)
                     candidates.append(seq)
+        if not offers:
+            return
         lengths = self._control.choose(
             offers,
             decodes=len(ready),
