@@ -296,17 +296,14 @@ class Engine:
             return self._append(seq, rows, now)
         seq.draft = None
         path = accepted_path(draft, rows)
-        before = len(seq.output_ids)
-        update = self._append(seq, [rows[offset] for offset in path], now)
-        taken = len(seq.output_ids) - before
-        drafted, accepted = len(draft.tokens), max(taken - 1, 0)
+        drafted, accepted = len(draft.tokens), len(path) - 1
         self._drafted += drafted
         self._accepted += accepted
-        if seq.finish_reason is None:
-            if draft.parents is not None:
-                self._compact(seq, span.start, path[:taken])
-            assert self._speculator is not None
+        if self._speculator is not None:
             self._speculator.verified(seq, drafted, accepted)
+        update = self._append(seq, [rows[offset] for offset in path], now)
+        if draft.parents is not None and seq.finish_reason is None:
+            self._compact(seq, span.start, path)
         return update
 
     def _score(self, seq: Sequence, span: Span, rows: list[RowResult]) -> list[RowResult]:
