@@ -62,6 +62,9 @@ def generate(
         if report["finish_reason"] == "length" and len(report["token_ids"]) < max_tokens:
             ended = f"the context of {context:,} tokens is full"
         rate = f", then {timing['decode_tokens_per_s']:.1f} tok/s" if timing["decode_tokens_per_s"] else ""
+        guesses = report["speculation"]
+        if running.started.config.speculative_decoding is not None:
+            ended += f"; {guesses['accepted']} of {guesses['drafted']} drafted tokens stood"
         console.print(
             f"[dim]{len(ids)} prompt tokens; first token after {timing['ttft_ms'] or 0:.0f} ms{rate}; "
             f"{ended}[/]",

@@ -67,6 +67,7 @@ def run_request(
         for output in outputs:
             text = wrap.feed(f"[{output['index'] + 1}] {output['text']}\n")
             print(text)
+    stats = engine.engine.stats()
     return {
         "text": outputs[0]["text"],
         "token_ids": outputs[0]["token_ids"],
@@ -74,6 +75,7 @@ def run_request(
         "finish_reason": outputs[0]["finish_reason"],
         "timing": token_timing(times, arrivals),
         "memory": memory_figures(engine.started.memory),
+        "speculation": {"drafted": stats.drafted, "accepted": stats.accepted},
         "outputs": outputs,
     }
 
