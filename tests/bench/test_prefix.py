@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gossamer.bench.prefix import WORKLOADS, PrefixWork, _prompts, _Source, bench_prefix, check_cache
+from gossamer.bench.prefix import (
+    WORKLOADS,
+    HalfExecutor,
+    PrefixWork,
+    _prompts,
+    _Source,
+    bench_prefix,
+    check_cache,
+)
 from gossamer.config import EngineConfig
-from gossamer.errors import ConfigError
+from gossamer.engine.step import ExecutorLimits, Handle, KVOp, Span, StepPlan, StepResult
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.runtime.start import start
+from tests.engine.serving import limits
+
+
+class Seen:
+    """Keeps its newest plan."""
+
+    draft_limits = None
+    plan: StepPlan
+
+    def __init__(self, limits: ExecutorLimits) -> None:
+        self.limits = limits
+
+    def submit(self, plan: StepPlan) -> Handle:
+        self.plan = plan
+        return 0
+
+    def collect(self, handle: Handle) -> StepResult:
+        return StepResult([])
+
+    def close(self) -> None: ...
+
 
 WORK = PrefixWork(input_len=100, output_len=4, requests=4, turns=3, shared=0.8, rounds=1)
 
@@ -59,6 +91,21 @@ def test_without_a_cache_there_is_nothing_to_measure() -> None:
     for off in ({"prefix_cache": None}, {"paged_attention": None}):
         with pytest.raises(ConfigError, match="prefix cache"):
             check_cache(EngineConfig(model="m", **off))  # type: ignore[arg-type]
+
+
+def test_halves_do_not_meet(shared: Path) -> None:
+    config = EngineConfig(model=str(shared / "models" / "stories260K"), max_model_len=WORK.longest)
+    tight = start(replace(config, kv_bytes=1536 * WORK.longest))
+    with pytest.raises(MemoryBudgetError, match="half of the KV memory"):
+        bench_prefix(tight, WORK)
+    below = Seen(limits(pages=(9,)))
+    span = Span(0, (1, 2), 0, (), (array("i", [3, -1]),))
+    for upper, first in ((False, 0), (True, 4)):
+        half = HalfExecutor(below, upper=upper)
+        assert half.limits.pages == (4,)
+        half.submit(StepPlan((span,), (KVOp("copy", 0, 1, 2, 3),)))
+        assert list(below.plan.spans[0].tables[0]) == [3 + first, -1]
+        assert (below.plan.kv_ops[0].source, below.plan.kv_ops[0].target) == (1 + first, 2 + first)
 
 
 def test_what_is_shared_is_found(shared: Path) -> None:

@@ -1,29 +1,30 @@
 """What the prefix cache gains and costs: times to first tokens with and without it, one request at a time.
 
 chat: each turn's prompt is the whole conversation so far; few-shot: all prompts begin alike; nothing: none
-do. With and without are two engines on one program, which take turns; prompts of different rounds begin
-differently, so that each round starts cold.
+do. With and without are two engines, each on half of one program's pages, which take turns at every request:
+what else the machine does meets both alike. Each round's prompts begin differently, so that it starts cold.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from gossamer.bench.measure import RecordingExecutor, recording, run_step
 from gossamer.bench.memory import memory_figures
 from gossamer.bench.workload import uncached
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
-from gossamer.errors import ConfigError
+from gossamer.engine.step import Executor, ExecutorLimits, Handle, StepPlan, StepResult
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
 
-__all__ = ["WORKLOADS", "PrefixWork", "bench_prefix", "check_cache"]
+__all__ = ["WORKLOADS", "HalfExecutor", "PrefixWork", "bench_prefix", "check_cache"]
 
 WORKLOADS = ("chat", "few-shot", "nothing")
 _TAG = 4  # tokens that no other round's prompts begin with
@@ -87,22 +88,84 @@ def check_cache(config: EngineConfig) -> None:
         raise ConfigError("it runs with the prefix cache and without; drop --no-enable-prefix-caching")
 
 
+class HalfExecutor:
+    """Half of an executor's pages, for an engine of its own."""
+
+    def __init__(self, executor: Executor, *, upper: bool) -> None:
+        limits = executor.limits
+        self._executor = executor
+        self._limits = replace(limits, pages=tuple(n // 2 for n in limits.pages), swap_pages=())
+        self._first = [n // 2 if upper else 0 for n in limits.pages]
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """With half of the pages, and no slower tier."""
+        return self._limits
+
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """None: nothing speculates here."""
+        return None
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Moves every page to its half."""
+        spans = tuple(
+            replace(
+                span,
+                tables=tuple(
+                    array("i", [page + first if page >= 0 else page for page in table])
+                    for table, first in zip(span.tables, self._first, strict=True)
+                ),
+            )
+            for span in plan.spans
+        )
+        ops = tuple(
+            replace(op, source=op.source + self._first[op.group], target=op.target + self._first[op.group])
+            for op in plan.kv_ops
+        )
+        return self._executor.submit(replace(plan, spans=spans, kv_ops=ops))
+
+    def collect(self, handle: Handle) -> StepResult:
+        """Passes the result on."""
+        return self._executor.collect(handle)
+
+    def close(self) -> None:
+        """Closes the executor below."""
+        self._executor.close()
+
+
 @dataclass(slots=True)
 class _Side:
+    """One of the two, and what came of its newest request: seconds to the first token and of all; its
+    answer."""
+
     engine: TextEngine
-    recorder: RecordingExecutor
+    first: float = 0.0
+    seconds: float = 0.0
+    answer: tuple[int, ...] = ()
+
+    def run(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        answer: list[int] = []
+        began = first = time.perf_counter()
+        self.engine.submit(self.engine.new_id(), prompt, params)
+        while self.engine.has_work():
+            for update in self.engine.step():
+                if not answer and update.tokens:
+                    first = time.perf_counter()
+                answer += update.tokens
+        self.seconds = time.perf_counter() - began
+        self.first, self.answer = first - began, tuple(answer)
 
 
 @dataclass(slots=True)
-class _Run:
-    """Of one workload's round: seconds to first tokens where something could be shared (or of all, where
-    nothing is), and of everything; tokens of prompts and of them in the cache; answers."""
+class _Pairs:
+    """(with, without) of every request: seconds of all, and to the first token where something was known
+    before (of all, where nothing is). Tokens of prompts, and of those found."""
 
-    ttft: list[float]
-    seconds: float
-    prompt_tokens: int
-    hit_tokens: int
-    answers: list[tuple[int, ...]]
+    total: list[tuple[float, float]] = field(default_factory=list)
+    ttft: list[tuple[float, float]] = field(default_factory=list)
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
 
 
 def bench_prefix(
@@ -113,24 +176,30 @@ def bench_prefix(
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The report that `gossamer bench prefix --json` prints. started: with the cache on. text: tokens that
-    prompts are pieces of; None: random ones. ratio: with over without, the median over rounds."""
+    prompts are pieces of; None: random ones. Ratios: with over without, medians over pairs of the same
+    request. Raises MemoryBudgetError where half of the pages hold no conversation.
+    """
+    limits = started.executor.limits
+    held = min(limits.pages) // 2 * limits.page_size
+    if held < work.longest:
+        raise MemoryBudgetError(
+            f"half of the KV memory holds {held} tokens, the longest conversation has {work.longest}; raise "
+            "--kv-bytes or lower --input-len"
+        )
     with_, without = (
-        _Side(*recording(s)) for s in (started, replace(started, config=uncached(started.config)))
+        _Side(
+            TextEngine(replace(started, config=config, executor=HalfExecutor(started.executor, upper=upper)))
+        )
+        for upper, config in ((False, started.config), (True, uncached(started.config)))
     )
     source = _Source(work, started.graph.vocab, text)
     report: dict[str, Any] = {}
     for name in WORKLOADS:
-        done: list[tuple[_Run, _Run]] = []
+        pairs = _Pairs()
         for index in range(work.rounds + 1):  # the first warms up
             progress(f"{name}, round {index} of {work.rounds}")
-            order = (with_, without) if index % 2 else (without, with_)
-            seed = work.seed + index
-            runs = {id(side): _run(side, source, name, seed) for side in order}
-            pair = runs[id(with_)], runs[id(without)]
-            assert pair[0].answers == pair[1].answers, "the prefix cache changed tokens"
-            if index:
-                done.append(pair)
-        report[name] = _figures(done)
+            _round(with_, without, source, name, work.seed + index, pairs if index else _Pairs())
+        report[name] = _figures(pairs)
     return report | {
         "input_len": work.input_len,
         "output_len": work.output_len,
@@ -142,17 +211,15 @@ def bench_prefix(
     }
 
 
-def _figures(done: Sequence[tuple[_Run, _Run]]) -> dict[str, Any]:
-    on, off = zip(*done)
-    prompts = sum(run.prompt_tokens for run in on)
+def _figures(pairs: _Pairs) -> dict[str, Any]:
     return {
-        "ttft_ms_with": round(1e3 * median(t for run in on for t in run.ttft), 4),
-        "ttft_ms_without": round(1e3 * median(t for run in off for t in run.ttft), 4),
-        "ttft_ratio": round(median(median(a.ttft) / median(b.ttft) for a, b in done), 4),
-        "total_s_with": round(median(run.seconds for run in on), 4),
-        "total_s_without": round(median(run.seconds for run in off), 4),
-        "total_ratio": round(median(a.seconds / b.seconds for a, b in done), 4),
-        "hit_rate": round(sum(run.hit_tokens for run in on) / prompts, 4),
+        "ttft_ms_with": round(1e3 * median(on for on, _ in pairs.ttft), 4),
+        "ttft_ms_without": round(1e3 * median(off for _, off in pairs.ttft), 4),
+        "ttft_ratio": round(median(on / off for on, off in pairs.ttft), 4),
+        "total_ms_with": round(1e3 * median(on for on, _ in pairs.total), 4),
+        "total_ms_without": round(1e3 * median(off for _, off in pairs.total), 4),
+        "total_ratio": round(median(on / off for on, off in pairs.total), 4),
+        "hit_rate": round(pairs.hit_tokens / pairs.prompt_tokens, 4),
     }
 
 
@@ -198,34 +265,20 @@ def _prompts(source: _Source, name: str, seed: int) -> Iterator[tuple[int, list[
                 yield chat, new, turn > 0
 
 
-def _run(side: _Side, source: _Source, name: str, seed: int) -> _Run:
-    work = source.work
-    params = SamplingParams(temperature=0.0, max_tokens=work.output_len, ignore_eos=True)
+def _round(with_: _Side, without: _Side, source: _Source, name: str, seed: int, pairs: _Pairs) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=source.work.output_len, ignore_eos=True)
     so_far: dict[int, list[int]] = {}
-    run = _Run([], 0.0, 0, 0, [])
-    hits = _hits(side)
-    for chat, new, counts in _prompts(source, name, seed):
+    stats = with_.engine.engine.stats
+    hits = stats().prefix_hits
+    for number, (chat, new, counts) in enumerate(_prompts(source, name, seed)):
         prompt = so_far.setdefault(chat, [])
         prompt += new
-        answer: list[int] = []
-        first = 0.0
-        began = time.perf_counter()
-        side.engine.submit(side.engine.new_id(), prompt, params)
-        while side.engine.has_work():
-            _, updates = run_step(side.engine, side.recorder)
-            for update in updates:
-                if not answer and update.tokens:
-                    first = time.perf_counter() - began
-                answer += update.tokens
-        run.seconds += time.perf_counter() - began
-        run.prompt_tokens += len(prompt)
-        run.answers.append(tuple(answer))
+        for side in (with_, without) if (number + seed) % 2 else (without, with_):
+            side.run(prompt, params)
+        assert with_.answer == without.answer, "the prefix cache changed tokens"
+        pairs.total.append((with_.seconds, without.seconds))
         if counts:
-            run.ttft.append(first)
-        prompt += answer
-    run.hit_tokens = _hits(side) - hits
-    return run
-
-
-def _hits(side: _Side) -> int:
-    return side.engine.engine.stats().prefix_hits
+            pairs.ttft.append((with_.first, without.first))
+        pairs.prompt_tokens += len(prompt)
+        prompt += with_.answer
+    pairs.hit_tokens += stats().prefix_hits - hits

@@ -62,7 +62,7 @@ def prefix(
             f"the longest conversation has {work.longest} tokens, this model serves {context}; "
             "lower --input-len or --turns"
         )
-    config = engine.config(max_model_len=work.longest, max_num_seqs=max(8, -(-num_prompts // turns)))
+    config = engine.config(max_model_len=work.longest, max_num_seqs=2 * max(8, -(-num_prompts // turns)))
     check_cache(config)
     said = read_text(text)
     with loading_bar(sys.stderr.isatty()) as loading:
@@ -114,6 +114,6 @@ def _print(report: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
     stderr().print(
         f"{report['input_len']} tokens in, {100 * report['shared']:.0f} % of them shared, "
-        f"{report['output_len']} out; medians of {report['rounds']} rounds in turns",
+        f"{report['output_len']} out; medians over requests of {report['rounds']} rounds, in turns",
         soft_wrap=True,
     )
