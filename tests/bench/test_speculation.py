@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,14 @@ from gossamer.bench.speculation import (
     token_pairs,
 )
 from gossamer.checkpoint.tokenizer import Tokenizer
-from gossamer.config import EngineConfig
+from gossamer.config import EngineConfig, SpeculativeDecoding
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.step import Handle, RowResult, Sampling, Span, StepPlan, StepResult
-from gossamer.errors import ConfigError, NotBuiltError
+from gossamer.errors import ConfigError
 from gossamer.runtime.start import start
 from tests.engine.serving import limits
 
-BUILT = "speculative_decoding" in {f.name for f in fields(EngineConfig)}
 OTHER = 7  # what the executor below samples, everywhere
 
 
@@ -145,13 +144,11 @@ def test_prompts_with_references(shared: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_measure() -> None:
-    with pytest.raises(ConfigError if BUILT else NotBuiltError, match="speculat"):
+    with pytest.raises(ConfigError, match="--speculative-config"):
         check_speculation(EngineConfig(model="m"))
 
 
 def test_plain_decoding_follows_a_reference_too(shared: Path) -> None:
-    from dataclasses import replace
-
     from gossamer.bench.speculation import _replay, _Run, _side
     from gossamer.bench.workload import uncached
 
@@ -163,13 +160,12 @@ def test_plain_decoding_follows_a_reference_too(shared: Path) -> None:
     assert (run.steps, run.tokens) == (19, 19) and 0 < run.decode < run.seconds
 
 
-@pytest.mark.skipif(not BUILT, reason="nothing speculates yet")
 def test_quotes_are_accepted(shared: Path) -> None:
-    from gossamer.config import SpeculativeDecoding  # type: ignore[attr-defined]
-
-    options = {"speculative_decoding": SpeculativeDecoding(method="ngram", adaptive=False)}
     config = EngineConfig(
-        model=str(shared / "models" / "stories260K"), max_model_len=128, max_num_seqs=1, **options
+        model=str(shared / "models" / "stories260K"),
+        max_model_len=128,
+        max_num_seqs=1,
+        speculative_decoding=SpeculativeDecoding(method="ngram", adaptive=False),
     )
     work = text_pairs(range(100, 400), 2, 60, 30, seed=0) | {"random": token_pairs(500, 2, 60, 30, 0)}
     report = bench_speculation(start(config), work, 1)

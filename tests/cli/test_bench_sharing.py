@@ -29,8 +29,19 @@ def test_prefix(cli: Cli, stories: Path, tmp_path: Path) -> None:
         ("speculation", ("--rounds", "0"), "at least 1"),
         ("speculation", ("--input-len", "500"), "lower one of them"),
         ("speculation", ("--output-len", "1"), "at least 2"),
-        ("speculation", ("--input-len", "9"), "specul"),
+        ("speculation", ("--input-len", "9"), "--speculative-config"),
     ],
 )
 def test_mistakes(cli: Cli, stories: Path, verb: str, flags: tuple[str, ...], words: str) -> None:
     assert words in cli("bench", verb, stories, *flags).complaint
+
+
+def test_speculation(cli: Cli, stories: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a girl who liked 9 red balls. " * 40)
+    flags = ("--input-len", 100, "--output-len", 30, "--num-prompts", 2, "--rounds", 1, "--text", text)
+    flags += ("--speculative-config", '{"method": "ngram", "adaptive": false}')
+    report = cli("bench", "speculation", stories, *flags, "--json").json
+    assert set(report["workloads"]) == {"quote", "edit", "continue", "random"}
+    assert report["workloads"]["quote"]["tokens_per_step"] > 2
+    assert "at worst" in cli("bench", "speculation", stories, *flags).out

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, ExecutorLimits, Handle, Span, StepPlan, StepResult
-from gossamer.errors import ConfigError, NotBuiltError
+from gossamer.errors import ConfigError
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
 
@@ -36,7 +36,6 @@ __all__ = [
     "token_pairs",
 ]
 
-_FIELD = "speculative_decoding"
 _EDITED = 20  # one word in so many differs in an edited copy
 _LEAST = 16  # tokens of a reference that is worth replaying
 
@@ -119,11 +118,11 @@ class ReplayExecutor:
 
 
 def check_speculation(config: EngineConfig) -> None:
-    """Raises where this engine or configuration does not speculate."""
-    if _FIELD not in {f.name for f in fields(config)}:
-        raise NotBuiltError("speculative decoding is not built yet")
-    if getattr(config, _FIELD) is None:
-        raise ConfigError("nothing speculates: say how with --speculative-config")
+    """Raises ConfigError for a configuration that does not speculate."""
+    if config.speculative_decoding is None:
+        raise ConfigError(
+            """nothing speculates; say how, such as --speculative-config '{"method": "ngram"}'"""
+        )
 
 
 def text_pairs(
@@ -234,11 +233,10 @@ def bench_speculation(
                     f"{vocab - 1}; choose another --tokenizer"
                 )
     config = uncached(started.config)
-    plain: dict[str, Any] = {_FIELD: None}
     report: dict[str, Any] = {}
     for name, pairs in workloads.items():
         on = _side(replace(started, config=config))
-        off = _side(replace(started, config=replace(config, **plain)))
+        off = _side(replace(started, config=replace(config, speculative_decoding=None)))
         done: list[tuple[_Run, _Run]] = []
         for index in range(rounds + 1):  # the first warms up
             progress(f"{name}, round {index} of {rounds}")
