@@ -97,8 +97,8 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", style="cyan")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", style="cyan", no_wrap=True)
     for name in ("first token\nwithout", "\nwith cache", "\nof it", "in all\nof it", "tokens\nfound"):
         table.add_column(name, justify="right")
     for name, label in _LABELS.items():
