@@ -114,9 +114,9 @@ def _print(report: dict[str, Any]) -> None:
     table.add_column("", style="cyan", no_wrap=True)
     for name in (
         "plain\ntok/s",
-        "drafted\ntok/s",
-        "times\nas fast",
-        "with\nprefill",
+        "spec.\ntok/s",
+        "times\nfast",
+        "in\nall",
         "tokens\na step",
         "with a\ndraft",
         "steps\ndrafted",
