@@ -102,6 +102,12 @@ class Engine:
             )
         if min(limits.pages) < 1:
             raise MemoryBudgetError("the KV pool has no page; give it more memory (kv_bytes)")
+        preempt_by = getattr(batching, "preempt_by", "recompute")
+        if preempt_by == "swap" and not limits.swap_pages:
+            raise ConfigError(
+                "preemption by swap needs a slower tier, and this executor has none; give its size "
+                "(--swap-bytes 1GiB), or preempt by recompute"
+            )
         self._executor = executor
         self._budget = FixedBudget() if budget is None else budget
         self._policy = policy_of(batching, self._budget)
@@ -110,7 +116,7 @@ class Engine:
             max_num_seqs,
             shares=limits.page_size < limits.max_model_len,
             ageing=getattr(batching, "ageing", 0),
-            preempt_by=getattr(batching, "preempt_by", "recompute"),
+            preempt_by=preempt_by,
         )
         self._caches = prefix_cache is not None
         self._speculator = (
@@ -269,6 +275,10 @@ class Engine:
             seq = sequences.get(span.sequence)
             if seq is None:  # released since, with the rest of a padded batch
                 continue
+            # What it had before this step's rows: whoever ends now leaves that to the prefix cache.
+            seq.computed = min(stop, seq.length)
+            if seq.computed >= seq.next_block:
+                state.publish(seq)
             if rows and seq.finish_reason is None:
                 update = self._take(seq, span, rows, now)
                 if update is not None:
