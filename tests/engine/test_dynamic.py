@@ -168,6 +168,19 @@ def test_a_goal_that_one_alone_cannot_hold_is_told_and_everyone_is_served() -> N
     assert easy.unreachable is None
 
 
+def test_the_engine_tells_of_a_goal_out_of_reach() -> None:
+    machine = Machine(64, 4, lambda now: 1.0)
+    for budget, told in ((WaitBudget(GoalBudget(0.0005), 0.01), True), (FixedBudget(), False)):
+        engine = Engine(
+            machine, batching=ContinuousBatching(), max_num_seqs=4, budget=budget, clock=machine.clock
+        )
+        engine.submit(request("a", max_tokens=40))
+        while engine.has_work():
+            machine.time += 0.001
+            engine.step()
+        assert (engine.stats().goal_unreachable is not None) == told
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 2), st.integers(1, 100), st.integers(1, 20)), min_size=1, max_size=20),

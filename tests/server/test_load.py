@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.serving import STORY, Live, meddled, serving, wait_for
+from gossamer.config import DynamicBatching
+from tests.server.serving import STORY, Live, meddled, serving, text_engine, wait_for
 
 
 def test_32_mixed_requests_at_once_answer_as_alone(live: Live) -> None:
@@ -186,3 +187,13 @@ def test_an_engine_that_only_fails_is_said_to_be_down(model: Path) -> None:
         refused = live.complete(max_tokens=2)
         assert "retry-after" in refused.headers and "secret" not in refused.text
         assert live.http.get("/metrics").status_code == 200
+
+
+def test_a_goal_out_of_reach_is_said_once(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = text_engine(model, dynamic_batching=DynamicBatching(itl_goal_ms=0.001))
+    with caplog.at_level("WARNING", logger="gossamer.server"), serving(engine) as live:
+        for _ in range(2):
+            assert live.complete(prompt="Once", max_tokens=40, ignore_eos=True).status_code == 200
+        wait_for(live.idle)
+    said = [record.message for record in caplog.records if "--itl-goal-ms" in record.message]
+    assert len(said) == 1 and "raise the goal" in said[0]

@@ -55,7 +55,8 @@ class Stats:
     keys and values (both 0 to 1). Counters since the start: prompt tokens of sequences that got their first
     token, output tokens, tokens computed (with recomputation, padding and drafts), steps, preemptions and how
     many of those kept their pages on the slower tier; prefix_queries, prefix_hits: tokens of prompts looked
-    up in the prefix cache and found; drafted, accepted: tokens of drafts verified, and those that stood."""
+    up in the prefix cache and found; drafted, accepted: tokens of drafts verified, and those that stood.
+    goal_unreachable: seconds of a lone decode where even that exceeds the goal for inter-token latency."""
 
     running: int
     waiting: int
@@ -71,6 +72,7 @@ class Stats:
     prefix_hits: int
     drafted: int
     accepted: int
+    goal_unreachable: float | None = None
 
 
 class Engine:
@@ -448,6 +450,7 @@ class Engine:
             prefix_hits=0 if state.prefix is None else state.prefix.hits,
             drafted=self._drafted,
             accepted=self._accepted,
+            goal_unreachable=self._budget.unreachable,
         )
 
     def _slots(self) -> tuple[int, int]:

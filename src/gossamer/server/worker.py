@@ -71,6 +71,7 @@ class EngineWorker:
         self.stopping = False
         self.state = State.LOADING
         self.stats = _IDLE
+        self._warned = False
         self.engine: TextEngine | None = None
         self.error: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
@@ -195,6 +196,12 @@ class EngineWorker:
         if not updates or any(update.finish_reason != "error" for update in updates):
             self._strikes = 0
         self.stats = engine.engine.stats()
+        if self.stats.goal_unreachable is not None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "--itl-goal-ms cannot be held: a request alone takes %.1f ms between tokens; raise the goal",
+                self.stats.goal_unreachable * 1e3,
+            )
         self._deliver(updates)
 
     def _deliver(self, updates: list[TextUpdate]) -> None:

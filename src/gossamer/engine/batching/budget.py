@@ -10,7 +10,11 @@ __all__ = ["Budget", "FixedBudget"]
 
 
 class Budget(Protocol):
-    """Asked at every step."""
+    """Asked at every step. unreachable: seconds of a lone decode where even they exceed a goal, else None."""
+
+    @property
+    def unreachable(self) -> float | None:
+        """As above."""
 
     def tokens(self, state: State) -> int:
         """Most tokens of the next step."""
@@ -27,6 +31,8 @@ class Budget(Protocol):
 
 class FixedBudget:
     """The executor's limits."""
+
+    unreachable = None
 
     def tokens(self, state: State) -> int:
         """Those of the executor."""

@@ -129,6 +129,11 @@ class WaitBudget:
         self._inner = inner
         self._seconds = seconds
 
+    @property
+    def unreachable(self) -> float | None:
+        """As the other."""
+        return self._inner.unreachable
+
     def tokens(self, state: State) -> int:
         """As the other."""
         return self._inner.tokens(state)
