@@ -19,6 +19,7 @@ from gossamer.bench.speculation import (
     prompt_pairs,
     text_pairs,
     token_pairs,
+    verify_cost,
 )
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig, SpeculativeDecoding
@@ -105,6 +106,29 @@ def test_whatever_is_drafted_the_reference_comes_out(
     assert len(taken) - 1 == executor.accepted
 
 
+def test_verification_is_timed_against_the_plain_step() -> None:
+    plans: list[StepPlan] = []
+
+    class Noting(Fixed):
+        limits = limits(pages=(9, 9), windows=(None, 8))
+
+        def submit(self, plan: StepPlan) -> Handle:
+            plans.append(plan)
+            return super().submit(plan)
+
+    executor = Noting()
+    found = verify_cost(executor, 4, 50, turns=3)
+    spans = [plan.spans[0] for plan in plans]
+    assert [(span.start, len(span.tokens), len(span.rows)) for span in spans] == [
+        (0, 32, 0),
+        (32, 18, 0),
+        *[(50, 1, 1), (50, 5, 5)] * 4,
+    ]
+    assert all(len(span.tables) == 2 and len(span.tables[0]) == 4 for span in spans)
+    assert (found["drafted_tokens"], found["context"]) == (4, 50) and found["plain_ms"] > 0
+    assert verify_cost(executor, 99, 9999, turns=1)["context"] < executor.limits.max_model_len
+
+
 def test_text_workloads() -> None:
     text = range(1000)
     found = text_pairs(text, 3, 50, 20, seed=1)
@@ -172,4 +196,7 @@ def test_quotes_are_accepted(shared: Path) -> None:
     quote = report["workloads"]["quote"]
     assert quote["tokens_per_step"] > 2 and quote["acceptance_length"] > 2
     assert report["workloads"]["random"]["tokens_per_step"] < 1.1
+    verify = report["verify_cost"]
+    assert (verify["drafted_tokens"], verify["context"]) == (4, 60)
+    assert verify["ratio"] == pytest.approx(verify["verify_ms"] / verify["plain_ms"], rel=0.02)
     assert report["worst"]["speedup"] == min(w["speedup"] for w in report["workloads"].values())

@@ -150,7 +150,14 @@ def test_tokenizers_are_compared_token_by_token(models: tuple[Path, Path]) -> No
 
 @pytest.mark.parametrize(
     ("sequences", "tokens", "drafted", "vocab", "rows"),
-    [(1, 512, 4, 128256, 5), (32, 512, 4, 128256, 130), (256, 512, 4, 128256, 320), (32, 64, 4, 100, 64)],
+    [
+        (1, 512, 4, 128256, 16),
+        (1, 8, 4, 128256, 8),
+        (8, 512, 4, 128256, 40),
+        (32, 512, 4, 128256, 130),
+        (256, 512, 4, 128256, 320),
+        (32, 64, 4, 100, 64),
+    ],
 )
 def test_rows_of_a_step(sequences: int, tokens: int, drafted: int, vocab: int, rows: int) -> None:
     speculative = SpeculativeDecoding(method="ngram", num_speculative_tokens=drafted)
@@ -158,4 +165,4 @@ def test_rows_of_a_step(sequences: int, tokens: int, drafted: int, vocab: int, r
         model="m", max_num_seqs=sequences, max_num_batched_tokens=tokens, speculative_decoding=speculative
     )
     assert step_rows(found, vocab) == rows
-    assert step_rows(replace(found, speculative_decoding=None), vocab) == sequences
+    assert step_rows(replace(found, speculative_decoding=None), vocab) == max(sequences, min(tokens, 16))

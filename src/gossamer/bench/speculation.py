@@ -21,7 +21,7 @@ from gossamer.bench.workload import uncached
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
-from gossamer.engine.step import Executor, ExecutorLimits, Handle, Span, StepPlan, StepResult
+from gossamer.engine.step import Executor, ExecutorLimits, Handle, Sampling, Span, StepPlan, StepResult
 from gossamer.errors import ConfigError
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
@@ -34,9 +34,11 @@ __all__ = [
     "prompt_pairs",
     "text_pairs",
     "token_pairs",
+    "verify_cost",
 ]
 
 _EDITED = 20  # one word in so many differs in an edited copy
+_TURNS = 20  # of a plain step and a verifying one
 _LEAST = 16  # tokens of a reference that is worth replaying
 
 
@@ -233,6 +235,13 @@ def bench_speculation(
                     f"{vocab - 1}; choose another --tokenizer"
                 )
     config = uncached(started.config)
+    assert config.speculative_decoding is not None
+    progress("the cost of verification")
+    verify = verify_cost(
+        started.executor,
+        config.speculative_decoding.num_speculative_tokens,
+        max(len(pair.prompt) for pairs in workloads.values() for pair in pairs),
+    )
     report: dict[str, Any] = {}
     for name, pairs in workloads.items():
         on = _side(replace(started, config=config))
@@ -254,8 +263,42 @@ def bench_speculation(
     return {
         "workloads": report,
         "worst": {"workload": worst, "speedup": report[worst]["speedup"]},
+        "verify_cost": verify,
         "rounds": rounds,
         "memory": memory_figures(started.memory),
+    }
+
+
+def verify_cost(executor: Executor, drafted: int, context: int, turns: int = _TURNS) -> dict[str, Any]:
+    """What a step that verifies so many drafted tokens after `context` others costs over a plain decode step:
+    medians of greedy steps of one sequence, taken in turns. Overwrites KV pages that no engine may hold.
+    """
+    limits = executor.limits
+    drafted = min(drafted, limits.max_rows - 1, limits.max_tokens - 1)
+    context = min(context, limits.max_model_len - drafted - 1)
+    pages = list(range(-(-(context + drafted + 1) // limits.page_size)))
+    prompt = tuple(i % limits.vocab for i in range(context))
+    greedy = Sampling(SamplingParams(temperature=0.0), 0, prompt, ())
+
+    def seconds(tokens: Sequence[int], start: int, rows: Sequence[int]) -> float:
+        span = Span(0, tuple(tokens), start, rows, (pages,) * len(limits.pages), greedy if rows else None)
+        began = time.perf_counter()
+        executor.collect(executor.submit(StepPlan((span,))))
+        return time.perf_counter() - began
+
+    for start in range(0, context, limits.max_tokens):
+        seconds(prompt[start : start + limits.max_tokens], start, ())
+    times: list[tuple[float, float]] = []
+    for _ in range(turns + 1):  # the first warms up
+        one, many = (seconds(prompt[:1] * rows, context, range(rows)) for rows in (1, 1 + drafted))
+        times.append((one, many))
+    plain, verify = (median(taken) for taken in zip(*times[1:], strict=True))
+    return {
+        "drafted_tokens": drafted,
+        "context": context,
+        "plain_ms": round(1e3 * plain, 4),
+        "verify_ms": round(1e3 * verify, 4),
+        "ratio": round(verify / plain, 4),
     }
 
 

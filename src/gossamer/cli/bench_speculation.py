@@ -136,6 +136,12 @@ def _print(report: dict[str, Any]) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
+    cost = report["verify_cost"]
+    console.print(
+        f"verifying {cost['drafted_tokens']} drafted tokens after {cost['context']} costs "
+        f"{cost['ratio']:.2f} plain steps ({cost['plain_ms']:.2f} -> {cost['verify_ms']:.2f} ms)",
+        soft_wrap=True,
+    )
     worst = report["worst"]
     console.print(
         f"at worst {worst['speedup']:.2f} times plain decoding ({worst['workload']}); medians of "

@@ -14,6 +14,7 @@ __all__ = ["KVPlan", "plan_kv", "step_rows"]
 _MIB = 1 << 20
 _LOGITS = 64 << 20  # bytes that the rows of drafts may make of the logits
 _DRAFT_ROWS = 64  # that there is room for whatever the vocabulary
+_LEAST_ROWS = 16  # or a prompt's tokens are scored one a step where one sequence runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,15 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
 
 
 def step_rows(config: EngineConfig, vocab: int) -> int:
-    """Most rows that a step samples: one of each sequence, and with speculation those of drafts, as far as
-    their logits stay within 64 MiB."""
+    """Most rows that a step samples: one of each sequence, 16 where these are fewer (scores of prompts need
+    rows too), and with speculation those of drafts, as far as their logits stay within 64 MiB."""
     speculative = config.speculative_decoding
+    least = max(config.max_num_seqs, min(config.max_num_batched_tokens, _LEAST_ROWS))
     if speculative is None:
-        return config.max_num_seqs
+        return least
     every = config.max_num_seqs * (1 + speculative.num_speculative_tokens)
     room = max(config.max_num_seqs + _DRAFT_ROWS, _LOGITS // (4 * vocab))
-    return min(config.max_num_batched_tokens, every, room)
+    return max(least, min(config.max_num_batched_tokens, every, room))
 
 
 def _ceil(a: int, b: int) -> int:
