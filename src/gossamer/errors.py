@@ -19,6 +19,7 @@ __all__ = [
     "QueueFullError",
     "RequestError",
     "TokenizerError",
+    "ToolTemplateError",
     "UnsupportedModelError",
 ]
 
@@ -49,6 +50,10 @@ class RequestError(GossamerError):
 
 class ContextLengthError(RequestError):
     """A prompt that does not fit into the model's context."""
+
+
+class ToolTemplateError(RequestError):
+    """Tools for a chat template that does not show the model any."""
 
 
 class QueueFullError(GossamerError):

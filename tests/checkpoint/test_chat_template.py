@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gossamer.checkpoint.chat_template import ChatTemplate, read_templates
-from gossamer.errors import RequestError, TokenizerError
+from gossamer.errors import RequestError, TokenizerError, ToolTemplateError
 
 HELLO = [{"role": "user", "content": "Hi <b>&</b> 'quotes' ✓"}]
 TALK = [
@@ -72,7 +72,7 @@ def test_same_text_as_transformers(request: pytest.FixtureRequest, name: str) ->
                 expected, _ = oracle.render_jinja_template(
                     [messages], tools, None, text, add_generation_prompt=prompt, bos_token="<s>"
                 )
-                got = ours.render(messages, add_generation_prompt=prompt, tools=tools)
+                got = ours.render(messages, add_generation_prompt=prompt, tools=tools, need_tools=False)
                 assert got == expected[0]
     ours.close()
 
@@ -113,10 +113,13 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "one"}))
     assert read_templates(tmp_path) == {"default": "one"}
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "tools {{ tools | length }}"},
+    ]
     config.write_text(json.dumps({"chat_template": named}))
     template = ChatTemplate.load(tmp_path, {})
-    assert (template.render(HELLO), template.render(HELLO, tools=TOOLS)) == ("plain", "tools")
+    assert (template.render(HELLO), template.render(HELLO, tools=TOOLS)) == ("plain", "tools 1")
     template.close()
     (tmp_path / "chat_template.jinja").write_text("file")
     assert read_templates(tmp_path) == {"default": "file"}
@@ -199,3 +202,11 @@ def test_threads_share_a_template() -> None:
         thread.join()
     template.close()
     assert len(got) == 4
+
+
+def test_tools_that_the_template_does_not_show_are_an_error() -> None:
+    with pytest.raises(ToolTemplateError, match="--chat-template"):
+        render("{{ messages[0].content }}", tools=TOOLS)
+    assert render("{{ messages[0].role }}", tools=TOOLS, need_tools=False) == "user"
+    assert render("{{ messages[0].role }}", tools=[]) == "user"
+    assert render("{% for t in tools %}{{ t.function.name }}{% endfor %}", tools=TOOLS) == "time"

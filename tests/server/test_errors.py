@@ -26,8 +26,6 @@ def problem(response: httpx.Response, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("guided_json", {}),
         ("functions", [{"name": "f"}]),
         ("reasoning_effort", "low"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.checkpoint import json_file
-from gossamer.errors import RequestError, TokenizerError
+from gossamer.errors import RequestError, TokenizerError, ToolTemplateError
 
 __all__ = ["ChatTemplate", "read_templates"]
 
@@ -75,15 +75,18 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        need_tools: bool = True,
         **variables: Any,
     ) -> str:
         """The prompt for a conversation; encode it with add_special_tokens=False, it has its own.
 
         messages: each with `role` and what the template wants (`content`, `tool_calls`, ...);
         add_generation_prompt: ends with the opening of the assistant's answer; tools: JSON schemas;
+        need_tools: a template that says nothing of the tools it is given is an error;
         variables: further names for the template (enable_thinking, documents, ...).
         Raises TokenizerError when there is no template or it is broken or exceeds its limits,
-        RequestError when it refuses the messages or they are not JSON.
+        ToolTemplateError where it shows no tools, RequestError when it refuses the messages or they are not
+        JSON.
         """
         name = self._choose(tools)
         _check_messages(messages)
@@ -97,10 +100,16 @@ class ChatTemplate:
         }
         try:
             line = json.dumps({"variables": values}, allow_nan=False)
+            without = json.dumps({"variables": {**values, "tools": None}}) if tools and need_tools else None
         except (TypeError, ValueError, RecursionError) as cause:
             raise RequestError(f"messages or tools cannot be written as JSON ({cause})") from None
         with self._lock:
             reply = self._ask(name, line)
+            unseen = without is not None and "error" not in reply and self._ask(name, without) == reply
+        if unseen:
+            raise ToolTemplateError(
+                f"the chat template of {self._source} does not show the model any tools{_PASS_ANOTHER}"
+            )
         if "error" not in reply:
             return str(reply["text"])
         if reply["kind"] == "messages":

@@ -15,6 +15,7 @@ from gossamer.server.errors import ApiError
 from gossamer.server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from gossamer.server.schema import CompletionRequest
 from gossamer.server.ticket import Event, Ticket
+from gossamer.server.tools import Part, Tools, whole_message
 from gossamer.text_engine import TextUpdate
 
 __all__ = ["Answers", "ChatAnswers", "CompletionAnswers"]
@@ -42,6 +43,7 @@ class Answers(ABC):
     prefix: str
     whole_object: str
     chunk_object: str
+    restraint = "structured_outputs"  # the parameter that a grammar came of
 
     def __init__(self, ticket: Ticket, model: str, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
@@ -66,8 +68,7 @@ class Answers(ABC):
     def whole(self) -> dict[str, Any]:
         """The object for a request that does not stream."""
         choices = [
-            self._whole(index, choice)
-            | {"index": index, "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+            self._whole(index, choice) | {"index": index} | self._end(index, choice)
             for index, choice in enumerate(self._choices)
         ]
         return self._object(self.whole_object, self._chosen(choices)) | {"usage": self._usage()}
@@ -81,19 +82,22 @@ class Answers(ABC):
         index, update = event
         self._count(index, update)
         for part, last in self._parts(index, update):
-            end = {"finish_reason": update.finish_reason, "stop_reason": update.stop_reason}
-            choice = {"index": index} | part | (end if last else {"finish_reason": None})
+            choice = {"index": index} | part | (self._end(index, update) if last else {"finish_reason": None})
             yield self._object(self.chunk_object, [choice])
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk of a stream with include_usage."""
         return self._object(self.chunk_object, []) | {"usage": self._usage()}
 
+    def _end(self, index: int, told: _Choice | TextUpdate) -> dict[str, Any]:
+        """Why an output ended."""
+        return {"finish_reason": told.finish_reason, "stop_reason": told.stop_reason}
+
     def _count(self, index: int, update: TextUpdate) -> None:
         if update.finish_reason == "error":
             why = str(update.stop_reason)
             if why not in _FAILURES:  # a grammar's own words
-                raise ApiError(400, f"structured_outputs: {why}", code="generation_failed")
+                raise ApiError(400, f"{self.restraint}: {why}", code="generation_failed")
             raise ApiError(500, _FAILURES[why], kind="server_error", code="generation_failed")
         self._completion_tokens += len(update.tokens)
         job = self._jobs[index]
@@ -201,12 +205,17 @@ class CompletionAnswers(Answers):
 
 
 class ChatAnswers(Answers):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. tools: what may be called."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, ticket: Ticket, model: str, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, ticket: Ticket, model: str, tokenizer: Tokenizer | None, tools: Tools | None = None
+    ) -> None:
         super().__init__(ticket, model, tokenizer)
+        self._readers = None if tools is None else [tools.reader() for _ in self._choices]
+        if tools is not None:
+            self.restraint = "tools"
         self._wants_scores = ticket.jobs[0].params.prompt_logprobs is not None
         self._begun: set[int] = set()
 
@@ -220,15 +229,39 @@ class ChatAnswers(Answers):
 
     def _whole(self, index: int, choice: _Choice) -> dict[str, Any]:
         logprobs = chat_logprobs(self._tokenizer, choice.logprobs) if self._wants_logprobs else None
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if self._readers is not None:
+            reader = self._readers[index]
+            message["content"], calls = whole_message(reader.push(choice.text) + reader.finish())
+            if calls:
+                message["tool_calls"] = calls
         return {"message": message, "logprobs": logprobs}
+
+    def _end(self, index: int, told: _Choice | TextUpdate) -> dict[str, Any]:
+        end = super()._end(index, told)
+        if self._readers is not None:
+            end["finish_reason"] = self._readers[index].reason(told.finish_reason)
+        return end
 
     def _parts(self, index: int, update: TextUpdate) -> Iterator[tuple[dict[str, Any], bool]]:
         if index not in self._begun:
             self._begun.add(index)
             yield {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, False
-        if update.text or update.logprobs:
+        ends = update.finish_reason is not None
+        deltas = self._deltas(index, update.text, ends)
+        if deltas or update.logprobs:
             logprobs = chat_logprobs(self._tokenizer, update.logprobs or ()) if self._wants_logprobs else None
-            yield {"delta": {"content": update.text}, "logprobs": logprobs}, False
-        if update.finish_reason is not None:
+            for at, delta in enumerate(deltas or [{"content": ""}]):
+                yield {"delta": delta, "logprobs": None if at else logprobs}, False
+        if ends:
             yield {"delta": {}, "logprobs": None}, True
+
+    def _deltas(self, index: int, text: str, ends: bool) -> list[dict[str, Any]]:
+        """What new text brings a message; where nothing but log-probabilities is new, nothing."""
+        if self._readers is None:
+            return [{"content": text}] if text else []
+        reader = self._readers[index]
+        parts: list[Part] = reader.push(text)
+        if ends:
+            parts += reader.finish()
+        return [{"content": part} if isinstance(part, str) else {"tool_calls": [part]} for part in parts]

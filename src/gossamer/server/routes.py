@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 import gossamer
+from gossamer.errors import RequestError
 from gossamer.server.answers import ChatAnswers, CompletionAnswers
 from gossamer.server.errors import ApiError, JsonResponse
 from gossamer.server.frontend import Frontend
@@ -55,16 +56,19 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     frontend = _frontend(request)
     frontend.check_model(body.model)
     engine = frontend.engine
-    params = body.params(engine)
-    ticket = await frontend.open(
-        lambda: [body.encode(engine)],
-        1,
-        params,
-        priority=body.priority or 0,
-        tenant=body.user or "",
-        cache_salt=body.cache_salt or "",
-    )
-    answers = ChatAnswers(ticket, frontend.model, engine.tokenizer)
+    params, tools = body.params(engine), body.callable_tools
+    try:
+        ticket = await frontend.open(
+            lambda: [body.encode(engine)],
+            1,
+            params,
+            priority=body.priority or 0,
+            tenant=body.user or "",
+            cache_salt=body.cache_salt or "",
+        )
+    except RequestError as error:
+        raise error if tools is None else tools.blame(error) from None
+    answers = ChatAnswers(ticket, frontend.model, engine.tokenizer, tools)
     return await reply(request, frontend, ticket, answers, stream=bool(body.stream), usage=body.include_usage)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from gossamer.engine.request import MAX_LOGPROBS, MAX_N, SamplingParams
-from gossamer.errors import RequestError
+from gossamer.errors import RequestError, ToolTemplateError
 from gossamer.server.errors import ApiError
+from gossamer.server.tools import Tools, called_before, read_tools
 from gossamer.text_engine import TextEngine
 
 __all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "StreamOptions", "TokenizeRequest"]
 
 # Parameters that would change the answer but do not exist here yet, with the values that ask for nothing.
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
+    "functions": ([],), "function_call": ("none", "auto"),
     "suffix": ("",), "audio": (), "modalities": (["text"],), "prediction": (), "store": (False,),
     "service_tier": ("auto", "default"), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
     "use_beam_search": (False,), "length_penalty": (1,), "bad_words": ([],),
@@ -127,11 +127,8 @@ class _Generation(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _params(self, engine: TextEngine, **own: Any) -> SamplingParams:
-        given = {name: getattr(self, name) for name in self._SAME} | own
-        wanted = self.structured_outputs
-        given["structured_outputs"] = (
-            wanted if self.response_format is None else _format(self.response_format)
-        )
+        wanted = self.structured_outputs if self.response_format is None else _format(self.response_format)
+        given = {name: getattr(self, name) for name in self._SAME} | {"structured_outputs": wanted} | own
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
         try:
@@ -225,13 +222,31 @@ class _Message(BaseModel):
 
 class _Conversation(_Body):
     messages: list[_Message]
+    tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+
+    _tools: Tools | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _read_tools(self) -> _Conversation:
+        self._tools = self._chosen_tools()
+        return self
+
+    def _chosen_tools(self) -> Tools | None:
+        return read_tools(self.tools, None, None)
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _check_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name in ("messages", "tools", "documents", "add_generation_prompt", "chat_template"):
+        for name in (
+            "messages",
+            "tools",
+            "need_tools",
+            "documents",
+            "add_generation_prompt",
+            "chat_template",
+        ):
             if name in (value or {}):
                 raise ApiError(400, f"chat_template_kwargs may not set {name}", param="chat_template_kwargs")
         return value
@@ -247,6 +262,10 @@ class _Conversation(_Body):
                 )
             if plain.get("audio") is not None:
                 raise ApiError(400, "audio is not built yet; send text", param=f"messages[{at}].audio")
+            if plain.get("tool_calls") is not None:
+                plain["tool_calls"] = called_before(plain["tool_calls"], f"messages[{at}].tool_calls")
+            # The SDK writes what a message has not as null, and templates ask whether a name is there.
+            plain = {name: value for name, value in plain.items() if value is not None or name == "content"}
             out.append(plain)
         return out
 
@@ -259,17 +278,28 @@ class _Conversation(_Body):
                 "(--chat-template)",
                 code="no_chat_template",
             )
-        return engine.encode_chat(
-            self.conversation(),
-            add_generation_prompt=self.add_generation_prompt,
-            **(self.chat_template_kwargs or {}),
-        )
+        options: dict[str, Any] = {"add_generation_prompt": self.add_generation_prompt}
+        if self._tools is not None:
+            options |= {"tools": self._tools.listed, "need_tools": not self._tools.forced}
+        try:
+            return engine.encode_chat(self.conversation(), **options, **(self.chat_template_kwargs or {}))
+        except ToolTemplateError:
+            raise ApiError(
+                400,
+                "the model's chat template does not show it any tools, so it cannot choose among them: set "
+                'tool_choice to "required" or to one function, which needs no template, or start the server '
+                "with a template that has tools (--chat-template)",
+                param="tools",
+                code="no_tools_in_chat_template",
+            ) from None
 
 
 class ChatRequest(_Generation, _Conversation):
     """POST /v1/chat/completions."""
 
     max_completion_tokens: int | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -287,11 +317,28 @@ class ChatRequest(_Generation, _Conversation):
             )
         return self
 
+    def _chosen_tools(self) -> Tools | None:
+        tools = read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+        for name in ("structured_outputs", "response_format"):
+            if tools is not None and getattr(self, name) not in (None, {"type": "text"}):
+                raise ApiError(
+                    400, f"{name} leaves no room for calls; leave it out, or set tool_choice to \"none\"",
+                    param=name,
+                )  # fmt: skip
+        return tools
+
+    @property
+    def callable_tools(self) -> Tools | None:
+        """The tools that the answer may call."""
+        return self._tools
+
     def params(self, engine: TextEngine) -> SamplingParams:
         """How its tokens are chosen. Raises ApiError for a value out of range."""
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        calls = None if self._tools is None else self._tools.outputs()
         return self._params(
             engine,
+            **({} if calls is None else {"structured_outputs": calls}),
             max_tokens=_NO_LIMIT if limit is None else limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -304,6 +351,7 @@ class TokenizeRequest(_Body):
     prompt: str | None = None
     messages: list[_Message] | None = None
     add_special_tokens: bool = True
+    tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
@@ -318,7 +366,7 @@ class TokenizeRequest(_Body):
         """Its token ids."""
         if self.prompt is not None:
             return engine.encode(self.prompt, add_special_tokens=self.add_special_tokens)
-        fields = {"messages", "add_generation_prompt", "chat_template_kwargs"}
+        fields = {"messages", "tools", "add_generation_prompt", "chat_template_kwargs"}
         return _Conversation(**{name: getattr(self, name) for name in fields}).encode(engine)
 
 
