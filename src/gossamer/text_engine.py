@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,17 +170,26 @@ class TextEngine:
     def compile(self, params: SamplingParams) -> GrammarFactory | None:
         """The grammar of structured_outputs, for `submit`; None where none is asked for. May take some time,
         and any thread may call it. Raises RequestError where the grammar is wrong or too much,
-        TokenizerError without a tokenizer."""
+        QueueFullError where too many wait to be compiled, TokenizerError without a tokenizer."""
+        finish = self.begin_compiling(params)
+        return None if finish is None else finish[1](finish[0].result())
+
+    def begin_compiling(
+        self, params: SamplingParams
+    ) -> tuple[Future[Any], Callable[[Any], GrammarFactory]] | None:
+        """`compile` for those who may not wait: (a future, what makes the grammar of its result)."""
         wanted = params.structured_outputs
         if wanted is None:
             return None
         special = self._need_tokenizer().special_ids
-        assert self._grammars is not None
+        grammars = self._grammars
+        assert grammars is not None
         # A stop token that text spells is the grammar's to allow; one that does not can only be the end.
         ends = [token for token in params.stop_token_ids if token in special]
         ends += [] if params.ignore_eos else self.eos_ids
         vocab = self.started.graph.vocab
-        return self._grammars.compile(wanted, tuple(t for t in dict.fromkeys(ends) if 0 <= t < vocab))
+        known = tuple(t for t in dict.fromkeys(ends) if 0 <= t < vocab)
+        return grammars.begin(wanted), lambda found: grammars.factory(wanted, known, found)
 
     def submit(
         self,

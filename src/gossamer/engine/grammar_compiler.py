@@ -9,20 +9,25 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.engine.request import StructuredOutputs
 from gossamer.engine.structured_output import GrammarFactory, LLGrammar
-from gossamer.errors import RequestError
+from gossamer.errors import QueueFullError, RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["GrammarCompiler"]
+__all__ = ["WHITE_SPACE", "GrammarCompiler"]
 
 CPU_SECONDS = 0.3  # that one grammar may take to compile
-KEPT = 32  # compiled grammars, and refusals
+KEPT = 32  # compiled grammars, and as many refusals
+WAITING = 32  # grammars that may wait for their turn
+WORKERS = 2  # that try grammars at the same time
+# Of JSON: a space, or a line's end with its indentation. Without a bound a small model writes it for ever.
+WHITE_SPACE = r" |\r?\n[ \t]{0,20}"
 _WORKER = Path(__file__).with_name("grammar_worker.py")
 _LIMITS: dict[str, Any] = {
     # A mask is a few milliseconds at most, its lexer states some 100 MB: see llguidance's LLParserLimits.
@@ -35,7 +40,8 @@ _LIMITS: dict[str, Any] = {
 
 
 class GrammarCompiler:
-    """Compiles grammars and keeps the latest. Safe to use from several threads; one compiles at a time.
+    """Compiles grammars and keeps the latest. Safe to use from several threads. `WORKERS` compile at a time,
+    each grammar once; refusals are kept apart, so that no number of them makes a good one compile again.
 
     Every grammar is tried in a small worker process first (started at the first use and kept), which can be
     ended whatever a hostile one does; see `grammar_worker.py`.
@@ -53,64 +59,118 @@ class GrammarCompiler:
         self._tokens, self._special, self._encode = tokens, dict(special), encode
         self._tokenizer: LLTokenizer | None = None
         self._vocab = 0
-        self._worker: _Worker | None = None
-        self._compiled: OrderedDict[StructuredOutputs, LLMatcher | str] = OrderedDict()
+        self._idle: list[_Worker] = []
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: dict[StructuredOutputs, Future[LLMatcher | str]] = {}
+        self._good: OrderedDict[StructuredOutputs, Future[LLMatcher | str]] = OrderedDict()
+        self._refused: OrderedDict[StructuredOutputs, Future[LLMatcher | str]] = OrderedDict()
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
 
     def compile(self, wanted: StructuredOutputs, ends: tuple[int, ...]) -> GrammarFactory:
         """What makes a grammar for each output. ends: tokens that end one.
 
-        Raises RequestError where the grammar is wrong, matches nothing or takes too long to compile.
+        Raises RequestError where the grammar is wrong, matches nothing or takes too long to compile,
+        QueueFullError where too many wait to be compiled.
+        """
+        return self.factory(wanted, ends, self.begin(wanted).result())
+
+    def begin(self, wanted: StructuredOutputs) -> Future[LLMatcher | str]:
+        """Starts to compile, or finds it done: a matcher, or why there is none, for `factory`. Does not wait.
+
+        Raises QueueFullError.
         """
         with self._lock:
-            found = self._compiled.pop(wanted, None)
-            if found is None:
-                found = self._compile(wanted)
-            self._compiled[wanted] = found
-            if len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
+            for kept in (self._good, self._refused):
+                if wanted in kept:
+                    kept.move_to_end(wanted)
+                    return kept[wanted]
+            future = self._pending.get(wanted)
+            if future is not None:
+                return future
+            if len(self._pending) >= WORKERS + WAITING:
+                raise QueueFullError(f"{WAITING} grammars wait to be compiled already; try again later")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(WORKERS, "grammar")
+            future = self._pending[wanted] = self._pool.submit(self._compile, wanted)
+        future.add_done_callback(lambda done: self._keep(wanted, done))
+        return future
+
+    def factory(
+        self, wanted: StructuredOutputs, ends: tuple[int, ...], found: LLMatcher | str
+    ) -> GrammarFactory:
+        """See `compile`; found: what `begin` brought."""
         if isinstance(found, str):
             raise RequestError(f"structured_outputs: the {wanted.kind} cannot be used: {found}")
-        start, vocab = found, self._vocab
-        return lambda: LLGrammar(start, ends, vocab)
+        vocab = self._vocab
+        return lambda: LLGrammar(found, ends, vocab)
+
+    def _keep(self, wanted: StructuredOutputs, done: Future[LLMatcher | str]) -> None:
+        with self._lock:
+            self._pending.pop(wanted, None)
+            if done.cancelled() or done.exception() is not None:
+                return
+            kept = self._refused if isinstance(done.result(), str) else self._good
+            kept[wanted] = done
+            if len(kept) > KEPT:
+                kept.popitem(last=False)
 
     def close(self) -> None:
-        """Ends the worker process; a later compilation starts it again."""
+        """Ends the worker processes, once what they do is done; a later compilation starts them again."""
         with self._lock:
-            if self._worker is not None:
-                self._worker.close()
-                self._worker = None
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+        self.__del__()
 
     def __del__(self) -> None:
-        worker = getattr(self, "_worker", None)
-        if worker is not None:
-            worker.close()
+        idle = getattr(self, "_idle", [])
+        while idle:
+            idle.pop().close()
 
     def _compile(self, wanted: StructuredOutputs) -> LLMatcher | str:
         """A matcher, or why there is none."""
-        from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+        from llguidance import LLMatcher, LLParserLimits
 
         try:
             grammar = _source(wanted)
         except ValueError as cause:
             return _first_line(str(cause))
-        if self._worker is None:
-            self._worker = _Worker(sorted(set(self._special.values())))
-        error = self._worker.attempt(grammar)
-        if self._worker.ended:
-            self._worker.close()
-            self._worker = None
+        worker = self._worker()
+        try:
+            error = worker.attempt(grammar)
+        finally:
+            self._put_back(worker)
         if error:
             return error
-        if self._tokenizer is None:
-            tokens = list(self._tokens())
-            self._vocab = len(tokens)
-            self._tokenizer = LLTokenizer(
-                TokenizerWrapper(_Vocabulary(tokens, sorted(self._special), self._encode))
-            )
         limits = LLParserLimits(**_LIMITS)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        matcher = LLMatcher(self._own_tokenizer(), grammar, log_level=0, limits=limits)
         return _first_line(matcher.get_error()) or matcher
+
+    def _worker(self) -> _Worker:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return _Worker(sorted(set(self._special.values())))
+
+    def _put_back(self, worker: _Worker) -> None:
+        if worker.ended:
+            worker.close()
+        else:
+            with self._lock:
+                self._idle.append(worker)
+
+    def _own_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        with self._reading:
+            if self._tokenizer is None:
+                tokens = list(self._tokens())
+                self._vocab = len(tokens)
+                self._tokenizer = LLTokenizer(
+                    TokenizerWrapper(_Vocabulary(tokens, sorted(self._special), self._encode))
+                )
+            return self._tokenizer
 
 
 class _Vocabulary:
@@ -201,8 +261,7 @@ def _source(wanted: StructuredOutputs) -> str:
     if wanted.grammar is not None:
         return LLMatcher.grammar_from_lark(wanted.grammar)
     schema = '{"type": "object"}' if wanted.json is None else str(wanted.json)
-    # A space, or a line's end with its indentation: without a bound a small model writes spaces for ever.
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": r" |\r?\n[ \t]{0,20}"})
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
 
 
 def _first_line(error: str) -> str:

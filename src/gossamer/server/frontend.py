@@ -43,7 +43,6 @@ class Frontend:
         self._reserved = 0
         self._live: set[Ticket] = set()
         self._limiter: anyio.CapacityLimiter | None = None
-        self._compiling: anyio.CapacityLimiter | None = None
 
     @property
     def engine(self) -> TextEngine:
@@ -73,13 +72,12 @@ class Frontend:
         return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
     async def _grammar(self, params: SamplingParams) -> GrammarFactory | None:
-        """Compiles what the output must look like, one at a time, while others are tokenized."""
-        if params.structured_outputs is None:
+        """Compiles what the output must look like, beside those that are tokenized."""
+        begun = self.engine.begin_compiling(params)
+        if begun is None:
             return None
-        if self._compiling is None:
-            self._compiling = anyio.CapacityLimiter(1)
-        compile_ = self.engine.compile
-        return await anyio.to_thread.run_sync(lambda: compile_(params), limiter=self._compiling)
+        # Shielded: others may wait for the same grammar.
+        return begun[1](await asyncio.shield(asyncio.wrap_future(begun[0])))
 
     async def open(
         self,
