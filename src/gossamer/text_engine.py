@@ -174,6 +174,11 @@ class TextEngine:
         finish = self.begin_compiling(params)
         return None if finish is None else finish[1](finish[0].result())
 
+    @property
+    def compiling(self) -> int:
+        """Grammars that are being compiled or wait for it."""
+        return 0 if self._grammars is None else self._grammars.pending
+
     def begin_compiling(
         self, params: SamplingParams
     ) -> tuple[Future[Any], Callable[[Any], GrammarFactory]] | None:

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["WHITE_SPACE", "GrammarCompiler"]
 
+QUICK_SECONDS = 0.03  # of CPU time in which nearly every honest grammar compiles
 CPU_SECONDS = 0.3  # that one grammar may take to compile
 KEPT = 32  # compiled grammars, and as many refusals
 WAITING = 32  # grammars that may wait for their turn
-WORKERS = 2  # that try grammars at the same time
+WORKERS = 2  # that try slow grammars at the same time
 # Of JSON: a space, or a line's end with its indentation. Without a bound a small model writes it for ever.
 WHITE_SPACE = r" |\r?\n[ \t]{0,20}"
 _WORKER = Path(__file__).with_name("grammar_worker.py")
@@ -40,11 +41,12 @@ _LIMITS: dict[str, Any] = {
 
 
 class GrammarCompiler:
-    """Compiles grammars and keeps the latest. Safe to use from several threads. `WORKERS` compile at a time,
-    each grammar once; refusals are kept apart, so that no number of them makes a good one compile again.
+    """Compiles grammars and keeps the latest. Safe to use from several threads. Each is compiled once, and
+    one that is not done quickly begins again among the slow ones (`WORKERS` at a time), so that no honest one
+    waits long behind a flood of hostile ones. Refusals are kept apart: they push no good one out.
 
-    Every grammar is tried in a small worker process first (started at the first use and kept), which can be
-    ended whatever a hostile one does; see `grammar_worker.py`.
+    Every grammar is tried in a small worker process first (started at the first use and kept), whose children
+    can be ended whatever a hostile one does; see `grammar_worker.py`.
 
     tokens: makes the bytes of each token id of the model, at the first use; b"" never appears in an output.
     special: token id -> text of those that no text spells. encode: text -> ids.
@@ -60,7 +62,7 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._vocab = 0
         self._idle: list[_Worker] = []
-        self._pool: ThreadPoolExecutor | None = None
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # quick, slow
         self._pending: dict[StructuredOutputs, Future[LLMatcher | str]] = {}
         self._good: OrderedDict[StructuredOutputs, Future[LLMatcher | str]] = OrderedDict()
         self._refused: OrderedDict[StructuredOutputs, Future[LLMatcher | str]] = OrderedDict()
@@ -90,11 +92,28 @@ class GrammarCompiler:
                 return future
             if len(self._pending) >= WORKERS + WAITING:
                 raise QueueFullError(f"{WAITING} grammars wait to be compiled already; try again later")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(WORKERS, "grammar")
-            future = self._pending[wanted] = self._pool.submit(self._compile, wanted)
+            if self._pools is None:
+                self._pools = ThreadPoolExecutor(1, "grammar"), ThreadPoolExecutor(WORKERS, "slow-grammar")
+            quick, slow = self._pools
+            future = self._pending[wanted] = Future()
         future.add_done_callback(lambda done: self._keep(wanted, done))
+        quick.submit(self._run, wanted, future, slow)
         return future
+
+    def _run(
+        self, wanted: StructuredOutputs, future: Future[LLMatcher | str], slow: ThreadPoolExecutor | None
+    ) -> None:
+        """Compiles within the time there is; slow: who goes on with what takes longer than a moment."""
+        try:
+            found = self._compile(wanted, QUICK_SECONDS if slow is not None else CPU_SECONDS)
+            if found is not None:
+                future.set_result(found)
+            elif slow is not None:
+                slow.submit(self._run, wanted, future, None)
+            else:
+                future.set_result(f"it takes more than {CPU_SECONDS} s to compile; simplify it")
+        except BaseException as error:
+            future.set_exception(error)
 
     def factory(
         self, wanted: StructuredOutputs, ends: tuple[int, ...], found: LLMatcher | str
@@ -115,12 +134,17 @@ class GrammarCompiler:
             if len(kept) > KEPT:
                 kept.popitem(last=False)
 
+    @property
+    def pending(self) -> int:
+        """How many are being compiled or wait for it."""
+        return len(self._pending)
+
     def close(self) -> None:
         """Ends the worker processes, once what they do is done; a later compilation starts them again."""
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+            pools, self._pools = self._pools, None
+        for pool in pools or ():
+            pool.shutdown()
         self.__del__()
 
     def __del__(self) -> None:
@@ -128,8 +152,8 @@ class GrammarCompiler:
         while idle:
             idle.pop().close()
 
-    def _compile(self, wanted: StructuredOutputs) -> LLMatcher | str:
-        """A matcher, or why there is none."""
+    def _compile(self, wanted: StructuredOutputs, seconds: float) -> LLMatcher | str | None:
+        """A matcher, or why there is none; None where so much CPU time is not enough."""
         from llguidance import LLMatcher, LLParserLimits
 
         try:
@@ -138,10 +162,10 @@ class GrammarCompiler:
             return _first_line(str(cause))
         worker = self._worker()
         try:
-            error = worker.attempt(grammar)
+            error = worker.attempt(grammar, seconds)
         finally:
             self._put_back(worker)
-        if error:
+        if error is None or error:
             return error
         limits = LLParserLimits(**_LIMITS)
         matcher = LLMatcher(self._own_tokenizer(), grammar, log_level=0, limits=limits)
@@ -210,7 +234,7 @@ class _Worker:
     def __init__(self, special: list[str]) -> None:
         # -P: the folder of the script holds modules that could hide others.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER), str(CPU_SECONDS)],
+            [sys.executable, "-P", str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what Rust says of a stack overflow
@@ -222,9 +246,14 @@ class _Worker:
         """Whether the process is gone, by its limits or otherwise."""
         return self._process.poll() is not None
 
-    def attempt(self, grammar: str) -> str:
-        """Why a grammar does not compile; "" where it does."""
-        return _first_line(self._exchange({"grammar": grammar})["error"])
+    def attempt(self, grammar: str, seconds: float) -> str | None:
+        """Why a grammar does not compile; "" where it does, None where its CPU time is over."""
+        reply = self._exchange({"grammar": grammar, "seconds": seconds})
+        if "error" in reply:
+            return _first_line(reply["error"])
+        if reply.get("signal") == signal.SIGPROF:
+            return None
+        return "it nests too deep or needs too much memory; simplify it"
 
     def close(self) -> None:
         """Ends the process and waits for it."""
@@ -245,9 +274,8 @@ class _Worker:
             reply = b""
         if reply.endswith(b"\n"):
             return dict(json.loads(reply))
-        if self._process.wait() == -signal.SIGPROF:
-            return {"error": f"it takes more than {CPU_SECONDS} s to compile; simplify it"}
-        return {"error": "it nests too deep or needs too much memory; simplify it"}
+        self._process.wait()
+        return {}
 
 
 def _source(wanted: StructuredOutputs) -> str:
