@@ -82,3 +82,18 @@ def test_drafts_are_accepted_within_a_grammar(compiler: GrammarCompiler) -> None
     )
     _, engine = run([request], NGRAM)
     assert engine.stats().accepted > 0
+
+
+@pytest.mark.parametrize("speculation", [None, NGRAM])
+@pytest.mark.parametrize("limits", [{"max_tokens": 3}, {"max_tokens": 2}, {"max_tokens": 9, "min_tokens": 6}])
+def test_a_complete_output_stops_at_its_limit_and_before_min_tokens(
+    compiler: GrammarCompiler, limits: dict[str, int], speculation: Any
+) -> None:
+    """Three tokens, since "ef", "fg" and "gh" are none: one too few for the limit is cut, all of them are not."""
+    grammar = compiler.compile(StructuredOutputs(regex="efg"), (END,))
+    params = SamplingParams(seed=1, **limits)  # type: ignore[arg-type]
+    request = Request(id="a", prompt_ids=(5, 6, 7, 5, 6), params=params, eos_ids=(END,), grammar=grammar)
+    got, _ = run([request], speculation)
+    tokens, reason, _ = got["a", 0]
+    cut = limits["max_tokens"] == 2
+    assert (tokens, reason) == ([5, 6] if cut else [5, 6, 7], "length" if cut else "stop")

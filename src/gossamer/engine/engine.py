@@ -375,14 +375,14 @@ class Engine:
             if token in live.ends:
                 self._close(seq, update, "stop", live.ends[token], now)
                 break
+            if grammar is not None:
+                grammar.accept(token)
+                if grammar.ended:  # before the limit: an output that is complete was not cut
+                    self._close(seq, update, "stop", None, now)
+                    break
             if seq.length >= seq.limit:
                 self._close(seq, update, "length", None, now)
                 break
-            if grammar is not None:
-                grammar.accept(token)
-                if grammar.ended:
-                    self._close(seq, update, "stop", None, now)
-                    break
         self._output_tokens += len(tokens)
         return update
 

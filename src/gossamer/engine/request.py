@@ -155,7 +155,8 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 or -1 means all. seed None draws a fresh one per request.
     max_tokens None runs to the end of the context. prompt_logprobs: log-probabilities of the prompt's tokens
     too, with so many of the likeliest. structured_outputs: what the output must look like (a mapping of its
-    fields will do). Raises RequestError for a value out of range.
+    fields will do); once nothing can follow, the output ends with "stop", whatever min_tokens says. Raises
+    RequestError for a value out of range.
     """
 
     n: int = 1
