@@ -89,7 +89,7 @@ def test_drafts_are_accepted_within_a_grammar(compiler: GrammarCompiler) -> None
 def test_a_complete_output_stops_at_its_limit_and_before_min_tokens(
     compiler: GrammarCompiler, limits: dict[str, int], speculation: Any
 ) -> None:
-    """Three tokens, since "ef", "fg" and "gh" are none: one too few for the limit is cut, all of them are not."""
+    """Three tokens, since no pair of them is one: a limit of two cuts them, one of three does not."""
     grammar = compiler.compile(StructuredOutputs(regex="efg"), (END,))
     params = SamplingParams(seed=1, **limits)  # type: ignore[arg-type]
     request = Request(id="a", prompt_ids=(5, 6, 7, 5, 6), params=params, eos_ids=(END,), grammar=grammar)
