@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -106,19 +108,30 @@ def test_a_bomb_is_refused_within_a_second_and_no_stream_stalls(stepping: Live, 
     assert took < 1 * crowd and pause < STALL * crowd
 
 
+def two_spinning() -> float:
+    """Seconds that two processes need for 0.3 s of CPU time each, which is all that a bomb may use."""
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    before = time.perf_counter()
+    for process in [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]:
+        process.wait()
+    return time.perf_counter() - before
+
+
 def test_four_at_once_take_about_a_second(stepping: Live) -> None:
-    """Once in three tries, since the processors may be others' too."""
+    """Once in three tries, and as many times longer as the machine is slower for others' work."""
     slowest, pauses = list[float](), list[float]()
     for again in range(3):
         found = list[tuple[httpx.Response, float]]()
         stream = Stream(stepping)
+        spinning = two_spinning()
         threads = [post(stepping, slow_bomb(f"four{again}{i}"), found) for i in range(4)]
         for thread in threads:
             thread.join()
+        spinning = max(spinning, two_spinning())
         pauses.append(stream.end())
         assert ["0.3 s" in problem(response, 400)["message"] for response, _ in found] == [True] * 4
         slowest.append(max(took for _, took in found))
-        if slowest[-1] < 1.5 and pauses[-1] < STALL:
+        if slowest[-1] < max(1.5, 4 * spinning) and pauses[-1] < max(STALL, spinning):
             return
     pytest.fail(f"four bombs took {slowest} s, the stream paused {pauses} s")
 
