@@ -14,7 +14,7 @@ from gossamer.engine.step import Span, StepPlan
 
 __all__ = ["Continuous"]
 
-HEADROOM_STEPS = 8  # of growth kept free at admission: a newcomer preempted at once would cost its prefill
+HEADROOM_STEPS = 48  # of growth kept free at admission: a newcomer preempted at once would cost its prefill
 LEAST_CHUNK = 16  # tokens of a prompt that go into a step however small its budget
 
 
