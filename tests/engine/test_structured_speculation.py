@@ -16,8 +16,16 @@ from tests.engine.serving import VOCAB, Client, make
 
 LETTERS = [b"", *(bytes([byte]) for byte in b"abcdefgh"), b"ab", b"ba", b"abc", b"cab"]
 END = 0
-NGRAM = SimpleNamespace(
-    method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=4, adaptive=False
+NGRAM, TREES = (
+    SimpleNamespace(
+        method="ngram",
+        num_speculative_tokens=6,
+        prompt_lookup_min=1,
+        prompt_lookup_max=4,
+        tree_width=width,
+        adaptive=False,
+    )
+    for width in (1, 3)
 )
 
 
@@ -58,8 +66,8 @@ def test_outputs_are_the_same_with_and_without_drafts(compiler: GrammarCompiler,
         for i, (pattern, prompt, length, n) in enumerate(some)
     ]
     plain, _ = run(requests, None)
-    drafted, _ = run(requests, NGRAM)
-    assert drafted == plain
+    for how in (NGRAM, TREES):
+        assert run(requests, how)[0] == plain
     for (name, _), (tokens, reason, _) in plain.items():
         grammar = requests[int(name)].grammar
         assert grammar is not None and reason in ("stop", "length")

@@ -60,9 +60,11 @@ def model(**changes: Any) -> str:
 
 def speculation(method: str, **changes: Any) -> SpeculativeDecoding | None:
     """draft_model: the model itself with coarser weights, which is often right; "stranger": one of another
-    depth, which is not."""
+    depth, which is not; "eagle": an untrained head, which hardly ever is."""
     if method == "ngram":
         return SpeculativeDecoding(method="ngram", prompt_lookup_min=1, **changes)
+    if method == "eagle":
+        return SpeculativeDecoding(method="eagle", **changes)
     if method == "stranger":
         return SpeculativeDecoding(method="draft_model", model=model(num_hidden_layers=1), **changes)
     return SpeculativeDecoding(
@@ -154,8 +156,9 @@ def params(draw: st.DrawFn) -> SamplingParams:
 @settings(max_examples=40, deadline=None)
 @given(
     work=st.lists(st.tuples(prompts, params()), min_size=1, max_size=6),
-    method=st.sampled_from(["ngram", "draft_model", "stranger"]),
+    method=st.sampled_from(["ngram", "draft_model", "stranger", "eagle"]),
     most=st.sampled_from([1, 4, 7]),
+    width=st.integers(1, 4),
     adaptive=st.booleans(),
     chunk=st.sampled_from([None, 7]),
     budget=st.sampled_from([16, 64]),
@@ -167,6 +170,7 @@ def test_speculation_changes_nothing(
     work: Work,
     method: str,
     most: int,
+    width: int,
     adaptive: bool,
     chunk: int | None,
     budget: int,
@@ -174,7 +178,7 @@ def test_speculation_changes_nothing(
     kv_dtype: str,
     cached: bool,
 ) -> None:
-    technique = speculation(method, num_speculative_tokens=most, adaptive=adaptive)
+    technique = speculation(method, num_speculative_tokens=most, tree_width=width, adaptive=adaptive)
     together, _ = run(
         work,
         technique,
@@ -210,3 +214,22 @@ def test_preempted_sequences_speculate_on() -> None:
         got, stats = run(work, speculation(method, adaptive=False), tight=True)
         assert stats.preemptions > 0 and stats.accepted > 0
         assert got == [run([each])[0][0] for each in work]
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_branches_of_real_proposers_are_taken(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    compact = Engine._compact
+
+    def watched(self: Engine, seq: Any, start: int, path: list[int]) -> None:
+        moved.append(path != list(range(len(path))))
+        compact(self, seq, start, path)
+
+    monkeypatch.setattr(Engine, "_compact", watched)
+    # A few tokens in any order for prompt lookup: what followed before is one of several. Else the best one.
+    few = {"temperature": 1.0, "logit_bias": dict.fromkeys(range(4), 30.0)} if method == "ngram" else {}
+    sampled = {"temperature": 0.0, "max_tokens": 60, "logprobs": 2, **few}
+    work: Work = [((i, 2, 3), SamplingParams(seed=i, **sampled)) for i in range(8)]  # type: ignore[arg-type]
+    got, stats = run(work, speculation(method, tree_width=4, num_speculative_tokens=3, adaptive=False))
+    assert got == [run([each])[0][0] for each in work]
+    assert any(moved) and stats.accepted > 20

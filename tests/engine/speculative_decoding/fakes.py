@@ -17,6 +17,7 @@ class Config:
     num_speculative_tokens: int = 4
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
+    tree_width: int = 1
     adaptive: bool = True
 
 

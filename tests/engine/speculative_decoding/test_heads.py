@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gossamer.engine.request import SamplingParams, TokenLogprob
 from gossamer.engine.speculative_decoding import heads
+from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.heads import EagleHead
 from gossamer.engine.speculative_decoding.speculator import Speculator
 from gossamer.engine.step import ExecutorLimits, RowResult, Span, StepPlan, StepResult
@@ -37,6 +40,7 @@ class Fake:
         self.limits, self.draft_limits = limits(), draft
         self.texts, self.right = texts, right
         self.left: dict[int, range] = {}  # of the target's last step
+        self.depths: dict[int, list[int]] = {}  # of a tree's tokens in it: where each would stand if taken
         self.last: dict[int, list[int]] = {}  # of the head's: slots of its rows
         self.pages: dict[tuple[int, int], tuple[int, int]] = {}  # (page, place) -> (sequence, slot)
         self.steps: list[StepPlan] = []
@@ -56,7 +60,9 @@ class Fake:
 
     def run(self, plan: StepPlan, span: Span, last: dict[int, list[int]]) -> list[RowResult]:
         assert len(span.features) == len(span.tokens)
-        left = list(self.left[span.sequence]) if plan.features == "target" else last[span.sequence]
+        held_by = self.left[span.sequence] if plan.features == "target" else range(0)
+        positions = self.depths.get(span.sequence, held_by)
+        left = list(positions) if plan.features == "target" else last[span.sequence]
         slots = [0 if offset < 0 else left[offset] + 1 for offset in span.features]
         self.last[span.sequence] = slots
         text = self.texts[span.sequence]
@@ -77,7 +83,12 @@ class Fake:
             following = slots[offset] + 1
             assert len(span.sampling.prompt_ids) + len(span.sampling.output_ids) == following
             token = text[following] if following < len(text) else END
-            rows.append(RowResult(token if self.right(span.sequence, following) else (token + 1) % 90))
+            said = token if self.right(span.sequence, following) else (token + 1) % 90
+            wanted = span.sampling.params.logprobs
+            top = [(said, -1.0), ((said + 1) % 90, -2.0), ((said + 89) % 90, -3.0)]
+            rows.append(
+                RowResult(said, None if wanted is None else TokenLogprob(said, -1.0, tuple(top[:wanted])))
+            )
         return rows
 
     def collect(self, handle: int) -> StepResult:
@@ -90,7 +101,7 @@ class Fake:
 
 def target_step(fake: Fake, spans: Sequence[tuple[Seq, int]]) -> None:
     """The target computes so many more tokens of sequences, drafts included, and takes what is right."""
-    fake.left = {}
+    fake.left, fake.depths = {}, {}
     for seq, count in spans:
         text, start = fake.texts[seq.id], seq.computed
         if start < seq.length - 1:  # a chunk of the prompt, or what was lost
@@ -108,6 +119,26 @@ def target_step(fake: Fake, spans: Sequence[tuple[Seq, int]]) -> None:
             seq.pending = 1
         else:
             seq.pending = seq.length - stop
+
+
+def tree_step(fake: Fake, spec: Speculator, seq: Seq) -> int:
+    """The same of one sequence and a whole speculator, which may draft trees; how many tokens stood."""
+    text, start, draft = fake.texts[seq.id], seq.computed, seq.draft
+    parents = [] if draft is None else draft.parents or range(-1, len(draft.tokens) - 1)
+    tokens = [] if draft is None else draft.tokens
+    slots, stood, path = [start], [True], [0]
+    for i, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
+        slots.append(slots[parent + 1] + 1)
+        stood.append(stood[parent + 1] and token == text[slots[-1]])
+        if stood[-1]:
+            path.append(i + 1)
+    fake.left = {seq.id: range(start, start + len(slots))}
+    fake.depths = {seq.id: slots}
+    seq.output_ids += text[seq.length : seq.length + len(path)]
+    if draft is not None:
+        seq.draft = None
+        spec.verified(seq, len(tokens), len(path) - 1)
+    return len(path) - 1
 
 
 def new(id: int, prompt: int = 5, length: int = 40) -> tuple[Seq, list[int]]:
@@ -287,3 +318,42 @@ def test_the_speculator_lets_it_follow_prompts_that_nobody_drafts_for() -> None:
     spans = [s for step in fake.steps if step.features == "target" for s in step.spans if s.sequence == 1]
     assert [(span.start, len(span.tokens)) for span in spans] == [(0, 5), (5, 4), (9, 4)]
     assert b.length == 5 + 1 + 4 + 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    wrong=st.sets(st.integers(0, 80), max_size=60),
+    width=st.integers(1, 3),
+    most=st.integers(1, 5),
+)
+def test_features_are_found_where_a_tree_left_them(wrong: set[int], width: int, most: int) -> None:
+    """The fake checks that each token stands with its own feature, whichever branch it came by."""
+    seq, text = new(1, length=90)
+    seq.params = SamplingParams(temperature=0.0, max_tokens=None)
+    roomy = replace(limits(40, 64), max_rows=32, max_model_len=128)
+    fake = Fake({1: text}, roomy, right=lambda sequence, slot: slot not in wrong)
+    fake.limits = roomy
+    config = Config("eagle", num_speculative_tokens=most, tree_width=width)
+    spec = Speculator(config, fake, Unknown())
+    target_step(fake, [(seq, 9)])
+    while seq.length < 70:
+        spec.draft(State([seq]))
+        spec.check()
+        assert seq.draft is not None
+        # Where the head's first choice is wrong, its third is right; branches leave the first three places.
+        stands = next((i for i in range(most) if seq.length + i in wrong), most)
+        stands += width == 3 and stands < min(most, 3)
+        assert tree_step(fake, spec, seq) == stands
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_branches_are_the_next_best_tokens_of_greedy_sequences_only(temperature: float) -> None:
+    seq, text = new(1)
+    seq.params = SamplingParams(temperature=temperature, max_tokens=None)
+    fake = Fake({1: text}, limits())
+    spec = Speculator(Config("eagle", num_speculative_tokens=2, tree_width=2), fake, Unknown())
+    target_step(fake, [(seq, 9)])
+    spec.draft(State([seq]))
+    a, b = text[6:8]
+    chain = Draft([a, b])
+    assert seq.draft == (chain if temperature else Draft([a, b, a + 1, b + 1], [-1, 0, -1, 0]))

@@ -59,7 +59,8 @@ def run(
     offers = [Offer(i, 0, MOST) for i in range(len(rates))]
     seconds = tokens = 0.0
     for step in range(steps):
-        lengths = [length] * len(rates) if length is not None else control.choose(
+        rests = length is not None or control.rests()
+        lengths = [length or 0] * len(rates) if rests else control.choose(
             offers,
             decodes=len(rates),
             prefill=0,
@@ -68,6 +69,8 @@ def run(
             drafting=lambda sequences, depth, keys: drafting * depth,
         )  # fmt: skip
         seconds += cost(len(rates) + sum(lengths)) + drafting * max(lengths)
+        if not rests:
+            control.spent(drafting * max(lengths))
         tokens += len(rates)
         for offer, rate, drafted in zip(offers, rates, lengths):
             accepted = 0

@@ -82,3 +82,37 @@ def test_a_token_costs_microseconds_whatever_the_length(prompt: int) -> None:
             ngram.propose([(seq, 4)])
         best = min(best, time.perf_counter() - start)
     assert best < 100e-6
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, st.lists(texts, max_size=3), st.integers(1, 3), st.integers(2, 4))
+def test_other_continuations_are_the_latest_of_each_token(
+    prompt: list[int], more: list[list[int]], least: int, width: int
+) -> None:
+    index, chain = NgramIndex(least, least + 1, width), NgramIndex(least, least + 1)
+    text: list[int] = []
+    for part in [prompt, *more]:
+        index.extend(part)
+        chain.extend(part)
+        text += part
+        place, length = index.find()
+        assert (place, length) == chain.find()
+        if not place:
+            continue
+        run = text[-min(length, least + 1) :]
+        latest: dict[int, int] = {}  # next token -> the last place where it followed
+        for at in range(len(run), len(text)):
+            if text[at - len(run) : at] == run:
+                latest[text[at]] = at
+        others = sorted((at for at in latest.values() if at != place), reverse=True)
+        assert index.others(length) == tuple(others[: width - 1])
+
+
+def test_a_branch_reads_on_from_the_other_place() -> None:
+    ngram, seq = Ngram(2, 4, 3), Seq(0, (1, 2, 7, 7, 1, 2, 8, 8, 1, 2, 9, 9, 1, 2))
+    assert ngram.offer(seq, 4)
+    beside = ngram.beside(seq, 4)
+    assert [(o.after, o.most) for o in beside] == [(0, 4), (0, 4)]
+    assert len({o.kind for o in beside}) == 2
+    assert [draft.tokens for draft in ngram.propose([(seq, 2)]) if draft] == [[9, 9]]
+    assert [ngram.branch(seq, o, 3) for o in beside] == [[8, 8, 1], [7, 7, 1]]

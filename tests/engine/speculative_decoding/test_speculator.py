@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,3 +130,65 @@ def test_forgets_a_sequence_whose_draft_was_never_verified() -> None:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(NotBuiltError, match="'medusa' is not built"):
         speculator(config=Config(method="medusa"))
+
+
+def test_branches_go_beside_the_chain_and_each_learns_its_own_fate() -> None:
+    config = Config(tree_width=2, num_speculative_tokens=2)
+    spec = speculator(Free(), config)
+    seq = Seq(0, (1, 2, 7, 6, 1, 2, 8, 5, 1, 2), live=Live(()))
+    spec.draft(State([seq]))
+    assert seq.draft == Draft([8, 5, 7, 6], [-1, 0, -1, 2])
+    seq.output_ids += [7, 6, 3]
+    spec.verified(seq, 4, 2)
+    control = spec._control
+    (main, branch) = sorted(control._own[0])
+    assert control._own[0][main].hits[0] == 0 and control._own[0][branch].hits[:2] == [1, 1]
+
+
+def test_ends_and_what_a_grammar_forbids_leave_trees() -> None:
+    config = Config(tree_width=2, num_speculative_tokens=2)
+    text = (1, 2, 7, 6, 1, 2, 8, 5, 1, 2)
+    no_chain, no_branch, cut = (Seq(i, text, live=Live((end,))) for i, end in enumerate((8, 7, 6)))
+    speculator(Free(), config).draft(State([no_chain, no_branch, cut]))
+    assert no_chain.draft == Draft([7, 6]) and no_branch.draft == Draft([8, 5])
+    assert cut.draft == Draft([8, 5, 7], [-1, 0, -1])
+
+
+def test_it_rests_where_looking_alone_costs_too_much_and_tries_again_ever_more_rarely() -> None:
+    now = [0.0]
+
+    def clock() -> float:  # looking takes a tenth of a step
+        now[0] += 0.1
+        return now[0]
+
+    spec = Speculator(Config(), NullExecutor(limits()), Flat(), clock=clock)
+    seq, awake = quoting(0), []
+    for step in range(6000):
+        before = now[0]
+        spec.draft(State([seq]))
+        if now[0] > before:
+            awake.append(step)
+        if seq.draft:
+            spec.verified(seq, len(seq.draft.tokens), 0)
+    assert 20 < len(awake) < 0.006 * 6000 / 0.1  # so 0.6% of the time at most
+    assert spec.stats.drafts > 3  # it goes on trying
+    gaps = [b - a for a, b in pairwise(awake) if b - a > 1]
+    assert gaps[0] < gaps[-1] and gaps[-1] > 500
+
+
+def test_a_method_that_pays_never_rests() -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.05
+        return now[0]
+
+    spec = Speculator(Config(), NullExecutor(limits()), Flat(), clock=clock)
+    seq = quoting(0, limit=10_000)
+    for _ in range(500):
+        spec.draft(State([seq]))
+        assert seq.draft is not None
+        count = len(seq.draft.tokens)
+        for _ in range(count + 1):
+            seq.output_ids.append(seq.length % 8 + 1)
+        spec.verified(seq, count, count)

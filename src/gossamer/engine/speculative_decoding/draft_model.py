@@ -15,7 +15,7 @@ from gossamer.engine.pages import KVPages, Tables
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.length import Offer
-from gossamer.engine.speculative_decoding.proposer import Speculated
+from gossamer.engine.speculative_decoding.proposer import RANK, Speculated, best_others, offer_others
 from gossamer.engine.step import Executor, RowResult, Sampling, Span, StepPlan
 from gossamer.engine.step_times import StepTimes
 
@@ -28,9 +28,10 @@ class _Held:
 
     __slots__ = ("computed", "fed", "params", "tables", "used")
 
-    def __init__(self, tables: Tables, params: SamplingParams) -> None:
+    def __init__(self, tables: Tables, params: SamplingParams, width: int) -> None:
         self.tables = tables
-        self.params = replace(params, n=1, logprobs=None)
+        wide = width > 1 and params.temperature == 0
+        self.params = replace(params, n=1, logprobs=width if wide else None)
         self.computed = 0
         self.fed: list[int] = []
         self.used = 0
@@ -47,13 +48,14 @@ class _Held:
 
 
 class _Guess:
-    """A draft in the making."""
+    """A draft in the making. others: per token, the next best in its place."""
 
-    __slots__ = ("held", "open", "seq", "tokens", "want")
+    __slots__ = ("held", "open", "others", "seq", "tokens", "want", "width")
 
-    def __init__(self, seq: Speculated, held: _Held, want: int) -> None:
-        self.seq, self.held, self.want = seq, held, want
+    def __init__(self, seq: Speculated, held: _Held, want: int, width: int) -> None:
+        self.seq, self.held, self.want, self.width = seq, held, want, width
         self.tokens: list[int] = []
+        self.others: list[list[int]] = []
         self.open = True
 
     def sampling(self) -> Sampling:
@@ -76,6 +78,7 @@ class _Guess:
             self.open = False
             return
         self.tokens.append(row.token)
+        self.others.append(best_others(self.seq, row, self.width))
         self.open = len(self.tokens) < self.want
 
 
@@ -84,9 +87,10 @@ class DraftModel:
 
     A sequence's text is computed when it drafts first, at most one step's tokens a call, so that a long
     prompt holds nobody up for long. Where pages are short, those that drafted longest ago give theirs up.
+    width: greedy sequences get branches of the next best tokens, up to so many ways from one place.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, width: int = 1) -> None:
         limits = executor.draft_limits
         assert limits is not None, "the executor has no draft"
         self._executor, self._limits = executor, limits
@@ -95,6 +99,8 @@ class DraftModel:
         self._times = StepTimes()
         self._held: dict[int, _Held] = {}
         self._calls = 0
+        self._ways = width
+        self._others: dict[int, list[list[int]]] = {}  # of the last call's chains
 
     def offer(self, seq: Speculated, most: int) -> Offer | None:
         """As many tokens as fit the draft's context."""
@@ -104,6 +110,17 @@ class DraftModel:
         held = self._held.get(seq.id)
         behind = seq.length - 1 - (held.settle(seq) if held else 0)
         return Offer(seq.id, 0, most, self._times.prefill_seconds(behind) if behind > 1 else 0.0)
+
+    def beside(self, seq: Speculated, most: int) -> list[Offer]:
+        """The next best tokens in the places of the chain's first."""
+        return offer_others(seq, most, self._ways)
+
+    def branch(self, seq: Speculated, offer: Offer, count: int) -> list[int]:
+        """One token."""
+        assert offer.after is not None
+        others = self._others.get(seq.id, ())
+        found = others[offer.after] if offer.after < len(others) else []
+        return found[offer.kind // RANK - 1 :][:1]
 
     def propose(self, wanted: Sequence[tuple[Speculated, int]]) -> list[Draft | None]:
         """Chains of at most so many guesses; None where pages or this call's tokens did not suffice."""
@@ -130,13 +147,14 @@ class DraftModel:
                     ],
                 )
             going = [g for g in going if g.open]
+        self._others = {g.seq.id: g.others for g in guesses if g is not None}
         return [Draft(g.tokens) if g is not None and g.tokens else None for g in guesses]
 
     def _start(self, seq: Speculated, count: int) -> _Guess | None:
         """A guess with pages for its text and all but its last token; None where there are too few."""
         held = self._held.get(seq.id)
         if held is None:
-            held = _Held(self._kv.new_tables(), seq.sampling.params)
+            held = _Held(self._kv.new_tables(), seq.sampling.params, self._ways)
         held.used = self._calls
         while not self._kv.extend(held.tables, seq.length + count - 1):
             others = [(h.used, id) for id, h in self._held.items() if h.used < self._calls]
@@ -144,7 +162,7 @@ class DraftModel:
                 return None
             self._drop(min(others)[1])
         self._held[seq.id] = held
-        return _Guess(seq, held, count)
+        return _Guess(seq, held, count, self._ways)
 
     def _catch_up(self, guesses: list[_Guess]) -> None:
         """Computes what they have not of their texts, those who lack least first; who gets through has its

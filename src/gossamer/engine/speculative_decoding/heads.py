@@ -16,7 +16,7 @@ from gossamer.engine.pages import KVPages, Tables
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.length import Offer
-from gossamer.engine.speculative_decoding.proposer import Speculated
+from gossamer.engine.speculative_decoding.proposer import RANK, Speculated, best_others, offer_others
 from gossamer.engine.step import HeadExecutor, ProgramName, RowResult, Sampling, Span, StepPlan
 from gossamer.engine.step_times import StepTimes
 
@@ -30,22 +30,28 @@ class _Held:
 
     base: slot of the first token it has seen; token j stands in its slot j - base. computed: how many tokens
     from there on stand with true features. call, offset: when it was last fed, and which row of its span then
-    is the newest token's. guess: what that row gave (None: no row, or no token). idle: steps without a draft.
+    is the newest token's. guess: what that row gave (None: no row, or no token); others: the next best. idle:
+    steps without a draft.
     """
 
-    __slots__ = ("base", "call", "computed", "guess", "idle", "offset", "params", "tables")
+    __slots__ = ("base", "call", "computed", "guess", "idle", "offset", "others", "params", "tables")
 
-    def __init__(self, base: int, tables: Tables, params: SamplingParams) -> None:
+    def __init__(self, base: int, tables: Tables, params: SamplingParams, width: int) -> None:
         self.base, self.tables = base, tables
-        self.params = replace(params, n=1, logprobs=None)
+        wide = width > 1 and params.temperature == 0
+        self.params = replace(params, n=1, logprobs=width if wide else None)
+        self.others: list[int] = []
         self.computed = self.call = self.offset = self.idle = 0
         self.guess: int | None = None
 
 
 class EagleHead:
-    """Proposes chains by the executor's program "draft", a head over the target's features."""
+    """Proposes by the executor's program "draft", a head over the target's features.
 
-    def __init__(self, executor: HeadExecutor) -> None:
+    width: greedy sequences get branches of the next best tokens, up to so many ways from one place.
+    """
+
+    def __init__(self, executor: HeadExecutor, width: int = 1) -> None:
         limits = executor.draft_limits
         assert limits is not None, "the executor has no head"
         self._executor, self._limits = executor, limits
@@ -55,6 +61,13 @@ class EagleHead:
         self._held: dict[int, _Held] = {}
         self._given_up: set[int] = set()  # until a draft begins them anew
         self._calls = 0
+        self._ways = width
+        self._paths: dict[int, tuple[int, list[int]]] = {}  # of trees: length then, offsets that stood
+        self._others: dict[int, list[list[int]]] = {}  # of the last call's chains
+
+    def took(self, seq: Speculated, path: list[int]) -> None:
+        """Of a sequence's last span, a tree, the tokens at these offsets stood."""
+        self._paths[seq.id] = seq.length, path
 
     def follow(self, running: Sequence[Speculated]) -> None:
         """Takes the features of the target's last step, before the next one overwrites them.
@@ -83,11 +96,24 @@ class EagleHead:
             return Offer(seq.id, 0, most) if held.guess is not None and most > 0 else None
         return Offer(seq.id, 0, 1) if seq.length - 2 in self._executor.feature_slots(seq.id) else None
 
+    def beside(self, seq: Speculated, most: int) -> list[Offer]:
+        """The next best tokens in the places of the chain's first; none where nobody follows."""
+        held = self._held.get(seq.id)
+        return offer_others(seq, most, self._ways) if held is not None and held.call == self._calls else []
+
+    def branch(self, seq: Speculated, offer: Offer, count: int) -> list[int]:
+        """One token."""
+        assert offer.after is not None
+        others = self._others.get(seq.id, ())
+        found = others[offer.after] if offer.after < len(others) else []
+        return found[offer.kind // RANK - 1 :][:1]
+
     def propose(self, wanted: Sequence[tuple[Speculated, int]]) -> list[Draft | None]:
         """Chains of at most so many guesses."""
         drafts: dict[int, list[int]] = {}
         going: list[tuple[Speculated, _Held, int]] = []
         anew = []
+        others = self._others = {}
         for seq, count in wanted:
             held = self._held.get(seq.id)
             if held is None or held.call != self._calls:
@@ -95,6 +121,7 @@ class EagleHead:
             elif held.guess is not None:
                 held.idle = 0
                 drafts[seq.id] = [held.guess]
+                others[seq.id] = [held.others]
                 going.append((seq, held, count))
         offset = {seq.id: held.offset for seq, held, _ in going}
         while going := [
@@ -114,6 +141,7 @@ class EagleHead:
             for (seq, _, _), rows in zip(going, results):
                 if (token := _taken(seq, rows)) is not None:
                     drafts[seq.id].append(token)
+                    others[seq.id].append(best_others(seq, rows[0], self._ways))
                     offset[seq.id] = 0
         self._given_up.difference_update(seq.id for seq in anew)
         self._feed(anew)  # last: further guesses stand on the features of the head's last step
@@ -142,7 +170,9 @@ class EagleHead:
             if held is None:
                 # The very first token stands without a feature; later ones are nothing without theirs.
                 base = slots.start + 1 if slots.start else 0
-                held = self._held[seq.id] = _Held(base, self._kv.new_tables(), seq.sampling.params)
+                held = self._held[seq.id] = _Held(
+                    base, self._kv.new_tables(), seq.sampling.params, self._ways
+                )
             first = held.base + held.computed
             count = stop - first
             if count < 1:
@@ -161,7 +191,7 @@ class EagleHead:
                     (count - 1,) if ready else (),
                     held.tables,
                     _sampling(seq, held, []) if ready else None,
-                    features=range(first - 1 - slots.start, stop - 1 - slots.start),
+                    features=self._offsets(seq, first - 1 - slots.start, stop - 1 - slots.start),
                 )
             )
             run.append((seq, held))
@@ -171,6 +201,14 @@ class EagleHead:
             return
         for (seq, held), rows in zip(run, self._run(spans, "target")):
             held.guess = _taken(seq, rows)
+            held.others = [] if held.guess is None else best_others(seq, rows[0], self._ways)
+
+    def _offsets(self, seq: Speculated, start: int, stop: int) -> Sequence[int]:
+        """Where in its last span the tokens stand that lie start to stop behind its first now."""
+        length, path = self._paths.get(seq.id, (0, []))
+        if length != seq.length:
+            return range(start, stop)
+        return [path[i] for i in range(start, stop)]
 
     def _grow(self, seq: Speculated, held: _Held, drafted: int) -> bool:
         """Pages for the text and so many guesses; False where there are too few: no one else's are taken from
@@ -201,12 +239,13 @@ class EagleHead:
         return result.rows
 
     def seconds(self, sequences: int, depth: int, keys: int) -> float:
-        """As the head's steps took."""
-        return depth * (self._times.predict(sequences, keys) or 0.0)
+        """As the head's steps took; the first guess comes with following, whatever is chosen."""
+        return (depth - 1) * (self._times.predict(sequences, keys) or 0.0)
 
     def forget(self, seq: Speculated) -> None:
         """Gives its pages back."""
         self._given_up.discard(seq.id)
+        self._paths.pop(seq.id, None)
         if seq.id in self._held:
             self._drop(seq.id)
 

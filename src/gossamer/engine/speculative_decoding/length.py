@@ -7,6 +7,7 @@ measured ("SpecDec++", 2024, and "TurboSpec", 2024, choose by the same ratio).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ _ALLOWANCE = 0.01  # part of the time that may be lost to drafts that turn out w
 _CREDIT, _MOST_CREDIT = 1.0, 6.0  # in steps: what may be lost at first, and ever after without a gain
 _LASTS = 32  # steps over which an offer's lead is expected to pay
 _PROBE, _LAST_PROBE = 4, 64  # while drafts lose, one is tried every so many steps, ever more rarely
+_NAP, _LAST_NAP = 64, 1024  # the same of the whole method, where even looking for drafts loses too much
+_TRIES = 4  # probes in a row, at first and after a nap
+_CHEAP = 0.005  # part of a step that looking may take all the time
 
 
 class Times(Protocol):
@@ -33,13 +37,18 @@ class Offer(NamedTuple):
     """A sequence that could draft at most `most` tokens.
 
     kind: of the evidence; each kind has its own chances. lead: seconds before its first token can be drafted,
-    once, such as those of the draft's own prefill.
+    once, such as those of the draft's own prefill. after: of a branch, how many tokens of the sequence's
+    chain it follows, to begin with another token than the chain's next. Its chances, those of all before it
+    included, are learned apart, so that deeper and wider compete. prior: a token's chance before anything is
+    known.
     """
 
     sequence: int
     kind: int
     most: int
     lead: float = 0.0
+    after: int | None = None
+    prior: float = _FIRST
 
 
 class _Rates:
@@ -62,9 +71,10 @@ class LengthControl:
     """Learns acceptance and chooses lengths for a batch at a time.
 
     most: tokens of a draft at most. adaptive: False drafts all that is offered, always.
-    Losses are bounded whatever the text: an account in seconds is charged for every draft's cost and credited
-    for every accepted token; where it is empty nothing is drafted, and it fills at 1% of the time that steps
-    take.
+    Losses are bounded whatever the text: an account in seconds is charged for what drafting took and what
+    verification costs, and credited for every accepted token. Where it is empty nothing is drafted, and it
+    fills at 1% of the time that steps take; where looking for drafts alone takes more than that, as following
+    the target does or small steps make it, the whole method rests meanwhile.
     """
 
     def __init__(self, most: int, times: Times, *, adaptive: bool = True) -> None:
@@ -76,13 +86,50 @@ class LengthControl:
         self._account: float | None = None
         self._worth = 0.0  # seconds that an accepted token saves
         self._interval, self._waited = _PROBE, 0
+        self._tries = _TRIES  # probes that need not wait
+        self._base = 0.0  # seconds of a step without drafts
+        self._looking = 0.0  # what `spent` was of late where nothing was drafted
+        self._chose = self._drafted = self._began = False
+        self._rest, self._nap = 0, _NAP
+
+    def rests(self) -> bool:
+        """Whether the method is to do nothing before this step. Asked once a step."""
+        if self._rest:
+            self._rest -= 1
+            return True
+        if self._account is None or self._account > 0 or self._looking < _CHEAP * self._base:
+            return False
+        account = max(self._account, -_MOST_CREDIT * self._base)
+        steps = math.ceil((_CREDIT * self._base - account) / (_ALLOWANCE * self._base))
+        steps = max(steps, self._nap)
+        self._nap = min(2 * self._nap, _LAST_NAP)
+        self._account = min(account + steps * _ALLOWANCE * self._base, 2 * _CREDIT * self._base)
+        self._rest = steps - 1
+        self._tries = _TRIES  # so that waking is not for nothing
+        return True
+
+    def spent(self, seconds: float) -> None:
+        """Charges what looking for drafts and making them took, whatever comes of it; not the first time,
+        which does much that is not done again."""
+        chose, drafted = self._chose, self._drafted
+        self._chose = self._drafted = False
+        if self._account is None:
+            return
+        if not self._began:
+            self._began = True
+            return
+        self._account -= seconds
+        if not chose:  # there was nothing to choose from
+            self._account = min(self._account + _ALLOWANCE * self._base, _MOST_CREDIT * self._base)
+        if not drafted:
+            self._looking += (seconds - self._looking) / 8
 
     def chances(self, offer: Offer) -> list[float]:
         """p_1, p_2 and so on: how likely the first i tokens of the draft are all right, to the last that is
         worth a look."""
         shared = self._shared.get(offer.kind) or self._shared.setdefault(offer.kind, _Rates(self._most))
         own = self._own.get(offer.sequence, {}).get(offer.kind)
-        path, prior = 1.0, _FIRST
+        path, prior = 1.0, offer.prior
         result: list[float] = []
         for i in range(offer.most):
             prior = (shared.hits[i] + _SHARED_WEIGHT * prior) / (shared.tries[i] + _SHARED_WEIGHT)
@@ -111,21 +158,31 @@ class LengthControl:
         kv_tokens: keys that decodes read; room: tokens of all drafts at most; drafting: seconds that drafts
         take for (sequences, tokens of each, keys that they read).
         """
+        self._chose = True
         base = self._times.predict(decodes, kv_tokens)
         if not self._adaptive or not base:  # nothing is known: the first drafts are how it gets known
             self._worth = 0.0
-            every = sorted((depth, i) for i, o in enumerate(offers) for depth in range(1, o.most + 1))
-            return self._lengths(offers, [(0.0, i, depth) for depth, i in every[: max(room, 0)]])
-        self._worth = base / decodes
+            every = sorted(
+                ((o.after or 0) + depth, o.after is not None, i, depth)
+                for i, o in enumerate(offers)
+                for depth in range(1, o.most + 1)
+            )
+            return self._lengths(offers, [(0.0, i, depth) for *_, i, depth in every[: max(room, 0)]])
+        self._base, self._worth = base, base / decodes
         account = _CREDIT * base if self._account is None else self._account + _ALLOWANCE * base
         account = min(account, _MOST_CREDIT * base)
+        if account > 3 * _CREDIT * base:  # more than any nap brings: it has gained
+            self._nap = _NAP
 
         with_prefill = (self._times.predict(decodes + prefill, kv_tokens) or base) if prefill else base
         keys = kv_tokens // decodes  # of a sequence
 
-        def extra(count: int, sequences: int, depth: int) -> float:
+        def verifying(count: int) -> float:
             step = self._times.predict(decodes + prefill + count, kv_tokens + count) or with_prefill
-            return max(step - with_prefill, 0.0) + drafting(sequences, depth, sequences * keys)
+            return max(step - with_prefill, 0.0)
+
+        def extra(count: int, sequences: int, depth: int) -> float:
+            return verifying(count) + drafting(sequences, depth, sequences * keys)
 
         chances = [self.chances(offer) for offer in offers]
         least = extra(1, 1, 1)
@@ -133,29 +190,33 @@ class LengthControl:
         if sum(map(sum, chances)) * self._worth > least:  # else not even all of them pay for one
             tokens = sorted((-p, i, depth) for i, ps in enumerate(chances) for depth, p in enumerate(ps, 1))
             del tokens[max(room, 0) :]
-        best, best_rate, cost = 0, self._worth, 0.0
+        best, best_rate = 0, self._worth
         expected, deepest, lead, drafts, next_look = float(decodes), 0, 0.0, 0, 1
         for count, (minus_p, i, depth) in enumerate(tokens, 1):
             expected -= minus_p
-            deepest = max(deepest, depth)
-            if depth == 1:
-                drafts += 1
-                lead += offers[i].lead / _LASTS
+            if offers[i].after is None:  # of a branch, verification is all that it costs
+                deepest = max(deepest, depth)
+                if depth == 1:
+                    drafts += 1
+                    lead += offers[i].lead / _LASTS
             if count == next_look or count == len(tokens):  # not at each: a look costs a prediction
                 next_look = count + 1 + count // 8
                 more = (least if count == 1 else extra(count, drafts, deepest)) + lead
                 if (base + more) / expected < best_rate:
-                    best, best_rate, cost = count, (base + more) / expected, more
+                    best, best_rate = count, (base + more) / expected
         if offers and room > 0 and (best == 0 or account <= 0):
             best = 0
             self._waited += 1
-            if self._waited >= self._interval:
+            if self._waited >= self._interval or self._tries:
                 likeliest = max(range(len(offers)), key=lambda i: chances[i][0])
-                more = least + offers[likeliest].lead
-                if account >= more:
-                    best, cost, self._waited, tokens = 1, more, 0, [(0.0, likeliest, 1)]
-                    self._interval = min(2 * self._interval, _LAST_PROBE)
-        self._account = account - cost if best else account
+                if account >= least + offers[likeliest].lead:
+                    best, self._waited, tokens = 1, 0, [(0.0, likeliest, 1)]
+                    if self._tries:
+                        self._tries -= 1
+                    else:
+                        self._interval = min(2 * self._interval, _LAST_PROBE)
+        self._drafted = best > 0
+        self._account = account - verifying(best) if best else account  # drafting is charged as `spent`
         return self._lengths(offers, tokens[:best])
 
     @staticmethod

@@ -8,10 +8,14 @@ from typing import Any, Protocol
 from gossamer.engine.request import FinishReason
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.speculative_decoding.length import Offer
-from gossamer.engine.step import Sampling
+from gossamer.engine.step import RowResult, Sampling
 from gossamer.engine.structured_output import Grammar
 
-__all__ = ["Proposer", "Speculated"]
+__all__ = ["BRANCH_PRIOR", "RANK", "Proposer", "Speculated", "best_others", "offer_others"]
+
+BRANCH_PRIOR = 0.15  # a branch's chance before anything is known
+RANK = 1000  # kinds of branches of rank r are r * RANK and on
+_DEEPEST = 3  # at the first places only is another way likely enough
 
 
 class Ends(Protocol):
@@ -77,8 +81,15 @@ class Proposer(Protocol):
     def offer(self, seq: Speculated, most: int) -> Offer | None:
         """What it could draft for a sequence, of at most `most` tokens; None: nothing."""
 
+    def beside(self, seq: Speculated, most: int) -> list[Offer]:
+        """Branches that could go beside the chain it has just offered."""
+
     def propose(self, wanted: Sequence[tuple[Speculated, int]]) -> list[Draft | None]:
         """Drafts of at most so many tokens; each sequence had an offer since its newest token."""
+
+    def branch(self, seq: Speculated, offer: Offer, count: int) -> list[int]:
+        """At most so many tokens of a branch that was offered; asked once the chains are proposed. []: there
+        is none after all."""
 
     def seconds(self, sequences: int, depth: int, keys: int) -> float:
         """What `propose` takes for so many sequences of `keys` tokens in all, and so many tokens each."""
@@ -88,3 +99,23 @@ class Proposer(Protocol):
 
     def check(self) -> None:
         """Raises IntegrityError for pages that contradict each other."""
+
+
+def offer_others(seq: Speculated, most: int, width: int) -> list[Offer]:
+    """Branches of one token each beside a greedy chain: what its proposer found next best. With any
+    temperature the choice is the noise's too, and the next best logits say little: chains alone then."""
+    if width == 1 or seq.sampling.params.temperature > 0:
+        return []
+    return [
+        Offer(seq.id, rank * RANK + after, 1, after=after, prior=BRANCH_PRIOR)
+        for after in range(min(most, _DEEPEST))
+        for rank in range(1, width)
+    ]
+
+
+def best_others(seq: Speculated, row: RowResult, width: int) -> list[int]:
+    """The next best tokens of a row that a greedy proposer sampled, the best first."""
+    if row.logprob is None:
+        return []
+    ends = seq.live.ends
+    return [token for token, _ in row.logprob.top if token != row.token and token not in ends][: width - 1]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from gossamer.engine.speculative_decoding.draft import Draft
 from gossamer.engine.step import RowResult
 
-__all__ = ["accepted_path"]
+__all__ = ["accepted_path", "path_of"]
 
 
 def accepted_path(draft: Draft, rows: Sequence[RowResult]) -> list[int]:
@@ -28,4 +28,17 @@ def accepted_path(draft: Draft, rows: Sequence[RowResult]) -> list[int]:
     children = {(parent + 1, token): i + 1 for i, (parent, token) in enumerate(zip(draft.parents, tokens))}
     while (child := children.get((path[-1], rows[path[-1]].token))) is not None:
         path.append(child)
+    return path
+
+
+def path_of(draft: Draft, taken: Sequence[int]) -> list[int]:
+    """The same offsets, where it is known which of the draft's tokens were taken."""
+    if draft.parents is None:
+        return list(range(len(taken) + 1))
+    children = {
+        (parent + 1, token): i + 1 for i, (parent, token) in enumerate(zip(draft.parents, draft.tokens))
+    }
+    path = [0]
+    for token in taken:
+        path.append(children[path[-1], token])
     return path
