@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gossamer.engine.step import Executor, ExecutorLimits, Handle, StepPlan, StepResult
+from gossamer.engine.step import Executor, ExecutorLimits, Handle, HeadExecutor, StepPlan, StepResult
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine, TextUpdate
 
@@ -48,6 +48,11 @@ class RecordingExecutor:
     def draft_limits(self) -> ExecutorLimits | None:
         """Those of the draft below, if there is one."""
         return self._executor.draft_limits
+
+    def feature_slots(self, sequence: int) -> range:
+        """Those of the head's executor below, which alone is asked."""
+        assert isinstance(self._executor, HeadExecutor)
+        return self._executor.feature_slots(sequence)
 
     def submit(self, plan: StepPlan) -> Handle:
         """Notes the plan's size (its lists are live) and passes it on."""

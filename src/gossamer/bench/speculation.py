@@ -21,7 +21,16 @@ from gossamer.bench.workload import uncached
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
-from gossamer.engine.step import Executor, ExecutorLimits, Handle, Sampling, Span, StepPlan, StepResult
+from gossamer.engine.step import (
+    Executor,
+    ExecutorLimits,
+    Handle,
+    HeadExecutor,
+    Sampling,
+    Span,
+    StepPlan,
+    StepResult,
+)
 from gossamer.errors import ConfigError
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
@@ -72,6 +81,11 @@ class ReplayExecutor:
     def draft_limits(self) -> ExecutorLimits | None:
         """Those of the draft below, if there is one."""
         return self._executor.draft_limits
+
+    def feature_slots(self, sequence: int) -> range:
+        """Those of the head's executor below, which alone is asked."""
+        assert isinstance(self._executor, HeadExecutor)
+        return self._executor.feature_slots(sequence)
 
     def submit(self, plan: StepPlan) -> Handle:
         """Passes the step on, with the reference's tokens for its rows noted."""
