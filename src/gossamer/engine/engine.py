@@ -312,7 +312,7 @@ class Engine:
         self._drafted += drafted
         self._accepted += accepted
         if self._speculator is not None:
-            self._speculator.verified(seq, drafted, accepted)
+            self._speculator.verified(seq, drafted, accepted, [rows[offset].token for offset in path])
         update = self._append(seq, [rows[offset] for offset in path], now)
         if draft.parents is not None and seq.finish_reason is None:
             self._compact(seq, span.start, path)

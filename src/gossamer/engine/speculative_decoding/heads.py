@@ -65,9 +65,9 @@ class EagleHead:
         self._paths: dict[int, tuple[int, list[int]]] = {}  # of trees: length then, offsets that stood
         self._others: dict[int, list[list[int]]] = {}  # of the last call's chains
 
-    def took(self, seq: Speculated, path: list[int]) -> None:
-        """Of a sequence's last span, a tree, the tokens at these offsets stood."""
-        self._paths[seq.id] = seq.length, path
+    def took(self, seq: Speculated, length: int, path: list[int]) -> None:
+        """Of a sequence's last span, a tree, the tokens at these offsets stood; it is so long by that."""
+        self._paths[seq.id] = length, path
 
     def follow(self, running: Sequence[Speculated]) -> None:
         """Takes the features of the target's last step, before the next one overwrites them.

@@ -22,7 +22,7 @@ _CREDIT, _MOST_CREDIT = 1.0, 6.0  # in steps: what may be lost at first, and eve
 _LASTS = 32  # steps over which an offer's lead is expected to pay
 _PROBE, _LAST_PROBE = 4, 64  # while drafts lose, one is tried every so many steps, ever more rarely
 _NAP, _LAST_NAP = 64, 1024  # the same of the whole method, where even looking for drafts loses too much
-_TRIES = 4  # probes in a row, at first and after a nap
+_TRIES, _TRIAL = 8, 3.0  # steps of a trial after a nap, and steps' time that it may cost
 _CHEAP = 0.005  # part of a step that looking may take all the time
 
 
@@ -85,8 +85,8 @@ class LengthControl:
         self._own: dict[int, dict[int, _Rates]] = {}
         self._account: float | None = None
         self._worth = 0.0  # seconds that an accepted token saves
-        self._interval, self._waited = _PROBE, 0
-        self._tries = _TRIES  # probes that need not wait
+        self._interval, self._waited = _PROBE, _PROBE
+        self._tries = 0  # steps of a trial that are left
         self._base = 0.0  # seconds of a step without drafts
         self._looking = 0.0  # what `spent` was of late where nothing was drafted
         self._chose = self._drafted = self._began = False
@@ -97,7 +97,7 @@ class LengthControl:
         if self._rest:
             self._rest -= 1
             return True
-        if self._account is None or self._account > 0 or self._looking < _CHEAP * self._base:
+        if self._account is None or self._account > self._floor() or self._looking < _CHEAP * self._base:
             return False
         account = max(self._account, -_MOST_CREDIT * self._base)
         steps = math.ceil((_CREDIT * self._base - account) / (_ALLOWANCE * self._base))
@@ -105,8 +105,13 @@ class LengthControl:
         self._nap = min(2 * self._nap, _LAST_NAP)
         self._account = min(account + steps * _ALLOWANCE * self._base, 2 * _CREDIT * self._base)
         self._rest = steps - 1
-        self._tries = _TRIES  # so that waking is not for nothing
+        self._tries = _TRIES
         return True
+
+    def _floor(self) -> float:
+        """Seconds of the account below which nothing is drafted: a trial may overdraw it, since what was
+        missed in a nap must be paid for before anything can be gained."""
+        return -_TRIAL * self._base if self._tries else 0.0
 
     def spent(self, seconds: float) -> None:
         """Charges what looking for drafts and making them took, whatever comes of it; not the first time,
@@ -204,17 +209,18 @@ class LengthControl:
                 more = (least if count == 1 else extra(count, drafts, deepest)) + lead
                 if (base + more) / expected < best_rate:
                     best, best_rate = count, (base + more) / expected
-        if offers and room > 0 and (best == 0 or account <= 0):
+        floor = self._floor()
+        if offers and room > 0 and (best == 0 or account <= floor):
             best = 0
             self._waited += 1
             if self._waited >= self._interval or self._tries:
                 likeliest = max(range(len(offers)), key=lambda i: chances[i][0])
-                if account >= least + offers[likeliest].lead:
+                affords = account - floor >= least + offers[likeliest].lead
+                if affords or (self._tries and account > 0):  # a cost foretold too high is found out so alone
                     best, self._waited, tokens = 1, 0, [(0.0, likeliest, 1)]
-                    if self._tries:
-                        self._tries -= 1
-                    else:
+                    if not self._tries:
                         self._interval = min(2 * self._interval, _LAST_PROBE)
+        self._tries = max(self._tries - 1, 0)
         self._drafted = best > 0
         self._account = account - verifying(best) if best else account  # drafting is charged as `spent`
         return self._lengths(offers, tokens[:best])

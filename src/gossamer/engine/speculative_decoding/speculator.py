@@ -189,20 +189,24 @@ class Speculator:
             before = [(offer, main[:after], tokens) for offer, after, tokens in ways]
             self._under_way[seq.id] = _UnderWay(draft, before)
 
-    def verified(self, seq: Speculated, drafted: int, accepted: int) -> None:
-        """Takes in what became of a draft: `accepted` of its `drafted` tokens stand."""
+    def verified(
+        self, seq: Speculated, drafted: int, accepted: int, said: Sequence[int] | None = None
+    ) -> None:
+        """Takes in what became of a draft: `accepted` of its `drafted` tokens stand. said: those and the one
+        after them, before the sequence has them; None: they are its newest."""
         self.stats.drafts += 1
         self.stats.proposed += drafted
         self.stats.accepted += accepted
         under_way = self._under_way.pop(seq.id)
-        said = seq.output_ids[-accepted - 1 :]
+        length = seq.length if said is None else seq.length + len(said)
+        said = seq.output_ids[-accepted - 1 :] if said is None else said
         for offer, before, tokens in under_way.ways:
             if under_way.draft.parents is None:  # it may have been cut since
                 tokens = tokens[:drafted]
             right = _common([*before, *tokens], said)
             self._control.verified(offer, len(tokens), max(right - len(before), 0))
         if under_way.draft.parents is not None and isinstance(self._proposer, EagleHead):
-            self._proposer.took(seq, path_of(under_way.draft, said[:accepted]))
+            self._proposer.took(seq, length, path_of(under_way.draft, said[:accepted]))
 
     def forget(self, seq: Speculated) -> None:
         """Drops all there is of a sequence that ended or gave way."""
