@@ -150,8 +150,8 @@ class Guess(Speculator):
             draft = Draft(tokens, parents if tree else None)
             seq.draft = draft if seq.grammar is None else seq.grammar.prune(draft)
 
-    def verified(self, seq: Any, drafted: int, accepted: int) -> None:
-        assert 0 <= accepted <= drafted
+    def verified(self, seq: Any, drafted: int, accepted: int, said: Any) -> None:
+        assert 0 <= accepted <= drafted and len(said) == accepted + 1
 
     def forget(self, seq: Any) -> None:
         seq.draft = None

@@ -124,11 +124,13 @@ def _fit_draft(state: State, seq: Sequence, spare: int) -> int:
         state.grow(seq, seq.length + count)
     most = min(spare, seq.capacity - seq.length)
     if count > most:
-        if most < 1 or draft.parents is not None:
+        if most < 1:
             seq.draft = None
             return 0
-        del draft.tokens[most:]
         count = most
+        del draft.tokens[count:]  # what is left of a tree is one: parents come before their children
+        if draft.parents is not None:
+            del draft.parents[count:]
     return count
 
 
