@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from gossamer.config import ContinuousBatching, StaticBatching
+from gossamer.config import ContinuousBatching, PrefixCache, StaticBatching
 from gossamer.engine.batching import Batching
 from gossamer.engine.engine import Engine
 from gossamer.engine.step import StepPlan, StepResult
@@ -213,3 +215,21 @@ def test_stats_count_what_happened() -> None:
     stats = client.engine.stats()
     assert (stats.running, stats.waiting, stats.output_tokens, stats.preemptions) == (0, 0, 24, 0)
     assert stats.computed_tokens == 3 * (3 + 7)
+
+
+@pytest.mark.parametrize("wrong", [{"priority": 10**400}, {"priority": 0.5}, {"cache_salt": "\ud800"}])
+def test_a_priority_or_salt_that_cannot_be_is_refused(wrong: Any) -> None:
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        request("wrong", **wrong)
+
+
+def test_what_cannot_be_submitted_leaves_nothing() -> None:
+    def broken() -> Any:
+        raise OSError("no grammar")
+
+    client = Client(make(prefix_cache=PrefixCache()))
+    with pytest.raises(OSError, match="no grammar"):
+        client.engine.submit(request("a", n=3, grammar=broken))
+    assert not client.engine.has_work()
+    client.engine.check()
+    assert len(client.run(request("a"))["a", 0].tokens) == 8

@@ -158,7 +158,7 @@ class Engine:
             )
         limit = self._context if params.max_tokens is None else min(self._context, prompt + params.max_tokens)
         seed = fresh_seed() if params.seed is None else params.seed
-        live = self._live[request.id] = Live(request, end_ids(request, state.limits.vocab), self._clock())
+        live = Live(request, end_ids(request, state.limits.vocab), self._clock())
         place = state.turns.take(request, limit - prompt)
         salt = self._salt(request)
         for index in range(params.n):
@@ -174,6 +174,9 @@ class Engine:
             )
             self._sequences += 1
             live.sequences.append(seq)
+        # All that may fail is done: what is refused leaves nothing here.
+        self._live[request.id] = live
+        for seq in live.sequences:
             state.enqueue(seq)
         self._arrivals += 1
 

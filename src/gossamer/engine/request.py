@@ -297,7 +297,7 @@ class Request:
 
     eos_ids end the output unless ignore_eos. priority: lower runs first. tenant: whose it is; tenants share
     the machine evenly. cache_salt: requests of other salts share no keys and values with it. grammar: makes
-    what restrains each output.
+    what restrains each output. Raises RequestError for a priority beyond 32 bits or a salt that is no text.
     """
 
     id: str
@@ -308,6 +308,13 @@ class Request:
     tenant: str = ""
     cache_salt: str = ""
     grammar: GrammarFactory | None = None
+
+    def __post_init__(self) -> None:
+        _whole("priority", self.priority, -(2**31), 2**31 - 1)
+        try:
+            self.cache_salt.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise RequestError(f"cache_salt {_short(self.cache_salt)} is not text") from None
 
 
 @dataclass(frozen=True, slots=True)
