@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gossamer.config import ContinuousBatching
 from gossamer.engine.engine import Engine
+from gossamer.engine.waiting import _REMEMBERED, Turns
 from tests.engine.serving import Client, make, request
 
 
@@ -70,3 +71,27 @@ def test_whoever_was_idle_gets_no_credit_for_it() -> None:
     found = order(engine)
     turns = [name[0] for name in found if name not in ("a0", "a1", "a2", "a3", "a4", "a5")]
     assert turns[:6] != ["b"] * 4 + ["a"] * 2
+
+
+def test_a_lower_priority_ages_while_every_request_is_another_tenants() -> None:
+    engine = one_at_a_time(ageing=50)
+    client = Client(engine)
+    engine.submit(request("low", priority=1, tenant="low"))
+    for i in range(400):
+        while len(engine._state.waiting) < 4:
+            engine.submit(request(f"high{i}-{len(engine._state.waiting)}", tenant=f"{i}"))
+        client.step()
+        if ("low", 0) in client.got and client.got["low", 0].reason:
+            break
+    else:
+        raise AssertionError("it starves")
+
+
+def test_tenants_that_come_but_once_are_forgotten() -> None:
+    for max_tokens in (1, 100):
+        turns = Turns(0)
+        places = [
+            turns.take(request(str(i), tenant=str(i), max_tokens=max_tokens), max_tokens)
+            for i in range(20_000)
+        ]
+        assert len(turns._finish) <= _REMEMBERED and places == sorted(places)

@@ -420,7 +420,7 @@ class Engine:
         if self._speculator is not None:
             self._speculator.forget(seq)
         self._policy.finished(self._state, seq)
-        self._state.turns.ended(len(seq.output_ids))
+        self._state.turns.ended(seq.live.request, seq.rank[0], len(seq.output_ids))
         live = seq.live
         live.unfinished -= 1
         if not live.unfinished:

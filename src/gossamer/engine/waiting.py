@@ -69,7 +69,7 @@ class Turns:
 
     def __init__(self, ageing: int) -> None:
         self._ageing = ageing
-        self._now = 0.0  # the start of the newest to be admitted
+        self._now = 0.0  # the start of the newest to be admitted, or the end of what has been served
         self._finish: dict[str, float] = {}
         self._output = float(_EXPECTED)
 
@@ -78,7 +78,7 @@ class Turns:
         start = max(self._now, self._finish.get(request.tenant, 0.0))
         cost = len(request.prompt_ids) + request.params.n * min(most, self._output)
         if len(self._finish) >= _REMEMBERED:
-            self._finish = {name: end for name, end in self._finish.items() if end > self._now}
+            self._forget()
         self._finish[request.tenant] = start + cost
         return start + request.priority * self._ageing
 
@@ -86,6 +86,16 @@ class Turns:
         """It is no more in line."""
         self._now = max(self._now, place - request.priority * self._ageing)
 
-    def ended(self, tokens: int) -> None:
-        """An output had so many tokens: what to expect of others."""
+    def ended(self, request: Request, place: float, tokens: int) -> None:
+        """An output had so many tokens: what to expect of others, and service that the line has moved by.
+        Where every tenant comes but once, nothing else moves it, and no priority would age."""
+        if tokens:
+            served = len(request.prompt_ids) + min(tokens, self._output)
+            self.admitted(request, place + served)
         self._output += (tokens - self._output) / 16
+
+    def _forget(self) -> None:
+        """Drops the tenants that the line has passed; half of all at least, for which it moves on."""
+        ends = sorted(self._finish.values())
+        self._now = max(self._now, ends[len(ends) // 2])
+        self._finish = {name: end for name, end in self._finish.items() if end > self._now}
