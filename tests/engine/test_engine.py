@@ -233,3 +233,26 @@ def test_what_cannot_be_submitted_leaves_nothing() -> None:
     assert not client.engine.has_work()
     client.engine.check()
     assert len(client.run(request("a"))["a", 0].tokens) == 8
+
+
+def test_slots_are_counted_once_whoever_shares_them() -> None:
+    engine = make(
+        windows=(None, 20), pages=(40, 40), prefix_cache=PrefixCache(), max_tokens=16, max_num_seqs=5
+    )
+    client = Client(engine)
+    for i in range(4):
+        engine.submit(request(f"{i}", [*range(36), i], n=2, max_tokens=40))
+    shared = False
+    while engine.has_work():
+        client.step()
+        slots: dict[tuple[int, int], int] = {}
+        held = 0
+        for seq in engine._state.running:
+            for group, table in enumerate(seq.tables):
+                for i, page in enumerate(table):
+                    if page >= 0:
+                        held += 1
+                        slots[group, page] = min(max(seq.computed - 16 * i, 0), 16)
+        shared |= held > len(slots)
+        assert engine.stats().kv_filled == (sum(slots.values()) / (16 * len(slots)) if slots else 1.0)
+    assert shared

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from gossamer.config import PrefixCache
 from gossamer.engine.batching import Batching, policy_of
 from gossamer.engine.batching.budget import Budget, FixedBudget
-from gossamer.engine.pages import RELEASED, IntegrityError
+from gossamer.engine.pages import IntegrityError
 from gossamer.engine.request import FinishReason, Request, TokenLogprob
 from gossamer.engine.sampling import check_ids, end_ids, fresh_seed, sequence_seed
 from gossamer.engine.sequence import Live, Sequence
@@ -457,17 +457,13 @@ class Engine:
         )
 
     def _slots(self) -> tuple[int, int]:
-        """Slots in the pages that running sequences hold, each page once, and those with keys and values."""
-        size = self._state.kv.page_size
-        held: set[tuple[int, int]] = set()
-        filled = 0
-        for seq in self._state.running:
-            for group, table in enumerate(seq.tables):
-                for i, page in enumerate(table):
-                    if page != RELEASED and (group, page) not in held:
-                        held.add((group, page))
-                        filled += min(max(seq.computed - i * size, 0), size)
-        return len(held) * size, filled
+        """Slots in the pages that running sequences hold, each page once, and those with keys and values.
+        Cheap: whatever a page's holders, its empty slots are one sequence's alone (see State.check)."""
+        state = self._state
+        size = state.kv.page_size
+        held = sum(pool.size - pool.available for pool in state.kv.pools) * size
+        empty = sum(len(table) * size - seq.computed for seq in state.running for table in seq.tables)
+        return held, held - empty
 
     def check(self) -> None:
         """Proves the engine's integrity: every page counted once per holder, none leaked, tables long
