@@ -11,6 +11,7 @@ from gossamer.engine.step import StepPlan, StepResult
 from gossamer.errors import ConfigError, ContextLengthError, MemoryBudgetError, RequestError
 from gossamer.runtime.null import NullExecutor, end_after
 from tests.engine.serving import VOCAB, Client, alone, limits, make, request
+from tests.engine.test_exactness import Guess
 
 EVERY = [
     ContinuousBatching(),
@@ -256,3 +257,23 @@ def test_slots_are_counted_once_whoever_shares_them() -> None:
         shared |= held > len(slots)
         assert engine.stats().kv_filled == (sum(slots.values()) / (16 * len(slots)) if slots else 1.0)
     assert shared
+
+
+def test_a_failing_draft_loses_nobodys_last_update() -> None:
+    class Drafts(Guess):
+        def draft(self, state: Any) -> None:
+            if state.running:
+                raise OSError("no draft")
+
+    client = Client(Engine(Failing("collect", 1), batching=ContinuousBatching(), max_num_seqs=2))
+    for id in "abc":
+        client.engine.submit(request(id, [1, 2, 3, 4]))
+    with pytest.raises(OSError, match="gone"):
+        client.step()
+    state = client.engine._state
+    state.start(state.waiting.pop(), 4)
+    client.engine._speculator = Drafts(client.engine, {}, 0)
+    with pytest.raises(OSError, match="no draft"):
+        client.step()
+    client.engine._speculator = None
+    assert client.run()["a", 0].reason == "error"

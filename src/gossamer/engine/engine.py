@@ -216,8 +216,8 @@ class Engine:
         Raises what the executor raises; the sequences of that step have then failed (their updates come
         with the next call), all others go on.
         """
-        updates, self._undelivered = self._undelivered, []
         if not self._live:
+            updates, self._undelivered = self._undelivered, []
             return updates
         state = self._state
         began = state.now = self._clock()
@@ -228,6 +228,7 @@ class Engine:
             seq = state.gave_way.pop()
             if self._speculator is not None:
                 self._speculator.forget(seq)
+        updates, self._undelivered = self._undelivered, []  # not before: a draft may fail too
         if not plan.spans:
             if not state.running and not self._budget.admits(state):
                 time.sleep(_WINDOW)
