@@ -21,6 +21,7 @@ VERBS = (
     "bench shapes",
     "bench trace",
     "bench prefix",
+    "bench dynamic",
     "bench speculation",
     "probe",
     "graph",

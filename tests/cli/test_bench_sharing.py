@@ -20,6 +20,16 @@ def test_prefix(cli: Cli, stories: Path, tmp_path: Path) -> None:
         assert words in out
 
 
+def test_workloads_are_cut_to_what_the_model_serves(cli: Cli, stories: Path) -> None:
+    once = ("--num-prompts", 2, "--rounds", 1)
+    whole = cli("bench", "prefix", stories, *once)
+    assert "354 tokens in" in whole.err and "--input-len 354 instead of 1024" in whole.err
+    assert cli("bench", "prefix", stories, "-c", 256, *once, "--json").json["input_len"] == 170
+    speculative = ("--speculative-config", '{"method": "ngram"}', "--output-len", 8)
+    assert "--input-len 504 instead of 512" in cli("bench", "speculation", stories, *speculative, *once).err
+    assert "instead of" not in cli("bench", "prefix", stories, *once, "--input-len", 100).err
+
+
 @pytest.mark.parametrize(
     ("verb", "flags", "words"),
     [

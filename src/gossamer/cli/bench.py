@@ -12,7 +12,7 @@ from gossamer.cli.bench_prefix import prefix
 from gossamer.cli.bench_speculation import speculation
 from gossamer.cli.bench_trace import trace
 from gossamer.cli.engine_flags import EngineFlags
-from gossamer.cli.models import model_context
+from gossamer.cli.models import fitting_input_len, model_context, say_input_len, served_context
 from gossamer.cli.options import flag, verb
 from gossamer.cli.show import emit_json, memory_table, show_start, stderr
 from gossamer.errors import ConfigError
@@ -304,8 +304,14 @@ def dynamic(
         int, flag("--num-prompts", panel=_WORK, metavar="N", help="Requests of a load; a third if long.")
     ] = 120,
     input_len: Annotated[
-        int, flag("--input-len", panel=_WORK, help="Mean prompt tokens; long prompts have six times as many.")
-    ] = 160,
+        int | None,
+        flag(
+            "--input-len",
+            panel=_WORK,
+            help="Mean prompt tokens; long prompts have six times as many. 160, or what the model serves, if "
+            "not given.",
+        ),
+    ] = None,
     output_len: Annotated[int, flag("--output-len", panel=_WORK, help="Mean output tokens.")] = 80,
     request_rate: Annotated[
         float,
@@ -328,17 +334,26 @@ def dynamic(
         raise ConfigError(f"request rate {request_rate} is not in (0, 10] times what is served")
     if engine.itl_goal_ms is None:
         raise ConfigError("there is nothing to hold against fixed budgets without a goal; give --itl-goal-ms")
-    loads = loads_of(load or LOADS, num_prompts, input_len, output_len, seed)
-    longest = max(prompt + output for each in loads for prompt, output in each.lengths)
-    if longest > (context := model_context(engine)):
+
+    def longest_of(count: int) -> int:
+        loads = loads_of(load or LOADS, num_prompts, count, output_len, seed)
+        return max(prompt + output for each in loads for prompt, output in each.lengths)
+
+    context = served_context(engine)
+    given = input_len
+    if input_len is None:
+        input_len = fitting_input_len(160, lambda count: longest_of(count) <= context)
+    if (longest := longest_of(input_len)) > context:
         raise ConfigError(
-            f"the longest request has {longest} tokens, this model serves {context}; lower --input-len or "
+            f"the longest request has {longest} tokens, and {context} are served; lower --input-len or "
             "--output-len, or choose another --load"
         )
+    loads = loads_of(load or LOADS, num_prompts, input_len, output_len, seed)
     config = engine.config(max_model_len=longest)
     with loading_bar(sys.stderr.isatty()) as loading:
         started = start(config, loading)
     show_start(started)
+    say_input_len(given, input_len, 160)
     with status_line(sys.stderr.isatty()) as progress:
         report = bench_dynamic(started, loads, num_iters, rate=request_rate, seed=seed, progress=progress)
     if json:

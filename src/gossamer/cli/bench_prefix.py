@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from gossamer.cli.engine_flags import EngineFlags
-from gossamer.cli.models import model_context
+from gossamer.cli.models import fitting_input_len, say_input_len, served_context
 from gossamer.cli.options import flag
 from gossamer.cli.show import emit_json, show_start, stderr
 from gossamer.errors import ConfigError
@@ -21,8 +21,14 @@ _LABELS = {"chat": "turns of chats", "few-shot": "few-shot prompts", "nothing": 
 def prefix(
     engine: EngineFlags,
     input_len: Annotated[
-        int, flag("--input-len", panel=_WORK, help="Tokens of a prompt (of a chat: of its second turn).")
-    ] = 1024,
+        int | None,
+        flag(
+            "--input-len",
+            panel=_WORK,
+            help="Tokens of a prompt (of a chat: of its second turn); 1024, or what the model serves, if not "
+            "given.",
+        ),
+    ] = None,
     output_len: Annotated[int, flag("--output-len", panel=_WORK, help="Tokens of each answer.")] = 16,
     shared: Annotated[
         float, flag("--shared", panel=_WORK, metavar="PART", help="Part of a prompt that others began with.")
@@ -47,19 +53,28 @@ def prefix(
     from gossamer.runtime.start import start
     from gossamer.text_engine import TextEngine
 
-    work = PrefixWork(
-        input_len=input_len,
-        output_len=output_len,
-        requests=num_prompts,
-        turns=turns,
-        shared=shared,
-        rounds=rounds,
-        seed=seed,
-    )
-    context = model_context(engine)
+    def work_of(count: int) -> PrefixWork:
+        return PrefixWork(
+            input_len=count,
+            output_len=output_len,
+            requests=num_prompts,
+            turns=turns,
+            shared=shared,
+            rounds=rounds,
+            seed=seed,
+        )
+
+    def fits(count: int) -> bool:
+        try:
+            return work_of(count).longest <= context
+        except ConfigError:
+            return False
+
+    context = served_context(engine)
+    work = work_of(fitting_input_len(1024, fits) if input_len is None else input_len)
     if work.longest > context:
         raise ConfigError(
-            f"the longest conversation has {work.longest} tokens, this model serves {context}; "
+            f"the longest conversation has {work.longest} tokens, and {context} are served; "
             "lower --input-len or --turns"
         )
     config = engine.config(max_model_len=work.longest, max_num_seqs=2 * max(8, -(-num_prompts // turns)))
@@ -68,6 +83,7 @@ def prefix(
     with loading_bar(sys.stderr.isatty()) as loading:
         started = start(config, loading)
     show_start(started)
+    say_input_len(input_len, work.input_len, 1024)
     ids = None if said is None else TextEngine(started).encode(said, add_special_tokens=False)
     with status_line(sys.stderr.isatty()) as progress:
         report = bench_prefix(started, work, ids, progress=progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gossamer.cli.bench_prefix import read_text
 from gossamer.cli.engine_flags import EngineFlags
-from gossamer.cli.models import model_context
+from gossamer.cli.models import fitting_input_len, say_input_len, served_context
 from gossamer.cli.options import flag
 from gossamer.cli.show import emit_json, show_start
 from gossamer.errors import ConfigError
@@ -48,7 +48,14 @@ def speculation(
     num_prompts: Annotated[
         int, flag("--num-prompts", panel=_WORK, metavar="N", help="Requests of each workload in a round.")
     ] = 4,
-    input_len: Annotated[int, flag("--input-len", panel=_WORK, help="Most tokens of a prompt.")] = 512,
+    input_len: Annotated[
+        int | None,
+        flag(
+            "--input-len",
+            panel=_WORK,
+            help="Most tokens of a prompt; 512, or what the model serves, if not given.",
+        ),
+    ] = None,
     output_len: Annotated[
         int, flag("--output-len", panel=_WORK, help="Most tokens of a continuation.")
     ] = 128,
@@ -73,13 +80,17 @@ def speculation(
     for name, value in (("--num-prompts", num_prompts), ("--rounds", rounds)):
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1")
+    context = served_context(engine)
+    given = input_len
+    if input_len is None:
+        input_len = fitting_input_len(512, lambda count: 2 <= count <= context - output_len)
     if input_len < 2 or output_len < 2:
         raise ConfigError(f"--input-len {input_len} and --output-len {output_len} must be at least 2")
     longest = input_len + output_len
-    if longest > model_context(engine):
+    if longest > context:
         raise ConfigError(
-            f"--input-len {input_len} + --output-len {output_len} = {longest} tokens, but this model serves "
-            f"{model_context(engine)}; lower one of them"
+            f"--input-len {input_len} + --output-len {output_len} = {longest} tokens, and {context} are "
+            "served; lower one of them"
         )
     config = engine.config(max_model_len=longest, max_num_seqs=1)
     check_speculation(config)
@@ -97,6 +108,7 @@ def speculation(
     with loading_bar(sys.stderr.isatty()) as loading:
         started = start(config, loading)
     show_start(started)
+    say_input_len(given, input_len, 512)
     with status_line(sys.stderr.isatty()) as progress:
         report = bench_speculation(started, workloads, rounds, progress=progress)
     if json:

@@ -111,8 +111,8 @@ class EngineFlags:
     speculative_config: Annotated[str | None, flag(
         "--speculative-config", panel=_BATCHING, metavar="JSON",
         help="Guess tokens and verify them together: "
-        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4} or '
-        '{"method": "draft_model", "model": MODEL}.')] = None
+        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}, '
+        '{"method": "draft_model", "model": MODEL}, or {"method": "eagle"} with a trained head.')] = None
     itl_goal_ms: Annotated[float | None, flag(
         "--itl-goal-ms", panel=_BATCHING, metavar="MS",
         help="Time between a request's tokens that 95 % of them should not exceed: steps and sequences adapt "
