@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gossamer import LLM, SamplingParams
+from gossamer.config import DynamicBatching, PrefixCache, StaticBatching
 from gossamer.errors import ConfigError, ContextLengthError, RequestError
 from gossamer.llm import engine_config
 
@@ -61,6 +62,40 @@ def test_numpy_arrays_are_prompts(llm: LLM, prompts: Any) -> None:
 def test_options_of_wrong_types_are_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         engine_config(**({"model": "anything"} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"enable_prefix_cache": False}, "did you mean 'enable_prefix_caching'"),
+        ({"tensor_parallel_size": 2}, "no option 'tensor_parallel_size'; help"),
+        ({"swap_bytes": "1GiB"}, "'1GiB'; a whole number of bytes"),
+        ({"enable_prefix_caching": None}, "True or False"),
+        (
+            {"prefix_cache": False},
+            r"prefix_cache is False; gossamer.config.PrefixCache\(...\) turns it on, None off",
+        ),
+        ({"static_batching": "ragged"}, "static_batching is 'ragged'"),
+        ({"dynamic_batching": 20}, "dynamic_batching is 20"),
+        ({"itl_goal_ms": "20"}, "itl_goal_ms '20' must be a number of milliseconds"),
+        ({"itl_goal_ms": 5, "dynamic_batching": DynamicBatching(max_wait_ms=1)}, "there or alone"),
+        ({"enable_prefix_caching": False, "prefix_cache": PrefixCache()}, "leave one out"),
+        ({"static_batching": StaticBatching(), "preempt_by": "swap"}, "preempt_by belong to continuous"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_say_what_would_work(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        engine_config("gossamer/pocket", **options)
+
+
+def test_the_flags_of_techniques_are_options() -> None:
+    config = engine_config(
+        "gossamer/pocket", enable_prefix_caching=False, itl_goal_ms=20, max_wait_ms=5, swap_bytes=1 << 20
+    )
+    assert config.prefix_cache is None and config.max_num_seqs == 256
+    assert config.dynamic_batching == DynamicBatching(itl_goal_ms=20, max_wait_ms=5)
+    assert config.paged_attention is not None and config.paged_attention.swap_bytes == 1 << 20
 
 
 def test_threads_that_share_a_model_take_turns(llm: LLM) -> None:

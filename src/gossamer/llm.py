@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
@@ -39,6 +42,7 @@ _COUNTS = {
     "threads", "page_size", "prefill_chunk", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "kv_bytes", "memory_budget", "weight_cache_limit", "swap_bytes",
 }  # fmt: skip
+_BYTES = {"kv_bytes", "memory_budget", "weight_cache_limit", "swap_bytes"}
 _NEEDED = {
     "model", "dtype", "kv_cache_dtype", "page_size", "max_num_seqs", "max_num_batched_tokens",
 }  # fmt: skip
@@ -58,7 +62,10 @@ def engine_config(
     swap_directory: str | None = None,
     prefill_chunk: int | None = None,
     preempt_by: str | None = None,
+    enable_prefix_caching: bool = True,
     speculative_config: str | Mapping[str, Any] | None = None,
+    itl_goal_ms: float | None = None,
+    max_wait_ms: float | None = None,
     **options: Any,
 ) -> EngineConfig:
     """An EngineConfig from the names people type.
@@ -71,9 +78,9 @@ def engine_config(
     cut layers into tiles at the first start; swap_bytes: size of a file in swap_directory for KV pages of
     sequences that had to make room; speculative_config: {"method": "ngram", "num_speculative_tokens": 4,
     "prompt_lookup_max": 4}, or {"method": "draft_model", "model": ...}, as a mapping or as JSON (see
-    SpeculativeDecoding); the rest are fields of EngineConfig (whose max_num_seqs and max_num_batched_tokens
-    are 256 and 1024 where dynamic_batching has a goal). Raises ConfigError for anything else, and
-    CheckpointError where config.json cannot be read.
+    SpeculativeDecoding); itl_goal_ms and max_wait_ms: those of DynamicBatching; the rest are fields of
+    EngineConfig (whose max_num_seqs and max_num_batched_tokens are 256 and 1024 where there is an
+    itl_goal_ms). Raises ConfigError for anything else, and CheckpointError where config.json cannot be read.
     """
     half = None
     model = str(model) if isinstance(model, os.PathLike) else model
@@ -83,6 +90,21 @@ def engine_config(
         | {"preempt_by": preempt_by, "swap_bytes": swap_bytes, "swap_directory": swap_directory}
         | options
     )
+    _check_names(options)
+    if not isinstance(enable_prefix_caching, bool):
+        raise ConfigError(f"enable_prefix_caching is {enable_prefix_caching!r}; True or False is right")
+    if not enable_prefix_caching:
+        if options.get("prefix_cache") is not None:
+            raise ConfigError("prefix_cache turns on what enable_prefix_caching turns off; leave one out")
+        options["prefix_cache"] = None
+    if itl_goal_ms is not None or max_wait_ms is not None:
+        if options.get("dynamic_batching") is not None:
+            raise ConfigError("dynamic_batching holds itl_goal_ms and max_wait_ms; give them there or alone")
+        options["dynamic_batching"] = DynamicBatching(itl_goal_ms=itl_goal_ms, max_wait_ms=max_wait_ms)
+    if options.get("static_batching") is not None and (prefill_chunk, preempt_by) != (None, None):
+        raise ConfigError(
+            "prefill_chunk and preempt_by belong to continuous batching; leave them or static_batching out"
+        )
     if dtype != "auto" and dtype not in FLOATS:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     if quantization is not None and FLOATS.get(dtype):
@@ -122,10 +144,18 @@ def engine_config(
     dynamic = options.get("dynamic_batching")
     if isinstance(dynamic, DynamicBatching) and dynamic.itl_goal_ms is not None:
         defaults |= GOAL_LIMITS
-    try:
-        return EngineConfig(model=model, **(defaults | options))
-    except TypeError as error:
-        raise ConfigError(f"{error}".replace("EngineConfig.__init__()", "the engine")) from None
+    return EngineConfig(model=model, **(defaults | options))
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(EngineConfig)}
+    for name in options.keys() - known:
+        parameters = inspect.signature(engine_config).parameters
+        near = get_close_matches(name, sorted(known | parameters.keys() - {"options"}), 1)
+        raise ConfigError(
+            f"there is no option {name!r}; "
+            + (f"did you mean {near[0]!r}?" if near else "help(gossamer.llm.engine_config) lists them")
+        )
 
 
 def _check_types(given: Mapping[str, Any]) -> None:
@@ -135,7 +165,8 @@ def _check_types(given: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, str if name in _TEXTS else int):
             raise ConfigError(
-                f"{name} is {value!r}; a {'text' if name in _TEXTS else 'whole number'} is right"
+                f"{name} is {value!r}; a {'text' if name in _TEXTS else 'whole number'}"
+                f"{' of bytes' if name in _BYTES else ''} is right"
             )
 
 

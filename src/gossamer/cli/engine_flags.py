@@ -140,7 +140,6 @@ class EngineFlags:
     def config(self, **suggested: Any) -> EngineConfig:
         """The engine's configuration. suggested: max_model_len, max_num_seqs or max_num_batched_tokens for
         where the user said nothing, or model. Raises GossamerError for values that cannot be."""
-        from gossamer.config import DynamicBatching
         from gossamer.config.weight_formats import parse_pair
         from gossamer.llm import engine_config
 
@@ -163,8 +162,6 @@ class EngineFlags:
             given = getattr(self, name)
             if given is not None or suggested.get(name) is not None:
                 options[name] = suggested[name] if given is None else given
-        if not self.enable_prefix_caching:
-            options["prefix_cache"] = None
         if self.no_paged_attention:
             options["paged_attention"] = None
         if self.no_memory_reuse:
@@ -176,10 +173,6 @@ class EngineFlags:
             raise ConfigError(
                 "--length-buckets shapes static batches, continuous ones have no use for like lengths; add "
                 "--static-batching ragged or padded, or leave it out"
-            )
-        if self.itl_goal_ms is not None or self.max_wait_ms is not None:
-            options["dynamic_batching"] = DynamicBatching(
-                itl_goal_ms=self.itl_goal_ms, max_wait_ms=self.max_wait_ms
             )
         return engine_config(
             model,
@@ -194,6 +187,9 @@ class EngineFlags:
             speculative_config=self.speculative_config,
             prefill_chunk=self.prefill_chunk,
             preempt_by=self.preempt_by,
+            enable_prefix_caching=self.enable_prefix_caching,
+            itl_goal_ms=self.itl_goal_ms,
+            max_wait_ms=self.max_wait_ms,
             isa=self.isa,
             autotune=not self.no_autotune,
             threads=self.threads,

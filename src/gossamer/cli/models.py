@@ -27,8 +27,8 @@ def served_context(flags: EngineFlags) -> int:
 
 
 def fitting_input_len(usual: int, fits: Callable[[int], bool]) -> int:
-    """The --input-len of a workload where none was given: the most up to the usual one that fits. Where nothing
-    does, the usual one, whose refusal names the flags."""
+    """The --input-len of a workload where none was given: the most up to the usual one that fits. Where
+    nothing does, the usual one, whose refusal names the flags."""
     return next((count for count in range(usual, 0, -1) if fits(count)), usual)
 
 

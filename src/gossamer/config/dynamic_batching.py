@@ -22,7 +22,8 @@ class DynamicBatching:
 
     def __post_init__(self) -> None:
         for name, value in (("itl_goal_ms", self.itl_goal_ms), ("max_wait_ms", self.max_wait_ms)):
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} {value} must be a number of milliseconds above 0")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
+                raise ConfigError(f"{name} {value!r} must be a number of milliseconds above 0")
         if self.itl_goal_ms is None and self.max_wait_ms is None:
             raise ConfigError("dynamic batching needs something to adapt to: itl_goal_ms or max_wait_ms")

@@ -24,6 +24,13 @@ from gossamer.errors import ConfigError
 BackendName = Literal["cpu", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVType = Literal["f32", "f16", "bf16", "int8", "int4"]
+_TECHNIQUES: dict[str, type] = {
+    "quantization": Quantization, "mixed_precision": MixedPrecision, "operator_fusion": OperatorFusion,
+    "layer_fusion": LayerFusion, "paged_attention": PagedAttention, "prefix_cache": PrefixCache,
+    "memory_reuse": MemoryReuse, "hardware_kernels": HardwareKernels, "parallel_computing": ParallelComputing,
+    "continuous_batching": ContinuousBatching, "static_batching": StaticBatching,
+    "speculative_decoding": SpeculativeDecoding, "dynamic_batching": DynamicBatching,
+}  # fmt: skip
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
 
@@ -80,6 +87,12 @@ class EngineConfig:
     have free, which is what None means."""
 
     def __post_init__(self) -> None:
+        for name, technique in _TECHNIQUES.items():
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, technique):
+                raise ConfigError(
+                    f"{name} is {given!r}; gossamer.config.{technique.__name__}(...) turns it on, None off"
+                )
         for name, value, allowed in (
             ("backend", self.backend, get_args(BackendName)),
             ("load format", self.load_format, get_args(LoadFormat)),
