@@ -122,6 +122,8 @@ def test_formats_are_shown_alone(cli: Cli, stories: Path, flags: tuple[str, ...]
         (("--json-schema", "/does/not/exist.json"), "give a file or the text itself"),
         (("--json-schema", "{3}"), "not a JSON schema"),
         (("--grammar", "start: ("), "grammar cannot be used"),
+        (("--regex", "("), "regex parse error: unclosed group"),
+        (("--json-schema", "{bad"), "double quotes: line 1 column 2"),
         (("--max-tokens", "0"), "max_tokens"),
         (("--max-model-len", "4"), "context holds 4"),
         (("--max-model-len", "0"), "max_model_len"),

@@ -401,7 +401,7 @@ def test_a_mapping_will_do() -> None:
     params = SamplingParams(structured_outputs={"choice": ["a", "b", "a"]})  # type: ignore[arg-type]
     assert params.structured_outputs == StructuredOutputs(choice=("a", "b"))
     assert StructuredOutputs(json={"type": "null"}).json == '{"type": "null"}'
-    with pytest.raises(RequestError, match="unknown key"):
+    with pytest.raises(RequestError, match="unknown key; known: json, regex, choice"):
         SamplingParams(structured_outputs={"whitespace_pattern": " "})  # type: ignore[arg-type]
 
 

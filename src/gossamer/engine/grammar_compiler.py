@@ -294,7 +294,10 @@ def _source(wanted: StructuredOutputs) -> str:
 
 def _first_line(error: str) -> str:
     """llguidance's message in one line of bounded length."""
-    line = (error.strip().splitlines() or [""])[0]
+    lines = error.strip().splitlines() or [""]
+    line = lines[0]
+    if line.endswith(":"):  # what is wrong with an expression stands below a picture of it
+        line += next((below.removeprefix("error:") for below in lines if below.startswith("error:")), "")
     if line.startswith("NoExtension"):
         return "it matches no text"
     return line if len(line) <= 200 else line[:197] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +105,7 @@ def _schema(value: str | Mapping[str, Any]) -> str:
                     f"structured_outputs: an enum has {len(each)} values; at most {MAX_CHOICES} are allowed"
                 )
     except (TypeError, ValueError, RecursionError) as cause:
-        raise RequestError(f"structured_outputs: json is not a JSON schema ({_short(str(cause))})") from None
+        raise RequestError(f"structured_outputs: json is not a JSON schema ({str(cause)[:200]})") from None
     return text
 
 
@@ -197,7 +197,10 @@ class SamplingParams:
             try:
                 self._set("structured_outputs", StructuredOutputs(**wanted))
             except TypeError:
-                raise RequestError(f"structured_outputs {_short(wanted)} has an unknown key") from None
+                known = ", ".join(each.name for each in fields(StructuredOutputs))
+                raise RequestError(
+                    f"structured_outputs {_short(wanted)} has an unknown key; known: {known}"
+                ) from None
         elif wanted is not None and not isinstance(wanted, StructuredOutputs):
             raise RequestError(f"structured_outputs {_short(wanted)} is not a StructuredOutputs")
 
