@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+try:
+    import torch
+except ImportError:
+    print("gossamer: training needs torch; install it with: pip install 'gossamer[torch]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.safetensors import Checkpoint
