@@ -28,25 +28,8 @@ from gossamer.config import (
 from gossamer.engine.engine import Engine
 from gossamer.engine.request import Request, SamplingParams
 from gossamer.runtime.start import start
+from tests.exactness.models import CONFIG
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "vocab_size": 300,
-    "max_position_embeddings": 512,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "sliding_window": 40,
-    "use_sliding_window": True,
-    "max_window_layers": 1,
-}
 FORMATS = ("f32", "bf16", "f16", "int8", "int8-g16", "int4", "uint4", "nf4")
 
 

@@ -10,7 +10,7 @@ from gossamer.engine.step import Executor, ExecutorLimits, Handle, HeadExecutor,
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine, TextUpdate
 
-__all__ = ["RecordingExecutor", "Step", "recording", "run_step"]
+__all__ = ["Before", "RecordingExecutor", "Step", "recording", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,11 @@ class Step:
     decode: bool
 
 
-class RecordingExecutor:
-    """Passes steps through to another executor and keeps the sizes and times of the newest.
-
-    kv_usage: where set, asked at every step, when all its pages are held; kv_peak is the largest answer.
-    """
+class Before:
+    """What stands before another executor and says of itself what that one says."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._sizes: dict[Handle, tuple[int, tuple[int, ...], bool]] = {}
-        self.newest: tuple[int, tuple[int, ...], bool, float] | None = None
-        self.kv_usage: Callable[[], float] | None = None
-        self.kv_peak = 0.0
 
     @property
     def limits(self) -> ExecutorLimits:
@@ -53,6 +46,24 @@ class RecordingExecutor:
         """Those of the head's executor below, which alone is asked."""
         assert isinstance(self._executor, HeadExecutor)
         return self._executor.feature_slots(sequence)
+
+    def close(self) -> None:
+        """Closes the executor below."""
+        self._executor.close()
+
+
+class RecordingExecutor(Before):
+    """Passes steps through to another executor and keeps the sizes and times of the newest.
+
+    kv_usage: where set, asked at every step, when all its pages are held; kv_peak is the largest answer.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self._sizes: dict[Handle, tuple[int, tuple[int, ...], bool]] = {}
+        self.newest: tuple[int, tuple[int, ...], bool, float] | None = None
+        self.kv_usage: Callable[[], float] | None = None
+        self.kv_peak = 0.0
 
     def submit(self, plan: StepPlan) -> Handle:
         """Notes the plan's size (its lists are live) and passes it on."""
@@ -73,10 +84,6 @@ class RecordingExecutor:
         result = self._executor.collect(handle)
         self.newest = (*self._sizes.pop(handle), result.seconds)
         return result
-
-    def close(self) -> None:
-        """Closes the executor below."""
-        self._executor.close()
 
 
 def recording(started: Started) -> tuple[TextEngine, RecordingExecutor]:

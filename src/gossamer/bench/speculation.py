@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gossamer.bench.measure import RecordingExecutor, run_step
+from gossamer.bench.measure import Before, RecordingExecutor, run_step
 from gossamer.bench.memory import memory_figures
 from gossamer.bench.workload import uncached
 from gossamer.checkpoint.tokenizer import Tokenizer
@@ -23,9 +23,7 @@ from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import (
     Executor,
-    ExecutorLimits,
     Handle,
-    HeadExecutor,
     Sampling,
     Span,
     StepPlan,
@@ -59,7 +57,7 @@ class Pair:
     reference: tuple[int, ...]
 
 
-class ReplayExecutor:
+class ReplayExecutor(Before):
     """Passes steps of one sequence through and gives, for every sampled row whose path is the reference's so
     far, the reference's next token. Rows off its path keep what was sampled: nobody takes them.
 
@@ -67,25 +65,10 @@ class ReplayExecutor:
     """
 
     def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+        super().__init__(executor)
         self._forced: dict[Handle, list[dict[int, int]]] = {}
         self.reference: Sequence[int] = ()
         self.drafts = self.proposed = self.accepted = 0
-
-    @property
-    def limits(self) -> ExecutorLimits:
-        """Those of the executor below."""
-        return self._executor.limits
-
-    @property
-    def draft_limits(self) -> ExecutorLimits | None:
-        """Those of the draft below, if there is one."""
-        return self._executor.draft_limits
-
-    def feature_slots(self, sequence: int) -> range:
-        """Those of the head's executor below, which alone is asked."""
-        assert isinstance(self._executor, HeadExecutor)
-        return self._executor.feature_slots(sequence)
 
     def submit(self, plan: StepPlan) -> Handle:
         """Passes the step on, with the reference's tokens for its rows noted."""
@@ -103,10 +86,6 @@ class ReplayExecutor:
             for span, tokens in zip(result.rows, forced, strict=True)
         ]
         return replace(result, rows=rows)
-
-    def close(self) -> None:
-        """Closes the executor below."""
-        self._executor.close()
 
     def _next(self, span: Span) -> dict[int, int]:
         """Row (its number among the span's) -> the reference's token there."""

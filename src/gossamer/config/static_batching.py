@@ -10,8 +10,9 @@ class StaticBatching:
     """A batch is admitted whole and runs until its last request has finished.
 
     padded: prompts are padded to the batch's longest and finished rows keep computing (what a plain
-    `model.generate` does). False: ragged, no padding, finished rows are dropped. length_buckets: a batch
-    takes the first in line and those whose prompts are most like it in length, at most twice or half as long.
+    `model.generate` does; like it, it looks up no prefixes). False: ragged, no padding, finished rows are
+    dropped. length_buckets: a batch takes the first in line and those whose prompts are most like it in
+    length, at most twice or half as long.
     """
 
     padded: bool = False
