@@ -70,6 +70,11 @@ Activations activations_over(Format format, int32_t group, int64_t m, int64_t k,
 // Safe to call from several threads on disjoint ranges.
 void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* rows, int64_t n0, int64_t n1,
                void* data, void* scales, void* zeros);
+// The same from a matrix that is quantized already, rows [n0, n1) at `codes` (leading dimension k) as
+// checkpoint/codes.py describes them; its scales (and zeros) of ceil(k / group) groups, or of one, per row.
+void pack_codes(Format format, int32_t group, int64_t n, int64_t k, const int8_t* codes,
+                const float* from_scales, const uint8_t* from_zeros, int64_t n0, int64_t n1, void* data,
+                void* scales, void* zeros);
 
 // ---- KV pages ------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ namespace gossamer {
 namespace {
 
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes2 = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
 
@@ -86,6 +88,31 @@ void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, 
   pool.parallel(tiles, [&](int64_t tile, int) {
     const int64_t a = n0 + tile * step, b = std::min(n1, a + step);
     pack_rows(f, group, n, k, from + (a - n0) * k, a, b, data.data(), scales.data(), zeros.data());
+  });
+}
+
+void pack_from_codes(Pool& pool, int format, int group, int64_t n, int64_t k, Codes codes, Floats from_scales,
+                     Bytes2 from_zeros, int64_t n0, Bytes data, Bytes scales, Bytes zeros) {
+  const Format f = Format(format);
+  if (int64_t(codes.shape(1)) != k) throw nb::value_error("codes must be [rows, k]");
+  const int64_t rows = int64_t(codes.shape(0)), n1 = n0 + rows;
+  const int64_t groups = group > 0 ? (k + group - 1) / group : 1;
+  if (n0 % kPanel || n1 > n || (n1 % kPanel && n1 != n))
+    throw nb::value_error("rows do not cover whole panels");
+  if (from_scales.ndim() != 2 || int64_t(from_scales.shape(0)) != rows ||
+      int64_t(from_scales.shape(1)) != groups)
+    throw nb::value_error("scales must be [rows, groups]");
+  if (f == Format::uint4 && (int64_t(from_zeros.shape(0)) != rows || int64_t(from_zeros.shape(1)) != groups))
+    throw nb::value_error("zeros must be [rows, groups]");
+  if (format_bits(f) > 8) throw nb::value_error("floats have no codes");
+  check_packed(f, group, n, k, data, scales, zeros);
+  nb::gil_scoped_release release;
+  const int64_t step = kPanel * 4, tiles = (n1 - n0 + step - 1) / step;
+  pool.parallel(tiles, [&](int64_t tile, int) {
+    const int64_t a = tile * step, b = std::min(rows, a + step);
+    pack_codes(f, group, n, k, codes.data() + a * k, from_scales.data() + a * groups,
+               from_zeros.size() ? from_zeros.data() + a * groups : nullptr, n0 + a, n0 + b, data.data(),
+               scales.data(), zeros.data());
   });
 }
 
@@ -214,6 +241,8 @@ NB_MODULE(_native, m) {
   m.attr("sample_row_bytes") = sizeof(SampleRow);
 
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("size", &Pool::size);
+  m.def("pack_codes", &pack_from_codes, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "codes"_a,
+        "from_scales"_a, "from_zeros"_a, "n0"_a, "data"_a, "scales"_a, "zeros"_a);
   m.def("pack", &pack, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "rows"_a, "n0"_a, "data"_a, "scales"_a,
         "zeros"_a);
   m.def("checksum_blocks", &checksum_blocks);

@@ -100,20 +100,31 @@ uint32_t load_word(const uint8_t* p) {
 
 constexpr int64_t kRun = 128;  // inputs quantized at a time; every group divides it
 
+// Lays `count` integers of every output side by side: words of 4, or of 8 nibbles. Gives the end.
+template <int64_t kWord>
+uint8_t* interleave(const uint8_t (*integers)[kRun], int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i += kWord) {
+    for (int64_t j = 0; j < kPanel; j++, to += 4) {
+      uint32_t word = load_word(integers[j] + i);
+      if (kWord == 8) word |= load_word(integers[j] + i + 4) << 4;
+      std::memcpy(to, &word, sizeof word);
+    }
+  }
+  return to;
+}
+
 void pack_int8(const Panel& panel, int64_t k, int64_t k_pad, uint8_t* to, float* scales) {
   for (int64_t j = 0; j < kPanel; j++) {
     scales[j] = magnitude(panel.row[j], k) / 127.0f;
   }
   uint8_t integers[kPanel][kRun];
   for (int64_t k0 = 0; k0 < k_pad; k0 += kRun) {
-    const int64_t count = std::min(kRun, k - k0), steps = std::min(kRun, k_pad - k0) / 4;
+    const int64_t count = std::min(kRun, k - k0);
     for (int64_t j = 0; j < kPanel; j++) {
       if (count < kRun) std::memset(integers[j], 128, kRun);
       quantize(panel.row[j] + k0, count, scales[j], -127, 127, 128, integers[j]);
     }
-    for (int64_t i = 0; i < steps; i++) {
-      for (int64_t j = 0; j < kPanel; j++, to += 4) std::memcpy(to, integers[j] + 4 * i, 4);
-    }
+    to = interleave<4>(integers, std::min(kRun, k_pad - k0), to);
   }
 }
 
@@ -176,15 +187,12 @@ void pack_groups(const Panel& panel, int64_t k, int64_t k_pad, int64_t group, ui
       const uint8_t empty = Group::pack(panel.row[j] + k0, count, scales + j, zeros + j, integers[j]);
       std::memset(integers[j] + count, empty, size_t(group - count));
     }
-    for (int64_t i = 0; i < group; i += Group::kWord) {
-      for (int64_t j = 0; j < kPanel; j++, to += 4) {
-        uint32_t word = load_word(integers[j] + i);
-        if (Group::kWord == 8) word |= load_word(integers[j] + i + 4) << 4;
-        std::memcpy(to, &word, sizeof word);
-      }
-    }
+    to = interleave<Group::kWord>(integers, group, to);
   }
 }
+
+// What a stored integer of value 0 is added to, and what pads a row: api.h, PackedWeight.
+int32_t code_offset(Format format) { return format == Format::int8 ? 128 : format == Format::int4 ? 8 : 0; }
 
 }  // namespace
 
@@ -285,6 +293,50 @@ void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* 
       case Format::nf4:
         pack_groups<GroupNf4>(panel, k, k_pad, group, to, group_scales, group_zeros);
         break;
+    }
+  }
+}
+
+void pack_codes(Format format, int32_t group, int64_t n, int64_t k, const int8_t* codes,
+                const float* from_scales, const uint8_t* from_zeros, int64_t n0, int64_t n1, void* data,
+                void* scales, void* zeros) {
+  const int64_t k_pad = padded_k(format, group, k), run = group > 0 ? group : kRun;
+  const int64_t groups = group > 0 ? k_pad / group : 1,
+                source_groups = group > 0 ? (k + group - 1) / group : 1;
+  const int64_t panel_bytes = kPanel * k_pad * format_bits(format) / 8;
+  const int32_t offset = code_offset(format);
+  uint8_t integers[kPanel][kRun];
+  for (int64_t first = n0; first < n1; first += kPanel) {
+    const int64_t index = first / kPanel, count = std::min<int64_t>(kPanel, std::min(n, n1) - first);
+    uint8_t* to = static_cast<uint8_t*>(data) + index * panel_bytes;
+    for (int64_t g = 0; g < groups; g++) {
+      for (int64_t j = 0; j < kPanel; j++) {
+        const bool there = j < count;
+        const int64_t row = (first - n0 + j) * source_groups + g;
+        const float scale = there ? from_scales[row] : 0.0f;
+        if (group > 0) {
+          const int64_t at = (index * groups + g) * kPanel + j;
+          static_cast<uint16_t*>(scales)[at] = float_to_half(scale);
+          if (format == Format::uint4) static_cast<uint8_t*>(zeros)[at] = there ? from_zeros[row] : 0;
+        } else {
+          static_cast<float*>(scales)[first + j] = scale;
+        }
+      }
+    }
+    for (int64_t k0 = 0; k0 < k_pad; k0 += run) {
+      const int64_t filled = std::min(run, k - k0);
+      for (int64_t j = 0; j < kPanel; j++) {
+        const bool there = j < count;
+        uint8_t empty = uint8_t(format == Format::nf4 ? 7 : offset);
+        if (format == Format::uint4)
+          empty = there ? from_zeros[(first - n0 + j) * source_groups + k0 / run] : 0;
+        std::memset(integers[j], empty, kRun);
+        for (int64_t i = 0; there && i < filled; i++) {
+          integers[j][i] = uint8_t(codes[(first - n0 + j) * k + k0 + i] + offset);
+        }
+      }
+      const int64_t width = std::min(run, k_pad - k0);
+      to = format == Format::int8 ? interleave<4>(integers, width, to) : interleave<8>(integers, width, to);
     }
   }
 }

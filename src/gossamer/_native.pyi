@@ -28,6 +28,20 @@ def pack(
     scales: Bytes,
     zeros: Bytes,
 ) -> None: ...
+def pack_codes(
+    pool: Pool,
+    format: int,
+    group: int,
+    n: int,
+    k: int,
+    codes: npt.NDArray[np.int8],
+    from_scales: Floats,
+    from_zeros: npt.NDArray[np.uint8],
+    n0: int,
+    data: Bytes,
+    scales: Bytes,
+    zeros: Bytes,
+) -> None: ...
 def probe(pool: Pool, isa: str, seconds: float, buffer_bytes: int) -> tuple[float, float, float, float]: ...
 def checksum_blocks(bytes: int) -> int: ...
 def checksums(pool: Pool, data: Bytes, sums: Bytes) -> None: ...

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gossamer.checkpoint.codes import Codes
 from gossamer.checkpoint.json_file import parse_json_object, read_json_object
 from gossamer.errors import CheckpointError
 
@@ -283,6 +284,14 @@ class Checkpoint:
                 for at in (info.start, (info.start + last) // 2, last):
                     digest.update(file.raw(at, min(at + _SAMPLE, info.stop)))
         return digest.hexdigest()
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Floats, whatever their width."""
+        return "f32", 0
+
+    def read_codes(self, name: str, start: int, stop: int) -> Codes:
+        """There are none. Raises CheckpointError."""
+        raise CheckpointError(f"{self.directory}: tensor {name!r} is of floats and has no codes")
 
     def _check_places(self, index: Path) -> None:
         held = {name: set(file.names()) for name, file in self._shards.items()}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from gossamer.checkpoint.codes import Codes, joined
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import (
@@ -27,9 +28,13 @@ from gossamer.graph.weights import (
     Transpose,
     WeightExpr,
     leaves,
+    stored_format,
 )
 
-__all__ = ["DummySource", "Part", "WeightSource", "check_tensors", "evaluate", "gather", "invert"]
+__all__ = [
+    "DummySource", "Part", "WeightSource", "as_stored", "check_tensors", "evaluate", "evaluate_codes", "gather",
+    "invert",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 
@@ -48,6 +53,12 @@ class WeightSource(Protocol):
 
     def content_key(self) -> str:
         """Changes whenever a tensor's bytes do; names caches of what was made from them."""
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Format and group of a tensor whose codes `read_codes` gives; ("f32", 0) where it has none."""
+
+    def read_codes(self, name: str, start: int, stop: int) -> Codes:
+        """Rows [start, stop) of a quantized tensor, as the integers that are stored."""
 
 
 def evaluate(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int | None = None) -> Array:
@@ -209,3 +220,61 @@ class DummySource:
 
     def content_key(self) -> str:
         return "dummy-1"
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Floats."""
+        return "f32", 0
+
+    def read_codes(self, name: str, start: int, stop: int) -> Codes:
+        """There are none."""
+        raise CheckpointError(f"tensor {name!r} is random floats and has no codes")
+
+
+def as_stored(graph: Graph, source: WeightSource) -> Graph:
+    """The graph with every matrix in the format that the checkpoint stores it in, where it stores codes.
+
+    A matrix whose tensors differ, or whose expression computes, stays f32: its floats are quantized at load.
+    """
+    weights = {}
+    for name, weight in graph.weights.items():
+        expr = _with_formats(weight.expr, source)
+        format, group = stored_format(expr)
+        weights[name] = replace(weight, expr=expr, format=format, group=group)
+    return replace(graph, weights=weights)
+
+
+def evaluate_codes(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int | None = None) -> Codes:
+    """Rows [start, stop) of a matrix whose `stored_format` is not f32, as stored."""
+    stop = expr.shape[0] if stop is None else stop
+    match expr:
+        case Tensor(name, shape):
+            rows = source.read_codes(name, start, stop)
+            if rows.codes.shape != (stop - start, *shape[1:]):
+                raise CheckpointError(
+                    f"tensor {name!r} has codes {rows.codes.shape}; "
+                    f"config.json implies {(stop - start, *shape[1:])}"
+                )
+            return rows
+        case Slice(inner, 0, first, _):
+            return evaluate_codes(inner, source, first + start, first + stop)
+        case Concat(sources):
+            parts, offset = [], 0
+            for inner in sources:
+                low, high = max(start - offset, 0), min(stop - offset, inner.shape[0])
+                if low < high:
+                    parts.append(evaluate_codes(inner, source, low, high))
+                offset += inner.shape[0]
+            return joined(parts)
+        case _:
+            raise CheckpointError(f"codes of {type(expr).__name__} cannot be read")
+
+
+def _with_formats(expr: WeightExpr, source: WeightSource) -> WeightExpr:
+    if isinstance(expr, Tensor):
+        format, group = source.stored(expr.name)
+        return replace(expr, format=format, group=group)
+    if isinstance(expr, Concat | Stack):
+        return replace(expr, sources=tuple(_with_formats(each, source) for each in expr.sources))
+    if isinstance(expr, Constant):
+        return expr
+    return replace(expr, source=_with_formats(expr.source, source))

@@ -20,15 +20,22 @@ __all__ = [
     "WeightExpr",
     "leaves",
     "renamed",
+    "stored_format",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of the checkpoint, with the shape that config.json implies for it."""
+    """A tensor of the checkpoint, with the shape that config.json implies for it.
+
+    format, group: how the checkpoint stores it, as in `Weight`; families always say "f32", which stands for
+    any float, and `gossamer.checkpoint.weights.as_stored` what the files hold.
+    """
 
     name: str
     shape: tuple[int, ...]
+    format: str = "f32"
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +134,13 @@ def renamed(expr: WeightExpr, names: Mapping[str, str]) -> WeightExpr:
     if isinstance(expr, Constant):
         return expr
     return replace(expr, source=renamed(expr.source, names))
+
+
+def stored_format(expr: WeightExpr) -> tuple[str, int]:
+    """The format and group in which a checkpoint stores an expression row by row; ("f32", 0): floats, or computed."""
+    if isinstance(expr, Slice):
+        return stored_format(expr.source) if expr.axis == 0 else ("f32", 0)
+    if isinstance(expr, Concat | Stack):
+        found = {stored_format(source) for source in expr.sources}
+        return found.pop() if len(found) == 1 else ("f32", 0)
+    return (expr.format, expr.group) if isinstance(expr, Tensor) else ("f32", 0)

@@ -5,7 +5,7 @@ Source: Micikevicius et al., Mixed Precision Training, 2018 (its inference half)
 
 from __future__ import annotations
 
-from gossamer.config import EngineConfig, MixedPrecision
+from gossamer.config import EngineConfig, Quantization
 from gossamer.config.weight_formats import parse_stored
 from gossamer.graph.ir import Graph
 from gossamer.passes.base import Pass
@@ -15,13 +15,13 @@ __all__ = ["PASS", "mixed_precision"]
 
 
 def mixed_precision(graph: Graph, config: EngineConfig) -> Graph:
-    """Stores the matrices that the format plan gives a half type in it."""
-    return with_choices(graph, [c for c in plan_formats(graph, config) if isinstance(c.by, MixedPrecision)])
+    """Stores the matrices that the format plan gives a float type in it."""
+    return with_choices(graph, [c for c in plan_formats(graph, config) if not isinstance(c.by, Quantization)])
 
 
 def _wanted(config: EngineConfig) -> bool:
     given = (parse_stored(stored) for _, stored in config.weight_formats)
-    return config.mixed_precision is not None or any(isinstance(by, MixedPrecision) for by in given)
+    return config.mixed_precision is not None or not all(isinstance(by, Quantization) for by in given)
 
 
 PASS = Pass(

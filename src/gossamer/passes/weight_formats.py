@@ -3,8 +3,9 @@
 Rules, in order; the first that speaks of a matrix decides it:
   1. routers stay f32 (tiny, and they decide which expert runs)
   2. the user's patterns, as they were given, over the names of weights and of the nodes that read them
-  3. quantization, or else mixed precision
-  4. f32
+  3. what the checkpoint stores quantized stays so, code by code
+  4. quantization, or else mixed precision
+  5. f32
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gossamer.config.weight_formats import StoredAs, parse_stored
 from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph, Node, Weight
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
+from gossamer.graph.weights import stored_format
 
 __all__ = ["FormatChoice", "largest_group", "matrices", "plan_formats", "with_choices", "with_formats"]
 
@@ -103,13 +105,28 @@ def plan_formats(graph: Graph, config: EngineConfig) -> tuple[FormatChoice, ...]
                 f"({first.rule}); {last}"
             )
         choose(names, parse_stored(spelling), f"pattern {pattern}={spelling}")
+    for name in list(left):
+        format, group = stored_format(graph.weights[name].expr)
+        if format != "f32":
+            by = Quantization(format=format, group=group or None)  # type: ignore[arg-type]
+            choose([name], by, "as the checkpoint stores it")
     if config.quantization is not None:
+        if not left:
+            raise _nothing_left(config.quantization, chosen.values())
         choose(list(left), config.quantization, f"quantization {config.quantization}")
     elif config.mixed_precision is not None:
         choose(list(left), config.mixed_precision, f"mixed precision {config.mixed_precision.dtype}")
     choose(list(left), None, "f32")
     _check_experts(graph, chosen)
     return tuple(chosen[name] for name in readers)
+
+
+def _nothing_left(quantization: Quantization, chosen: Iterable[FormatChoice]) -> ConfigError:
+    taken = dict.fromkeys(f"{c.format} ({c.rule})" for c in chosen)
+    return ConfigError(
+        f"quantization {quantization} decides nothing: all matrices are {', '.join(taken)} already; leave it "
+        f"out, or quantize anew with --weight-format '*={quantization}'"
+    )
 
 
 def _stored(by: StoredAs, inputs: Sequence[int]) -> tuple[str, int]:

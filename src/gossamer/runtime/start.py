@@ -13,7 +13,7 @@ from gossamer.backends.cpu.packing import Progress
 from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
 from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.safetensors import Checkpoint
-from gossamer.checkpoint.weights import DummySource, WeightSource, check_tensors
+from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
 from gossamer.errors import DependencyError, MemoryBudgetError
@@ -83,7 +83,7 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     checkpoint = Checkpoint(directory)
     graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
-    return graph, directory, checkpoint
+    return as_stored(graph, checkpoint), directory, checkpoint
 
 
 def start(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Started:

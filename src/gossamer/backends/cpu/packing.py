@@ -17,10 +17,10 @@ import numpy.typing as npt
 from gossamer import _native
 from gossamer.backends.cpu.formats import FORMATS
 from gossamer.backends.cpu.weight_cache import read_cache, write_cache
-from gossamer.checkpoint.weights import WeightSource, evaluate
+from gossamer.checkpoint.weights import WeightSource, evaluate, evaluate_codes
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import FLOATS, Graph, Weight
-from gossamer.graph.weights import Stack, Transpose, WeightExpr, leaves
+from gossamer.graph.weights import Stack, Transpose, WeightExpr, leaves, stored_format
 
 __all__ = ["Matrix", "Place", "Places", "fill_block", "layout", "load_vectors", "packed_matrices"]
 
@@ -147,6 +147,9 @@ def _pack(
     block: Bytes,
 ) -> None:
     expr = _plane(weight, index)
+    if stored_format(expr) == (m.format, m.group) != ("f32", 0):
+        _pack_codes(expr, m, place, source, pool, block)
+        return
     # A transposed tensor is read whole for any row of it, so it is taken in one go.
     step = m.n if isinstance(expr, Transpose) else max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
     for start in range(0, m.n, step):
@@ -159,6 +162,19 @@ def _pack(
                 f"represent it; the checkpoint is damaged"
             )
         _native.pack(pool, FORMATS[m.format], m.group, m.n, m.k, floats, start, *place.views(block))
+
+
+def _pack_codes(
+    expr: WeightExpr, m: Matrix, place: Place, source: WeightSource, pool: _native.Pool, block: Bytes
+) -> None:
+    """The integers that the checkpoint stores, as they are."""
+    step = max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
+    for start in range(0, m.n, step):
+        rows = evaluate_codes(expr, source, start, min(start + step, m.n))
+        zeros = np.zeros((0, 0), np.uint8) if rows.zeros is None else np.ascontiguousarray(rows.zeros)
+        codes, scales = np.ascontiguousarray(rows.codes), np.ascontiguousarray(rows.scales)
+        views = place.views(block)
+        _native.pack_codes(pool, FORMATS[m.format], m.group, m.n, m.k, codes, scales, zeros, start, *views)
 
 
 def _plane(weight: Weight, index: int) -> WeightExpr:

@@ -25,7 +25,7 @@ from gossamer.graph.ops.base import Reference
 from gossamer.graph.ops.formats import round_activations, round_weight
 from gossamer.graph.ops.fused import LINEAR_OPS, PREPARED_FORMATS
 from gossamer.graph.ops.rope import rope_tables, rotate
-from gossamer.graph.weights import Constant
+from gossamer.graph.weights import Constant, stored_format
 
 __all__ = ["ReferenceModel", "export_tensors"]
 
@@ -78,7 +78,8 @@ class ReferenceModel(nn.Module):
         for weight in graph.weights.values():
             if not isinstance(weight.expr, Constant):
                 value = evaluate(weight.expr, source)
-                if weight.format != "f32":  # what storing it so would do to it
+                # What storing it so would do to it, unless these are the values that it is stored in.
+                if weight.format != "f32" and stored_format(weight.expr) != (weight.format, weight.group):
                     exact = torch.from_numpy(value.astype(np.float32))
                     value = round_weight(exact, weight.format, weight.group).numpy()
                 _to_numpy(parameters[weight.name])[...] = value

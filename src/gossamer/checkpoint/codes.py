@@ -1,0 +1,66 @@
+"""Quantized matrices as the integers they are stored in, so that they are served bit for bit as written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer.errors import CheckpointError
+from gossamer.graph.ops.formats import NF4
+
+__all__ = ["Codes", "joined"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """Rows of a matrix [n, k]; format and group as in `gossamer.graph.ir.Weight`.
+
+    codes [n, k] int8: the integer of int8 (-128 .. 127) and int4 (-8 .. 7), q of uint4 (0 .. 15), the index of
+    the level of nf4 (0 .. 15). scales [n, groups] float32 (one group where group is 0), exact in fp16 where
+    there are groups. zeros [n, groups] uint8, of uint4 alone.
+    A value is scale * code, scale * (code - zero) of uint4, scale * NF4[code] of nf4.
+    """
+
+    format: str
+    group: int
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    zeros: npt.NDArray[np.uint8] | None = None
+
+    def floats(self) -> npt.NDArray[np.float32]:
+        """The values [n, k]."""
+        k = self.codes.shape[1]
+        values = self.codes.astype(np.float32)
+        if self.format == "nf4":
+            values = np.asarray(NF4, np.float32)[self.codes]
+        if self.zeros is not None:
+            values -= _spread(self.zeros.astype(np.float32), self.group, k)
+        values *= _spread(self.scales, self.group, k)
+        return values
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Rows of several matrices one after the other. Raises CheckpointError where they differ in format."""
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.format, part.group) != (first.format, first.group):
+            raise CheckpointError(
+                f"tensors in {first.format} (group {first.group}) and {part.format} (group {part.group}) form "
+                "one matrix, which must have one format"
+            )
+    return replace(
+        first,
+        codes=np.concatenate([p.codes for p in parts]),
+        scales=np.concatenate([p.scales for p in parts]),
+        zeros=None if first.zeros is None else np.concatenate([p.zeros for p in parts if p.zeros is not None]),
+    )
+
+
+def _spread(per_group: Array, group: int, k: int) -> Array:
+    return np.repeat(per_group, group, axis=1)[:, :k] if group else per_group
