@@ -130,6 +130,7 @@ def _write_gguf(checkpoint: Path, target: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, array in _bf16_tensors(checkpoint / "model.safetensors"):
         stored = names.get_name(name, try_suffixes=(".weight",))
+        assert stored is not None
         if array.ndim == 1:
             wide = (array.astype(np.uint32) << 16).view(np.float32)
             writer.add_tensor(stored, wide)

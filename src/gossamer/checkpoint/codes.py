@@ -21,9 +21,9 @@ Array = npt.NDArray[Any]
 class Codes:
     """Rows of a matrix [n, k]; format and group as in `gossamer.graph.ir.Weight`.
 
-    codes [n, k] int8: the integer of int8 (-128 .. 127) and int4 (-8 .. 7), q of uint4 (0 .. 15), the index of
-    the level of nf4 (0 .. 15). scales [n, groups] float32 (one group where group is 0), exact in fp16 where
-    there are groups. zeros [n, groups] uint8, of uint4 alone.
+    codes [n, k] int8: the integer of int8 (-128 .. 127) and int4 (-8 .. 7), q of uint4 (0 .. 15), the index
+    of the level of nf4 (0 .. 15). scales [n, groups] float32 (one group where group is 0), exact in fp16
+    where there are groups. zeros [n, groups] uint8, of uint4 alone.
     A value is scale * code, scale * (code - zero) of uint4, scale * NF4[code] of nf4.
     """
 
@@ -51,14 +51,16 @@ def joined(parts: Sequence[Codes]) -> Codes:
     for part in parts[1:]:
         if (part.format, part.group) != (first.format, first.group):
             raise CheckpointError(
-                f"tensors in {first.format} (group {first.group}) and {part.format} (group {part.group}) form "
-                "one matrix, which must have one format"
+                f"tensors in {first.format} (group {first.group}) and {part.format} (group {part.group}) "
+                "form one matrix, which must have one format"
             )
     return replace(
         first,
         codes=np.concatenate([p.codes for p in parts]),
         scales=np.concatenate([p.scales for p in parts]),
-        zeros=None if first.zeros is None else np.concatenate([p.zeros for p in parts if p.zeros is not None]),
+        zeros=None
+        if first.zeros is None
+        else np.concatenate([p.zeros for p in parts if p.zeros is not None]),
     )
 
 

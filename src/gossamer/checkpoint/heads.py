@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.checkpoint.codes import Codes
 from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import Array, WeightSource, check_tensors
@@ -46,6 +47,12 @@ class Joined:
 
     def content_key(self) -> str:
         return f"{self.first.content_key()}-{self.second.content_key()}"
+
+    def stored(self, name: str) -> tuple[str, int]:
+        return self._of(name).stored(name)
+
+    def read_codes(self, name: str, start: int, stop: int) -> Codes:
+        return self._of(name).read_codes(name, start, stop)
 
     def _of(self, name: str) -> WeightSource:
         return self.first if name in self.names else self.second

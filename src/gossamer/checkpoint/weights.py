@@ -32,8 +32,8 @@ from gossamer.graph.weights import (
 )
 
 __all__ = [
-    "DummySource", "Part", "WeightSource", "as_stored", "check_tensors", "evaluate", "evaluate_codes", "gather",
-    "invert",
+    "DummySource", "Part", "WeightSource", "as_stored", "check_tensors", "evaluate", "evaluate_codes",
+    "gather", "invert",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]

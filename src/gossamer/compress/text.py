@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.errors import CheckpointError, ConfigError
 
-__all__ = ["Windows", "read_tokens"]
+__all__ = ["Windows", "read_tokens", "spread_windows"]
 
 _PIECE = 1 << 16  # characters encoded at a time, cut at line ends
 Ids = npt.NDArray[np.int32]
@@ -35,6 +35,20 @@ def read_tokens(files: Iterable[Path], tokenizer: Tokenizer, most: int | None = 
     if not count:
         raise ConfigError("the text files hold no text; name files of plain text, or .xz of it")
     return np.concatenate(parts)
+
+
+def spread_windows(tokens: Ids, length: int, count: int) -> Ids:
+    """Windows [count, length] that do not overlap, spread evenly over the text.
+
+    Raises ConfigError for a text that is too short for them.
+    """
+    if len(tokens) < count * length:
+        raise ConfigError(
+            f"the calibration text has {len(tokens)} tokens, and {count} windows of {length} take "
+            f"{count * length}; give more text, or fewer samples or a shorter context in the recipe's [data]"
+        )
+    starts = np.linspace(0, len(tokens) - length, count).astype(np.int64) if count > 1 else [0]
+    return np.stack([tokens[start : start + length] for start in starts])
 
 
 def _pieces(path: Path) -> Iterator[str]:

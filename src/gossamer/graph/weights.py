@@ -137,7 +137,7 @@ def renamed(expr: WeightExpr, names: Mapping[str, str]) -> WeightExpr:
 
 
 def stored_format(expr: WeightExpr) -> tuple[str, int]:
-    """The format and group in which a checkpoint stores an expression row by row; ("f32", 0): floats, or computed."""
+    """The format and group in which a checkpoint stores an expression; ("f32", 0): floats, or computed."""
     if isinstance(expr, Slice):
         return stored_format(expr.source) if expr.axis == 0 else ("f32", 0)
     if isinstance(expr, Concat | Stack):

@@ -1,0 +1,1 @@
+"""Training: a student learns from its teacher, a pruned model recovers."""

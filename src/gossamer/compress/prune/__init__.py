@@ -1,0 +1,1 @@
+"""Weights, channels, heads and layers that matter little, taken out."""
