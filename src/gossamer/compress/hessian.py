@@ -56,16 +56,15 @@ def collect(block: BlockAt) -> dict[Site, Hessian]:
 def inverse_cholesky(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper U [K, K], float32, with U^T U the inverse of the damped Hessian.
 
-    damping: of the mean of the diagonal, added to it; ten times more where the sum is not positive definite.
+    damping: of the mean of the diagonal (where inputs are not always 0), added to it; ten times more where
+    that is not positive definite.
     Row j of U beyond its diagonal, over U[j, j], says what an error in column j moves into those behind it.
-    Columns whose inputs were always 0 stand alone (their row and column of U is the identity's).
+    A column whose inputs were always 0 has the damping alone: nothing moves into it or out of it.
     Raises ConfigError where no damping helps.
     """
-    h = hessian_KK.to(torch.float64, copy=True)
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    diagonal[dead] = mean
+    h = hessian_KK.double()
+    alive = h.diagonal() > 0
+    mean = float(h.diagonal()[alive].mean()) if alive.any() else 1.0
     for attempt in range(_RETRIES):
         extra = damping * 10**attempt * mean
         # H = R R^T with R upper comes of the Cholesky factor of H read backwards; then U is R's inverse.
@@ -74,7 +73,6 @@ def inverse_cholesky(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
         if not failed:
             inverse = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=h.dtype), upper=False)
             upper: torch.Tensor = inverse.flip(0, 1)
-            upper[dead, dead] = 1.0
             return upper.float()
     raise ConfigError(
         f"the Hessian of {len(h)} inputs is not positive definite with a damping of {extra / mean:g}; "
