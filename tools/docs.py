@@ -1,11 +1,18 @@
-"""Writes the pages of docs/ that are made from the code: ops.md and cli.md."""
+"""Writes the pages of docs/ that are made from the code: ops.md, cli.md and recipes.md."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+from gossamer.compress import recipe
 from gossamer.graph.families import FAMILIES
 from gossamer.graph.ops import OPS
 from gossamer.passes.pipeline import PASSES, pass_names
@@ -78,9 +85,56 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
+def recipes_page() -> str:
+    """How a recipe is written, every method with its fields, and the recipes that are shipped."""
+    lines = ["# Recipes of `gossamer compress`", "", "Made by `make docs` from the code.", ""]
+    about = inspect.getdoc(recipe)
+    assert about is not None
+    example = textwrap.dedent(about.partition("\n\n")[2].rpartition("\n\n")[0])
+    lines += ["```toml", example.strip("\n"), "```", ""]
+    lines += ["Steps run in the order prune, train, quantize; `kv_calibration` comes before the weights.", ""]
+    for verb, methods in recipe.METHODS.items():
+        for method, kind in methods.items():
+            docs = dict(_field_docs(kind))
+            lines += [f'## {verb} = "{method}"', "", " ".join((kind.__doc__ or "").split()), ""]
+            lines += ["| field | default | |", "|---|---|---|"]
+            for own in fields(kind):
+                default = "none" if own.default in (None, ()) else f"`{_toml(own.default)}`"
+                lines.append(f"| `{own.name}` | {default} | {docs.get(own.name, '')} |")
+            lines.append("")
+    lines += ["## Shipped recipes", "", "| `--recipe` | |", "|---|---|"]
+    for path in sorted(recipe.SHIPPED.glob("*.toml")):
+        lines.append(f"| `{path.stem}` | {tomllib.loads(path.read_text())['description']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _field_docs(kind: type) -> Iterator[tuple[str, str]]:
+    """The sentence under every field of a config and of those it inherits from."""
+    for base in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for own, below in zip(body.body, body.body[1:]):
+            if isinstance(own, ast.AnnAssign) and isinstance(own.target, ast.Name) and _is_text(below):
+                text = below.value.value  # type: ignore[attr-defined]
+                yield own.target.id, " ".join(text.split()).replace("|", "\\|")
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and type(node.value.value) is str
+    )
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
 def main() -> None:
-    """Writes both pages."""
+    """Writes the pages."""
     DOCS.mkdir(exist_ok=True)
+    (DOCS / "recipes.md").write_text(recipes_page())
     (DOCS / "ops.md").write_text(ops_page())
     (DOCS / "cli.md").write_text(cli_page())
 

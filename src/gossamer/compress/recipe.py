@@ -2,7 +2,7 @@
 
     name = "sparse, then small"
 
-    [data]                      # optional; --text and --seed win over it
+    [data]                      # optional; --text wins over it
     text = ["books.txt.xz"]     # UTF-8 text or .xz of it, relative to the recipe
     context = 256               # tokens of a calibration window
     samples = 64                # how many windows calibrate
