@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gossamer.errors import CheckpointError
 from gossamer.graph.ops.formats import NF4
 
-__all__ = ["Codes", "joined"]
+__all__ = ["CodedTensor", "Codes", "joined"]
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +43,22 @@ class Codes:
             values -= _spread(self.zeros.astype(np.float32), self.group, k)
         values *= _spread(self.scales, self.group, k)
         return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedTensor:
+    """A matrix [n, k] for a quantized checkpoint that exists only while it is written.
+
+    format, group: as of the `Codes` [n, k] that `make` gives, whenever it is called, the same each time.
+    activation_scale: the one scale of its inputs, float32 (of int8 without groups alone); None where every
+    token has its own.
+    """
+
+    format: str
+    group: int
+    shape: tuple[int, int]
+    make: Callable[[], Codes]
+    activation_scale: float | None = None
 
 
 def joined(parts: Sequence[Codes]) -> Codes:
