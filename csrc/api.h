@@ -33,6 +33,8 @@ struct PackedWeight {
   const void* data;
   const void* scales;  // null for floats
   const void* zeros;   // null for all but uint4
+  // int8 of group 0: the scale that all its activations have; 0: one for each token, and for other formats.
+  float activation_scale;
 };
 
 // The levels of NF4 (Dettmers et al., QLoRA, 2023), which span -1 .. 1, times 127 and rounded.
@@ -41,8 +43,9 @@ constexpr int8_t kNf4[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 
 // Activations of m rows made ready for one format. row_stride_bytes between rows of `data`.
 //   f32, f16: data is the caller's float rows, untouched
 //   bf16: bf16 rows, round to nearest even, padded to k_pad with zeros
-//   int8: int8 rows (symmetric, scale = max|x| / 127, round to nearest even), scales[m], sums[m]
-//   with a group: the same per group: scales[k_pad/group][m], sums[k_pad/group][m]; sums of the integers
+//   int8: int8 rows (symmetric, scale = max|x| / 127, round to nearest even), scales[m], sums[m]; with a
+//   scale that is given: clamp(round(x / scale), -127, 127) with a group: the same per group:
+//   scales[k_pad/group][m], sums[k_pad/group][m]; sums of the integers
 // One group's scales (and sums) of all rows lie together, as a tile of several rows reads them: scale_stride
 // from there to the next group's.
 struct Activations {
@@ -198,7 +201,8 @@ struct Kernels {
 
   // linear ------------------------------------------------------------------------------------------
   // Makes rows [r0, r1) of x ready inside `out`, as laid out by activations_over; nothing to do for f32, f16.
-  void (*prepare)(Format format, int32_t group, int64_t k, const float* x, int64_t ldx,
+  // scale: PackedWeight::activation_scale.
+  void (*prepare)(Format format, int32_t group, float scale, int64_t k, const float* x, int64_t ldx,
                   const Activations& out, int64_t r0, int64_t r1);
   // out_MN[:, 16*p0 .. min(16*p1, n)) = act . weight^T (+ bias[n], when not null) for all rows of `act`.
   void (*linear)(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,

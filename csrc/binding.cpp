@@ -133,14 +133,17 @@ struct Runner {
 
   Runner(const std::string& isa, std::shared_ptr<Pool> p) : program(kernels_of(isa), p), pool(p) {}
 
-  int add_packed(int format, int group, int64_t n, int64_t k, Bytes data, Bytes scales, Bytes zeros) {
+  int add_packed(int format, int group, float activation_scale, int64_t n, int64_t k, Bytes data,
+                 Bytes scales, Bytes zeros) {
     const Format f = Format(format);
+    if (activation_scale != 0.0f && !(activation_scale > 0.0f && f == Format::int8 && group == 0))
+      throw nb::value_error("only activations of int8 without groups have a scale of their own");
     check_packed(f, group, n, k, data, scales, zeros);
     const auto or_null = [](const Bytes& bytes) -> const void* {
       return bytes.size() ? bytes.data() : nullptr;
     };
-    return program.add_packed(
-        {f, group, n, k, padded_k(f, group, k), data.data(), or_null(scales), or_null(zeros)});
+    return program.add_packed({f, group, n, k, padded_k(f, group, k), data.data(), or_null(scales),
+                               or_null(zeros), activation_scale});
   }
 
   int add_kv(int dtype, int kv_heads, int head_dim, int page_size, Bytes pool_bytes, int group) {

@@ -181,8 +181,8 @@ void Program::prepare(const PackedWeight& reader, const float* x, const Activati
         part.scales += c0 / group * part.scale_stride;
         part.sums += c0 / group * part.scale_stride;
       }
-      kernels_->prepare(reader.format, reader.group, std::min(inputs, k - c0), x + r0 * k + c0, k, part, 0,
-                        part.m);
+      kernels_->prepare(reader.format, reader.group, reader.activation_scale, std::min(inputs, k - c0),
+                        x + r0 * k + c0, k, part, 0, part.m);
     }
   });
 }
@@ -203,7 +203,8 @@ void Program::norm_prepare(const Instruction& in, const Window& w) {
             kernels_->layer_norm(x + r * d, vector(in, 0), vector(in, 1), eps, normed, d, 0, rows);
           else
             kernels_->rms_norm(x + r * d, vector(in, 0), eps, normed, d, 0, rows);
-          kernels_->prepare(reader.format, reader.group, d, normed, d, rows_of(act, r, r + rows), 0, rows);
+          kernels_->prepare(reader.format, reader.group, reader.activation_scale, d, normed, d,
+                            rows_of(act, r, r + rows), 0, rows);
         }
       },
       reader.group ? kLineRows : 1);

@@ -36,8 +36,28 @@ inline void quantize_run(const float* x, int64_t count, int64_t padded, int8_t* 
   *sum = total;
 }
 
-void prepare(Format format, int32_t group, int64_t k, const float* x, int64_t ldx, const Activations& out,
-             int64_t r0, int64_t r1) {
+// The same with a scale that was calibrated before: clamp(round(x / scale), -127, 127).
+inline void quantize_static(const float* x, int64_t count, int64_t padded, int8_t* q, float given,
+                            float* scale, int32_t* sum) {
+  int32_t total = 0;
+  uint32_t top = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = float_bits(x[i]) & 0x7fffffff;
+    top = bits > top ? bits : top;
+    float v = x[i] / given;
+    v = v > -127.0f ? v : -127.0f;  // NaN too: what it becomes does not matter
+    v = v < 127.0f ? v : 127.0f;
+    const int32_t integer = round_to_int(v);
+    q[i] = int8_t(integer);
+    total += integer;
+  }
+  *scale = top < 0x7f800000 ? given : bits_float(0x7fc00000);
+  std::memset(q + count, 0, size_t(padded - count));
+  *sum = total;
+}
+
+void prepare(Format format, int32_t group, float scale, int64_t k, const float* x, int64_t ldx,
+             const Activations& out, int64_t r0, int64_t r1) {
   if (format == Format::f32 || format == Format::f16) return;
   const int64_t k_pad = padded_k(format, group, k);
   float* scales = const_cast<float*>(out.scales);
@@ -49,6 +69,8 @@ void prepare(Format format, int32_t group, int64_t k, const float* x, int64_t ld
       uint16_t* h = reinterpret_cast<uint16_t*>(to);
       for (int64_t i = 0; i < k; i++) h[i] = float_to_bf16(from[i]);
       for (int64_t i = k; i < k_pad; i++) h[i] = 0;
+    } else if (group == 0 && scale > 0.0f) {
+      quantize_static(from, k, k_pad, reinterpret_cast<int8_t*>(to), scale, scales + r, sums + r);
     } else if (group == 0) {
       quantize_run(from, k, k_pad, reinterpret_cast<int8_t*>(to), scales + r, sums + r);
     } else {

@@ -21,7 +21,7 @@ ATTENTION: dict[str, Any] = {
     "window": None,
     "softcap": None,
 }
-INT8 = {"eps": 1e-5, "format": "int8", "group": 0}
+INT8 = {"eps": 1e-5, "format": "int8", "group": 0, "scale": 0.0}
 QKV = {"layer": 0, "heads": 4, "kv_heads": 1, "head_dim": 6, "magnitude": 1.1, "eps": 1e-5}
 
 

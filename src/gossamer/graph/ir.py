@@ -57,6 +57,8 @@ class Weight:
     format: "f32", "f16", "bf16", "int8", "int4", "uint4", "nf4" - how a backend stores it (passes rewrite
     this; families always say "f32"); group: inputs along the last axis that share a scale (0: whole rows).
     graph/ops/formats.py says which groups a format has, and what its numbers are.
+    activation_scale: of int8 without groups, the scale of all int8 activations it multiplies; 0: one for each
+    token.
     Only weights that linear ops, `embed` and `experts` read may be stored in another format than f32.
     """
 
@@ -65,11 +67,22 @@ class Weight:
     expr: WeightExpr
     format: str = "f32"
     group: int = 0
+    activation_scale: float = 0.0
 
     @property
     def stored(self) -> str:
         """Format and group as people write them: int4-g64."""
         return self.format + (f"-g{self.group}" if self.group else "")
+
+    @property
+    def reads(self) -> tuple[str, int, float]:
+        """What its kernels read activations as: weights that agree in it can share prepared ones."""
+        return self.format, self.group, self.activation_scale
+
+    def stored_as(self, format: str, group: int = 0) -> Weight:
+        """The same weight in another format; what only the old one has is left behind."""
+        scale = self.activation_scale if (format, group) == ("int8", 0) else 0.0
+        return replace(self, format=format, group=group, activation_scale=scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from gossamer.errors import GraphError
-from gossamer.graph.ir import Graph, KVGroup, Node, T
+from gossamer.graph.ir import Graph, KVGroup, Node, T, Weight
 from gossamer.graph.ops import get_op
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
@@ -61,6 +63,17 @@ def _check_names(graph: Graph, node: Node, known: set[str]) -> None:
             raise GraphError(f"weight {name!r} is {weight.shape}, its expression gives {weight.expr.shape}")
         if weight.format != "f32" and node.op not in _QUANTIZABLE:
             raise GraphError(f"{place} cannot read {name!r} in {weight.format}")
+        _check_scale(weight)
+
+
+def _check_scale(weight: Weight) -> None:
+    """Activations have a scale of their own where they are int8 without groups."""
+    scale = weight.activation_scale
+    if scale and not (scale > 0 and isfinite(scale) and (weight.format, weight.group) == ("int8", 0)):
+        raise GraphError(
+            f"weight {weight.name!r} in {weight.stored} has activations of scale {scale}; only int8 without "
+            "groups takes one, above 0"
+        )
 
 
 def _check_signature(graph: Graph, node: Node) -> None:
@@ -116,10 +129,11 @@ def _check_prepared(graph: Graph, node: Node) -> None:
         attrs = graph.producers()[value].attrs
         for name in matrix_weights(node):
             weight = graph.weights[name]
-            if (weight.format, weight.group) != (attrs["format"], attrs["group"]):
+            if weight.reads != (attrs["format"], attrs["group"], attrs["scale"]):
                 raise GraphError(
                     f"{_place(node)} reads {value!r}, prepared for {attrs['format']} of group "
-                    f"{attrs['group']}; {name} is {weight.format} of group {weight.group}"
+                    f"{attrs['group']} (scale {attrs['scale']}); {name} is {weight.format} of group "
+                    f"{weight.group} (scale {weight.activation_scale})"
                 )
 
 

@@ -21,11 +21,12 @@ Sketches = Mapping[str, Sketch] | None
 
 
 def _side_by_side(match: Match, *names: str) -> tuple[str, ...] | None:
-    """Weights, then biases, of linear nodes that can run as one; None where formats or biases differ."""
+    """Weights, then biases, of linear nodes that can run as one; None where formats, biases or the scales
+    of activations differ."""
     nodes = [match.nodes[name] for name in names]
     if len({len(node.weights) for node in nodes}) > 1:
         return None
-    if len({(match.weight(name).format, match.weight(name).group) for name in names}) > 1:
+    if len({match.weight(name).reads for name in names}) > 1:
         return None
     return tuple(node.weights[i] for i in range(len(nodes[0].weights)) for node in nodes)
 
@@ -102,16 +103,12 @@ def _norm_quantize(match: Match) -> Sketches:
         return None
     if any(value == match.values["n"] for node in readers for value in node.inputs[1:]):
         return None
-    stored = {
-        (match.graph.weights[w].format, match.graph.weights[w].group)
-        for node in readers
-        for w in matrix_weights(node)
-    }
-    (format, group), *others = stored
+    read_as = {match.graph.weights[w].reads for node in readers for w in matrix_weights(node)}
+    (format, group, scale), *others = read_as
     whole = match.weight("n").shape[0] == match.graph.values[match.values["x"]].shape[1]
     if others or format not in PREPARED_FORMATS or not whole:
         return None
-    return {"n": Sketch(norm.weights, {**norm.attrs, "format": format, "group": group})}
+    return {"n": Sketch(norm.weights, {**norm.attrs, "format": format, "group": group, "scale": scale})}
 
 
 _QKV_TAIL = """

@@ -68,7 +68,7 @@ def with_formats(graph: Graph, change: Callable[[Weight], Weight]) -> Graph:
 
 def with_choices(graph: Graph, choices: Iterable[FormatChoice]) -> Graph:
     """The graph with these matrices stored as chosen."""
-    changed = {c.weight: replace(graph.weights[c.weight], format=c.format, group=c.group) for c in choices}
+    changed = {c.weight: graph.weights[c.weight].stored_as(c.format, c.group) for c in choices}
     return replace(graph, weights={**graph.weights, **changed})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gossamer.backends.cpu.formats import kv_page_bytes
@@ -63,7 +62,7 @@ def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
 def _weights_in(graph: Graph, format: str) -> int:
     """Bytes of the graph's matrices in a quantized format."""
     group = auto_group(graph, format)
-    return layout(with_formats(graph, lambda weight: replace(weight, format=format, group=group)))[1]
+    return layout(with_formats(graph, lambda weight: weight.stored_as(format, group)))[1]
 
 
 def _mib(size: int) -> str:

@@ -46,7 +46,7 @@ class Lowering:
     vectors: Mapping[str, int]
     kv_layers: Mapping[int, int]
     emitted: list[Instruction] = field(default_factory=list)
-    prepared: tuple[str, str, int] | None = None
+    prepared: tuple[str, str, int, float] | None = None
 
     def emit(
         self,
@@ -119,7 +119,7 @@ def _linear(l: Lowering, node: Node) -> None:
     elif weight.format in PREPARED_FORMATS:
         source = "workspace"
         # Projections of one input share its quantized form, which stays in the workspace.
-        wanted = (node.inputs[0], weight.format, weight.group)
+        wanted = (node.inputs[0], *weight.reads)
         if l.prepared != wanted:
             l.emit(node, "prepare", ins=node.inputs[:1], weights=indices[:1])
             l.prepared = wanted

@@ -44,6 +44,7 @@ class Matrix:
     k: int
     format: str
     group: int
+    activation_scale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def packed_matrices(graph: Graph) -> Iterator[Matrix]:
         planes = weight.shape[0] if len(weight.shape) == 3 else 1
         n, k = weight.shape[-2:]
         for index in range(planes):
-            yield Matrix(name, index, n, k, weight.format, weight.group)
+            yield Matrix(name, index, n, k, *weight.reads)
 
 
 def layout(graph: Graph) -> tuple[Places, int]:

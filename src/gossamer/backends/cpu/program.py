@@ -192,7 +192,9 @@ class CpuProgram:
         out = {}
         for key, (m, place) in places.items():
             views = place.views(self._block)
-            out[key] = self.program.add_packed(FORMATS[m.format], m.group, m.n, m.k, *views)
+            out[key] = self.program.add_packed(
+                FORMATS[m.format], m.group, m.activation_scale, m.n, m.k, *views
+            )
         return out
 
     def _allocate_kv(self) -> None:

@@ -202,7 +202,7 @@ class ReferenceModel(nn.Module):
             else:
                 inputs = [values[v] for v in node.inputs]
                 if step.stored is not None:
-                    rounded = round_activations(inputs[0], step.stored.format, step.stored.group)
+                    rounded = round_activations(inputs[0], *step.stored.reads)
                     inputs[0] = rounded.to(inputs[0].dtype)
                 results = step.reference(node.attrs, inputs, weights, kv)
                 values.update(zip(node.outputs, results, strict=True))

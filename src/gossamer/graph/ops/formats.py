@@ -57,22 +57,29 @@ def round_weight(weight: torch.Tensor, format: str, group: int = 0) -> torch.Ten
     return rounded.flatten(-2)[..., : w.shape[-1]]
 
 
-def round_activations(x: torch.Tensor, format: str, group: int = 0) -> torch.Tensor:
+def round_activations(x: torch.Tensor, format: str, group: int = 0, scale: float = 0.0) -> torch.Tensor:
     """Activations [..., K] as a linear layer of that weight format sees them: untouched for f32 and f16; bf16
-    for bf16; symmetric int8 for all others, with a float32 scale per token (and group where there is one)."""
+    for bf16; symmetric int8 for all others, with a float32 scale per token (and group where there is one).
+
+    scale: above 0 (of int8 without groups alone) it is that of every token: the integers are clamp(round(x /
+    scale), -127, 127), and a token with a NaN or infinity is NaN as a whole."""
     import torch
 
     if format == "bf16":
         return x.bfloat16().float()
     if format in ("f32", "f16"):
         return x
+    if scale:
+        given = torch.tensor(scale, dtype=torch.float32, device=x.device)
+        there = torch.isfinite(x).all(-1, keepdim=True)
+        return (x.float() / given).round().clamp(-127, 127) * torch.where(there, given, torch.nan)
     k = x.shape[-1]
     groups = _grouped(x.float(), group or k)
     most = groups.abs().amax(-1, keepdim=True)
-    scale = most / 127
+    own = most / 127
     inverse = torch.full_like(most, 127) / most  # 127 / most would multiply by a rounded reciprocal
     integers = (groups * torch.where(most > 0, inverse, 0.0)).round()
-    rounded: torch.Tensor = (integers * scale).flatten(-2)[..., :k]
+    rounded: torch.Tensor = (integers * own).flatten(-2)[..., :k]
     return rounded
 
 

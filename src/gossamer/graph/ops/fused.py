@@ -44,8 +44,11 @@ def _columns(node: Node, weights: Sequence[Weight], k: Any) -> list[int]:
         raise GraphError(f"{node.op} {node.outputs[0]}: input has {k} columns, weights {_shapes(matrices)}")
     if biases and [b.shape for b in biases] != [(n,) for n in sizes]:
         raise GraphError(f"{node.op} {node.outputs[0]}: biases {_shapes(biases)} for outputs {sizes}")
-    if len({(w.format, w.group) for w in matrices}) > 1:
-        raise GraphError(f"{node.op} {node.outputs[0]}: its weights are stored in different formats")
+    if len({w.reads for w in matrices}) > 1:
+        raise GraphError(
+            f"{node.op} {node.outputs[0]}: its weights are stored in different formats, or scale their "
+            "activations differently"
+        )
     return sizes
 
 
@@ -154,7 +157,8 @@ def _then_quantize(norm: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         attrs: Mapping[str, Any], inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], kv: KVState
     ) -> tuple[torch.Tensor, ...]:
         (normed,) = OPS[norm].reference(attrs, inputs, weights, kv)
-        return (round_activations(normed, attrs["format"], attrs["group"]).to(normed.dtype),)
+        rounded = round_activations(normed, attrs["format"], attrs["group"], attrs["scale"])
+        return (rounded.to(normed.dtype),)
 
     return reference
 
@@ -164,7 +168,7 @@ for _norm in ("rms_norm", "layer_norm"):
         f"{_norm}_quantize",
         inputs=(1, 1),
         weights=(1, 1) if _norm == "rms_norm" else (2, 2),
-        attrs=frozenset({"eps", "format", "group"}),
+        attrs=frozenset({"eps", "format", "group", "scale"}),
         shapes=_norm_shapes,
         cost=_norm_cost,
         reference=_then_quantize(_norm),
