@@ -18,6 +18,7 @@ from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, RowResult, Sampling, Span, StepPlan
 from gossamer.errors import GraphError
 from gossamer.runtime.local import LocalExecutor
+from gossamer.runtime.reference import ReferenceExecutor
 from gossamer.runtime.rows import produced_before
 from gossamer.runtime.start import start
 from tests.graph.small import llama_config
@@ -147,6 +148,26 @@ def test_targets_have_the_log_probability_of_their_logits(executor: Executor) ->
             assert row.logprob.logprob <= alone.logprob.top[-1][1] + 1e-5
     (plain,) = run(executor, Span(1, PROMPT, 0, (len(PROMPT) - 1,), pages, sampling))
     assert found[-1].token == plain.token
+
+
+def test_logits_are_those_that_a_step_samples_from(executor: Executor) -> None:
+    """Of two sequences in one step, the second in two pieces."""
+    assert isinstance(executor, LocalExecutor | ReferenceExecutor)
+    first, second = ([0, 1], [2, 3])
+    pages = [tuple(p for _ in executor.limits.pages) for p in (first, second)]
+    early = Span(1, PROMPT[:4], 0, (), pages[1])
+    late = Span(1, PROMPT[4:], 4, (0, 1), pages[1])
+    whole = Span(0, PROMPT, 0, (4, 5), pages[0])
+    assert executor.logits(StepPlan((early,))).shape == (0, VOCAB)
+    logits = executor.logits(StepPlan((whole, late))).astype(np.float64)
+    np.testing.assert_allclose(logits[:2], logits[2:], atol=1e-5)
+    params = SamplingParams(temperature=0, logprobs=20)
+    for row, length in zip(logits, (5, 6)):
+        span = Span(2, PROMPT[:length], 0, (length - 1,), pages[0], Sampling(params, 0, PROMPT, []))
+        (found,) = run(executor, span)
+        assert found.logprob is not None
+        for token, logprob in found.logprob.top:
+            assert row[token] - np.log(np.exp(row).sum()) == pytest.approx(logprob, abs=1e-5)
 
 
 def test_a_mask_leaves_what_it_allows(executor: Executor) -> None:

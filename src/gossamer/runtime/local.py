@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 
+import numpy as np
+import numpy.typing as npt
+
 from gossamer.backends.cpu.program import CpuProgram
 from gossamer.engine.step import ExecutorLimits, Handle, ProgramName, StepPlan, StepResult
 from gossamer.errors import NotBuiltError
@@ -74,6 +77,14 @@ class LocalExecutor:
     def collect(self, handle: Handle) -> StepResult:
         """The result of a submitted step, once."""
         return self._results.pop(handle)
+
+    def logits(self, plan: StepPlan) -> npt.NDArray[np.float32]:
+        """Computes a step of the target whose spans need no sampling: logits [rows, vocab] as they are, a
+        view that the next step overwrites. Raises GraphError for a plan outside of the limits."""
+        steps = self._steps["target"]
+        tokens, rows, stride, _ = steps.pack(plan)
+        steps.program.run(tokens, len(plan.spans), rows, stride, sample=False)
+        return steps.program.value("logits", rows)
 
     def close(self) -> None:
         """Gives the swap file back; memory goes with the programs."""

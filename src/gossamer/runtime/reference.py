@@ -80,6 +80,11 @@ class ReferenceExecutor:
         """The result of a submitted step, once."""
         return self._results.pop(handle)
 
+    def logits(self, plan: StepPlan) -> npt.NDArray[np.float32]:
+        """Computes a step whose spans need no sampling: logits [rows, vocab] as they are."""
+        with torch.inference_mode():
+            return self._compute(plan, [[self._id(t) for t in span.tokens] for span in plan.spans])
+
     def close(self) -> None:
         """Drops all keys and values."""
         self._pools.clear()
@@ -98,18 +103,20 @@ class ReferenceExecutor:
         slots = torch.arange(first, last)
         return pages[slots // size] * size + slots % size
 
-    def _run(self, plan: StepPlan) -> list[list[RowResult]]:
+    def _id(self, token: int | LastSampled) -> int:
+        return self._last[token.sequence] if isinstance(token, LastSampled) else token
+
+    def _compute(self, plan: StepPlan, known: list[list[int]]) -> npt.NDArray[np.float32]:
+        """Logits [rows, vocab] of the spans, whose ids are known."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
         spans: list[SpanRows] = []
-        known: list[list[int]] = []
         cache: KVCache = {}
-        for span in plan.spans:
+        for span, tokens in zip(plan.spans, known, strict=True):
             row = len(ids)
             spans.append(SpanRows(span.sequence, row, len(span.tokens), span.start, span.parents))
-            known.append([self._last[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens])
-            ids += known[-1]
+            ids += tokens
             for group, pool in enumerate(self._pools):
                 held = pool[:, :, self._slots(span, group, 0, span.start)]
                 for i, layer in enumerate(self.model.graph.kv_groups[group].layers):
@@ -131,7 +138,12 @@ class ReferenceExecutor:
                     keys, values = cache[layer, span.sequence]
                     pool[0, i, slots] = keys[span.start : stop].float()
                     pool[1, i, slots] = values[span.start : stop].float()
-        logits = out["logits"].float().numpy()
+        logits: npt.NDArray[np.float32] = out["logits"].float().numpy()
+        return logits
+
+    def _run(self, plan: StepPlan) -> list[list[RowResult]]:
+        known = [[self._id(t) for t in span.tokens] for span in plan.spans]
+        logits = self._compute(plan, known)
         results: list[list[RowResult]] = []
         at = 0
         for span, tokens in zip(plan.spans, known, strict=True):

@@ -113,7 +113,7 @@ class ProgramSteps:
                 self._tables[at : at + len(table)] = array("i", table)
             for offset in span.rows:
                 rows.append(row + offset)
-            if span.rows:
+            if span.rows and span.sampling is not None:
                 sampler.add(span, known)
         self._ids[: len(ids)] = ids
         self._positions[: len(ids)] = positions
