@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["loading_bar", "status_line", "token_bar"]
+__all__ = ["loading_bar", "status_line", "token_bar", "work_bar"]
 
 
 @contextmanager
@@ -64,3 +64,26 @@ def status_line(show: bool) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status("starting") as status:
         yield status.update
+
+
+@contextmanager
+def work_bar(show: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work in several parts: call it with (what is being done, how much of it, of how much)."""
+    if not show:
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task, current = progress.add_task("starting", total=None), ""
+
+        def advance(what: str, done: int, total: int) -> None:
+            nonlocal current
+            if what != current:
+                current = what
+                progress.reset(task, description=what)
+            progress.update(task, completed=done, total=total)
+
+        yield advance

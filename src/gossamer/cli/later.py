@@ -25,7 +25,6 @@ _INSTEAD = {
     "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
     "techniques": "the list of techniques is not built yet; ARCHITECTURE.md has the map",
     "compress": "offline compression is not built yet; --quantization quantizes at load",
-    "eval": "the measurement of quality is not built yet",
     "export": "export to other formats is not built yet",
     # from vLLM
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer import __version__
-from gossamer.cli import bench, cache, chat, demo, generate, graph, probe, serve
+from gossamer.cli import bench, cache, chat, demo, evaluate, generate, graph, probe, serve
 from gossamer.cli.later import known_elsewhere
 from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
@@ -39,6 +39,7 @@ app.command(rich_help_panel=_RUN)(verb(generate.generate))
 app.command(rich_help_panel=_RUN)(verb(chat.chat))
 app.command(rich_help_panel=_RUN)(verb(serve.serve))
 app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
+app.command(name="eval", rich_help_panel=_LOOK)(verb(evaluate.evaluate))
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))
 app.command(rich_help_panel=_LOOK)(verb(graph.graph))
 app.add_typer(cache.app, name="cache", rich_help_panel=_LOOK)

@@ -94,8 +94,13 @@ def _quality(q: Quality) -> list[str]:
                 ],
             ),
             "",
-            "KL divergence is in nats per token. The reference against itself, run another way, has a mean "
-            f"of {noise.divergence.kl_mean:.1e}: no more than that is rounding.",
+            "KL divergence is in nats per token."
+            + (
+                ""
+                if noise is None
+                else " The reference against itself, run another way, has a mean of "
+                f"{noise.divergence.kl_mean:.1e}: no more than that is rounding."
+            ),
             "",
         ]
     e = q.execution

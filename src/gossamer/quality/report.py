@@ -17,9 +17,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScore:
-    """How well a text is predicted. tokens: that were predicted; bytes: of UTF-8 that they spell; loss: nats
-    per token, error: its standard error, with windows as the units that chance drew (None: one alone);
-    bits_per_byte compares across tokenizers, perplexity does not."""
+    """How well a text is predicted. tokens: that were predicted; bytes: of the text's UTF-8 that they stand
+    for; loss: nats per token, error: its standard error, with windows as the units that chance drew (None: one
+    alone); bits_per_byte compares across tokenizers, perplexity does not."""
 
     name: str
     tokens: Count
@@ -68,14 +68,15 @@ class Noise:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """The model against a reference model on the same tokens. score: of the reference; ratio: perplexity of
-    the model by the reference's; ratio_error: its standard error, from differences window by window."""
+    the model by the reference's; ratio_error: its standard error, from differences window by window; noise:
+    None where there is but one way to run the reference."""
 
     execution: Execution
     score: TextScore
     ratio: Positive
     ratio_error: Positive | None
     divergence: Divergence
-    noise: Noise
+    noise: Noise | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
