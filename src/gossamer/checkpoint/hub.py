@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.checkpoint.json_file import read_json_object
-from gossamer.errors import CheckpointError, ConfigError, NotBuiltError
+from gossamer.errors import CheckpointError, ConfigError
 
 __all__ = ["POCKET", "read_config", "resolve_model"]
 
@@ -25,21 +25,21 @@ _UNWANTED = ["*/*", "consolidated*"]
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """The local directory of a model.
 
-    model: a directory, "gossamer/pocket" (the model shipped in the package), or a hub id such as
-    "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on the hub. Without a network (or with
-    HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises CheckpointError when there is no such
-    model, NotBuiltError for a .gguf file, ConfigError for a revision of a directory.
+    model: a directory, a .gguf file (or a directory with one and no config.json), "gossamer/pocket" (the
+    model shipped in the package), or a hub id such as "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on
+    the hub. Without a network (or with HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises
+    CheckpointError when there is no such model, ConfigError for a revision of a directory or file, and what
+    `gguf_directory` raises.
     """
     path = Path(os.path.expanduser(model))  # Path's own raises where there is no such user
     try:
-        if model and path.is_dir():  # Path("") would be the working directory
+        if model and path.exists():  # Path("") would be the working directory
             if revision is not None:
+                kind = "directory" if path.is_dir() else "file"
                 raise ConfigError(
-                    f"revision {revision!r} belongs to a hub id, {model[:80]!r} is a directory; leave it out"
+                    f"revision {revision!r} belongs to a hub id, {model[:80]!r} is a {kind}; leave it out"
                 )
-            return path
-        if path.is_file():
-            raise _not_a_directory(path)
+            return _local(path)
     except OSError as error:  # a name beyond what file systems take, or a folder closed to us
         raise CheckpointError(f"cannot look at {model[:80]!r}: {error.strerror}; check the path") from None
     if model == POCKET:
@@ -65,12 +65,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json_object(path, cap=MAX_CONFIG)
 
 
-def _not_a_directory(path: Path) -> CheckpointError | NotBuiltError:
+def _local(path: Path) -> Path:
+    """The directory of a path that exists: itself, or what stands for a GGUF file."""
+    from gossamer.checkpoint.gguf_directory import gguf_directory
+
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return path
+        found = sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{path} has {len(found)} GGUF files ({', '.join(f.name for f in found[:3])}, ..) and no "
+                "config.json; pass one of the files"
+            )
+        return gguf_directory(found[0]) if found else path
     if path.suffix == ".gguf":
-        return NotBuiltError(
-            f"{path} is GGUF, which cannot be read yet; pass the directory of the model's safetensors"
-        )
-    return CheckpointError(f"{path} is a file; pass the directory that holds it, with its config.json")
+        return gguf_directory(path)
+    raise CheckpointError(
+        f"{path} is a file and no GGUF; pass the directory that holds it, with its config.json"
+    )
 
 
 def _pocket() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.packing import Progress
 from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
+from gossamer.checkpoint.cache_directory import cache_directory
+from gossamer.checkpoint.gguf import GGUFCheckpoint
 from gossamer.checkpoint.hub import read_config, resolve_model
-from gossamer.checkpoint.safetensors import Checkpoint
+from gossamer.checkpoint.open import open_checkpoint
 from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
@@ -31,6 +33,8 @@ from gossamer.runtime.swap import SwapFile
 
 __all__ = ["Started", "cache_directory", "load_graph", "packed_directory", "start", "tuning_directory"]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
@@ -48,12 +52,6 @@ class Started:
     threads: int
     receipt: Callable[[], list[ReceiptLine]]
     swap_bytes: int = 0
-
-
-def cache_directory() -> Path:
-    """Where packed weights are kept: $GOSSAMER_CACHE, else gossamer/ in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("GOSSAMER_CACHE") or Path(base) / "gossamer")
 
 
 def tuning_directory() -> Path:
@@ -80,9 +78,12 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     )
     if config.load_format == "dummy":
         return graph, directory, DummySource(graph)
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
+    if isinstance(checkpoint, GGUFCheckpoint):
+        for note in checkpoint.notes():
+            _log.warning("%s", note)
     return as_stored(graph, checkpoint), directory, checkpoint
 
 
