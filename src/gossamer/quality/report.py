@@ -18,8 +18,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScore:
     """How well a text is predicted. tokens: that were predicted; bytes: of the text's UTF-8 that they stand
-    for; loss: nats per token, error: its standard error, with windows as the units that chance drew (None: one
-    alone); bits_per_byte compares across tokenizers, perplexity does not."""
+    for; loss: nats per token, error: its standard error, with windows as the units that chance drew
+    (None: one alone); bits_per_byte compares across tokenizers, perplexity does not."""
 
     name: str
     tokens: Count

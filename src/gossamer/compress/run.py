@@ -1,0 +1,285 @@
+"""The life of a compression: text, estimate, steps one after the other, measured quality, certificate.
+
+Everything happens in a directory beside the result, `.NAME.compress/`: finished steps stand there whole, the
+one at work writes into NN.part and keeps what is dear in NN.scratch. Interrupted, the same call goes on. The
+result appears under its name in one rename, when all of it is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gossamer.checkpoint.hub import read_config, resolve_model
+from gossamer.checkpoint.model_writer import write_json
+from gossamer.checkpoint.safetensors import Checkpoint
+from gossamer.checkpoint.tokenizer import Tokenizer
+from gossamer.compress.certify import certify, measure_loss
+from gossamer.compress.recipe import Recipe, method_of, needs_text
+from gossamer.compress.step import Estimate, Ids, Job, StepRunner
+from gossamer.compress.text import read_tokens
+from gossamer.config.compression import StepConfig
+from gossamer.config.compression.train import Training
+from gossamer.errors import ConfigError
+from gossamer.graph.families import build_graph
+from gossamer.graph.ir import Graph
+
+__all__ = ["Compression", "Watch", "compress", "estimates"]
+
+_MODULES = {
+    "prune": "gossamer.compress.prune",
+    "train": "gossamer.compress.distill",
+    "quantize": "gossamer.compress.quantize",
+}
+_HELD_BACK = 0.05  # of the text, at most _HELD_TOKENS: what quality is measured on
+_HELD_TOKENS = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """What a front end wants to hear, and whether it wants to stop."""
+
+    estimate: Callable[[Sequence[tuple[str, Estimate]]], None] = field(default=lambda estimates: None)
+    """Before the first step: what each will take."""
+    step: Callable[[int, str, bool], None] = field(default=lambda index, name, resumed: None)
+    """A step begins; resumed: it was finished before."""
+    progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+    stopping: Callable[[], bool] = field(default=lambda: False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """What is to be done. model: a directory or hub id; text, held_out: files that win over the recipe's and
+    over a part of it held back; threads: of torch, None for all processors."""
+
+    model: str
+    recipe: Recipe
+    out: Path
+    text: tuple[Path, ...] = ()
+    held_out: tuple[Path, ...] = ()
+    threads: int | None = None
+    measure: bool = True
+    """Whether to measure what was lost; without it the certificate says that it is unknown."""
+
+    @property
+    def work(self) -> Path:
+        """Where steps are kept until the result is whole."""
+        return self.out.parent / f".{self.out.name}.compress"
+
+
+def estimates(graph: Graph, recipe: Recipe) -> list[tuple[str, Estimate]]:
+    """What each step will take on this machine, roughly: speed is probed by a product of matrices."""
+    flops = _flops()
+    tokens = recipe.data.samples * recipe.data.context
+    return [(_name(step), _module(step).estimate(step, graph, tokens, flops)) for step in recipe.steps]
+
+
+def compress(given: Compression, watch: Watch | None = None) -> Path:
+    """Does all of it; gives the result's directory.
+
+    Raises ConfigError, CheckpointError, MemoryBudgetError before anything is written where it cannot be;
+    Stopped where the watcher asks for it; OSError for a full disk. Whatever happens, the same call goes on.
+    """
+    watch = watch or Watch()
+    recipe, out = given.recipe, given.out
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; choose another -o, or remove it")
+    model = resolve_model(given.model)
+    graph, source = build_graph(read_config(model), name=given.model), Checkpoint(model)
+    if needs_text(recipe) and not (given.text or recipe.data.text):
+        raise ConfigError(
+            "the recipe calibrates or trains, and no text is given; name UTF-8 files (or .xz of them) with "
+            "--text, or under [data] in the recipe"
+        )
+    torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))
+    expected = estimates(graph, recipe)
+    _check_disk(given, expected, source)
+    watch.estimate(expected)
+    with _workplace(given.work) as work:
+        text, held = _text(given, model, work)
+        _check_state(given, work, source.content_key(), text)
+        at, steps = model, []
+        for index, step in enumerate(recipe.steps):
+            at, facts = _step(given, index, step, work, at, model, text, watch)
+            steps.append(facts)
+        quality, files = None, given.text or recipe.data.text
+        if given.measure:
+            quality = measure_loss(
+                given.model, at, held, out.name, threads=torch.get_num_threads(), progress=watch.progress
+            )
+        certify(given.model, model, at, recipe, steps, files, text, quality, out.name)
+        if out.is_dir():
+            out.rmdir()  # an empty one
+        os.replace(at, out)
+    shutil.rmtree(given.work, ignore_errors=True)
+    return out
+
+
+def _step(
+    given: Compression,
+    index: int,
+    step: StepConfig,
+    work: Path,
+    model: Path,
+    original: Path,
+    text: Ids,
+    watch: Watch,
+) -> tuple[Path, dict[str, Any]]:
+    """One step, unless it stands there whole: its directory, and its facts."""
+    place, part, scratch, facts_at = (
+        work / f"{index:02d}{end}" for end in ("", ".part", ".scratch", ".json")
+    )
+    later = [work / f"{i:02d}" for i in range(index + 1, len(given.recipe.steps))]
+    done = place.is_dir() or any(path.is_dir() for path in later)
+    watch.step(index, _name(step), done)
+    if done:
+        return place, json.loads(facts_at.read_text())
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    scratch.mkdir(exist_ok=True)
+    data = given.recipe.data
+    job = Job(
+        model=model,
+        original=original,
+        out=part,
+        scratch=scratch,
+        text=text,
+        context=data.context,
+        samples=data.samples,
+        seed=data.seed,
+        threads=torch.get_num_threads(),
+        progress=watch.progress,
+        stopping=watch.stopping,
+    )
+    job.check_stop()
+    began = time.monotonic()
+    found = _module(step).run(step, job)
+    verb, method = method_of(step)
+    facts = {"verb": verb, "method": method, "seconds": round(time.monotonic() - began, 1)} | found
+    write_json(facts_at, facts)
+    os.replace(part, place)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if model != original:
+        shutil.rmtree(model, ignore_errors=True)  # the step before this one is not needed any more
+    return place, facts
+
+
+def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
+    """The text to work with, and what is held back to measure on. Tokens are kept, so that going on does not
+    depend on files that changed."""
+    recipe = given.recipe
+    kept, held_kept = work / "text.npy", work / "held.npy"
+    if not (kept.exists() and held_kept.exists()):
+        files = given.text or recipe.data.text
+        tokenizer = Tokenizer.load(model) if files or given.held_out else None
+        ids = held = np.empty(0, np.int32)
+        if files and tokenizer is not None:
+            ids = read_tokens(files, tokenizer, _wanted(recipe))
+            cut = min(_HELD_TOKENS, int(len(ids) * _HELD_BACK))
+            ids, held = ids[: len(ids) - cut], ids[len(ids) - cut :]
+        if given.held_out and tokenizer is not None:
+            held = read_tokens(given.held_out, tokenizer, _HELD_TOKENS)
+        _save(held_kept, held)
+        _save(kept, ids)
+    ids, held = np.load(kept, mmap_mode="r"), np.load(held_kept)
+    return ids, held
+
+
+def _wanted(recipe: Recipe) -> int:
+    """Tokens worth reading: what training goes through, and several times what calibration takes."""
+    data = recipe.data
+    need = 8 * data.samples * data.context
+    for step in recipe.steps:
+        if isinstance(step, Training):
+            need = max(need, (step.steps * step.batch * step.accumulate + 2) * step.context)
+    return min(data.tokens, int(need / (1 - _HELD_BACK)) + 1)
+
+
+def _save(path: Path, ids: Ids) -> None:
+    aside = path.with_name(f"{path.name}.part.npy")
+    np.save(aside, ids)
+    os.replace(aside, path)
+
+
+def _check_state(given: Compression, work: Path, content: str, text: Ids) -> None:
+    """Raises ConfigError where the workplace belongs to something else than what is asked for."""
+    state = {
+        "model": content,
+        "recipe": given.recipe.key,
+        "text": hashlib.sha256(text.tobytes()).hexdigest(),
+        "files": [str(path) for path in given.text or given.recipe.data.text],
+    }
+    path = work / "state.json"
+    if not path.exists():
+        write_json(path, state)
+        return
+    before = json.loads(path.read_text())
+    if differs := [name for name in state if before.get(name) != state[name]]:
+        raise ConfigError(
+            f"{work} holds the beginning of a compression with another {' and another '.join(differs)}; "
+            "remove it to begin anew, or choose another -o"
+        )
+
+
+@contextmanager
+def _workplace(work: Path) -> Iterator[Path]:
+    """The directory, held so that two runs cannot work in it at once."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another compression works in {work}; wait for it, or choose another -o"
+            ) from None
+        yield work
+
+
+def _check_disk(given: Compression, expected: Sequence[tuple[str, Estimate]], source: Checkpoint) -> None:
+    weights = sum(source.info(name).nbytes for name in source.names())
+    need = 2 * weights + max(e.disk for _, e in expected)  # a step's model, the next one's, and its scratch
+    beside = given.work if given.work.exists() else given.out.parent
+    while not beside.exists():
+        beside = beside.parent
+    free = shutil.disk_usage(beside).free
+    if need > free:
+        raise ConfigError(
+            f"about {need / 1e9:.1f} GB of disk are needed in {beside}, and {free / 1e9:.1f} GB are free; "
+            "make room, or choose -o on another disk"
+        )
+
+
+def _name(step: StepConfig) -> str:
+    return " ".join(method_of(step))
+
+
+def _module(step: StepConfig) -> StepRunner:
+    verb, method = method_of(step)
+    module: Any = importlib.import_module(f"{_MODULES[verb]}.{method}")
+    return module  # type: ignore[no-any-return]
+
+
+def _flops() -> float:
+    """Of a float32 product of matrices here and now."""
+    x = torch.randn(768, 768)
+    best = min(_seconds(lambda: x @ x) for _ in range(5))
+    return float(2 * 768**3 / best)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
