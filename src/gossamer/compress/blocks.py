@@ -11,7 +11,7 @@ before it became. Axes: T tokens of a chunk, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +182,13 @@ class BlockAt:
         """What the block gives for some rows (see `Blocks.chunks`), by value name, with its weights as they
         are now."""
         return self.walk.run(self.model, self._values, rows, self.block.outputs)
+
+    @torch.no_grad()
+    def values(self, names: Collection[str], rows: slice) -> dict[str, torch.Tensor]:
+        """Any values that the block reads or computes, for some rows (see `Blocks.chunks`)."""
+        made = tuple(name for name in names if name not in self._values)
+        out = self.walk.run(self.model, self._values, rows, made) if made else {}
+        return out | {name: self._values[name][rows] for name in names if name in self._values}
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """The block's weights as checkpoint tensors under the family's own names, float32.

@@ -11,7 +11,7 @@ import torch
 from gossamer.compress.blocks import BlockAt, Site
 from gossamer.errors import CheckpointError, ConfigError
 
-__all__ = ["Hessian", "collect", "inverse_cholesky"]
+__all__ = ["Hessian", "collect", "damped", "inverse_cholesky"]
 
 _RETRIES = 6  # each with ten times the damping
 
@@ -35,15 +35,17 @@ class Hessian:
         return self._sum_KK / max(1, self.tokens)
 
 
-def collect(block: BlockAt) -> dict[Site, Hessian]:
+def collect(block: BlockAt, value: str | None = None) -> dict[Site, Hessian]:
     """A Hessian for each site of a block; an expert that no token reached has one of 0 tokens.
 
-    Raises CheckpointError for activations that are not finite.
+    value: of the sites of this value alone. Raises CheckpointError for activations that are not finite.
     """
     found: dict[Site, Hessian] = {}
     for site in block.sites():
+        if value is not None and site.value != value:
+            continue
         found[site] = Hessian(block.matrix(site.matrices[0], site.plane).shape[1])
-    block.inputs(lambda site, x: found[site].add(x))
+    block.inputs(lambda site, x: found[site].add(x) if site in found else None)
     for site, hessian in found.items():
         if not torch.isfinite(hessian.mean().diagonal()).all():
             raise CheckpointError(
@@ -51,6 +53,13 @@ def collect(block: BlockAt) -> dict[Site, Hessian]:
                 "the checkpoint is damaged, or the steps before broke it"
             )
     return found
+
+
+def damped(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
+    """With so much of the mean of its diagonal (where inputs are not always 0) added to the diagonal."""
+    alive = hessian_KK.diagonal() > 0
+    mean = float(hessian_KK.diagonal()[alive].mean()) if alive.any() else 1.0
+    return hessian_KK + damping * mean * torch.eye(len(hessian_KK), dtype=hessian_KK.dtype)
 
 
 def inverse_cholesky(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
@@ -63,18 +72,15 @@ def inverse_cholesky(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
     Raises ConfigError where no damping helps.
     """
     h = hessian_KK.double()
-    alive = h.diagonal() > 0
-    mean = float(h.diagonal()[alive].mean()) if alive.any() else 1.0
     for attempt in range(_RETRIES):
-        extra = damping * 10**attempt * mean
+        most = damping * 10**attempt
         # H = R R^T with R upper comes of the Cholesky factor of H read backwards; then U is R's inverse.
-        damped = (h + extra * torch.eye(len(h), dtype=h.dtype)).flip(0, 1)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped(h, most).flip(0, 1))
         if not failed:
             inverse = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=h.dtype), upper=False)
             upper: torch.Tensor = inverse.flip(0, 1)
             return upper.float()
     raise ConfigError(
-        f"the Hessian of {len(h)} inputs is not positive definite with a damping of {extra / mean:g}; "
+        f"the Hessian of {len(h)} inputs is not positive definite with a damping of {most:g}; "
         "calibrate on more text, or raise the recipe's damping"
     )

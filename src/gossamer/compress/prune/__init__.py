@@ -1,1 +1,2 @@
-"""Weights, channels, heads and layers that matter little, taken out."""
+"""Pruning: single weights become zero (`unstructured`: magnitude, Wanda, SparseGPT), or whole heads, channels
+and layers go (`structured`)."""

@@ -50,13 +50,16 @@ class SparseGPT(Unstructured):
     Alistarh, SparseGPT, 2023)."""
 
     damping: float = 0.01
-    block: int = 128
+    block: int = 32
     """Columns whose mask is chosen together."""
+    refine: int = 20
+    """Steps of conjugate gradients for the weights that stay, once all columns are settled (0: none)."""
 
     def __post_init__(self) -> None:
         Unstructured.__post_init__(self)
         check_range("prune.damping", self.damping, 1e-6, 1.0)
         check_range("prune.block", self.block, 1, 4096)
+        check_range("prune.refine", self.refine, 0, 1000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
