@@ -25,6 +25,7 @@ from gossamer.graph.ops.base import Reference
 from gossamer.graph.ops.formats import round_activations, round_weight
 from gossamer.graph.ops.fused import LINEAR_OPS, PREPARED_FORMATS
 from gossamer.graph.ops.rope import rope_tables, rotate
+from gossamer.graph.part import part
 from gossamer.graph.weights import Constant, stored_format
 
 __all__ = ["ReferenceModel", "export_tensors"]
@@ -132,13 +133,20 @@ class ReferenceModel(nn.Module):
         tensor: torch.Tensor = table[key]
         return tensor
 
+    def part(self, nodes: Sequence[Node], outputs: Mapping[str, str]) -> Self:
+        """A stretch of the model (`gossamer.graph.part`) that shares this one's weights."""
+        stretch = type(self)(part(self.graph, nodes, outputs))
+        for name, (table, key) in stretch._places.items():
+            table[key] = self.weight(name)
+        return stretch
+
     def _register(self, weight: Weight, dtype: torch.dtype) -> None:
         *path, key = weight.name.split(".")
         place: nn.Module = self
-        for part in path:
-            if part not in place._modules:
-                place.add_module(part, nn.Module())
-            place = place._modules[part]  # type: ignore[assignment]
+        for name in path:
+            if name not in place._modules:
+                place.add_module(name, nn.Module())
+            place = place._modules[name]  # type: ignore[assignment]
         if isinstance(weight.expr, Constant):
             place.register_buffer(
                 key, torch.tensor(weight.expr.values, dtype=torch.float32), persistent=False
@@ -220,8 +228,8 @@ def export_tensors(model: ReferenceModel) -> dict[str, npt.NDArray[Any]]:
     def parts() -> Iterator[Part]:
         for name, parameter in model.named_parameters():
             array = _to_numpy(parameter)
-            for part in invert(model.graph.weights[name].expr, array):
-                yield Part(part.tensor, part.axis, part.start, part.stop, part.array.astype(array.dtype))
+            for piece in invert(model.graph.weights[name].expr, array):
+                yield Part(piece.tensor, piece.axis, piece.start, piece.stop, piece.array.astype(array.dtype))
 
     return gather(parts())
 

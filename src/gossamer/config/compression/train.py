@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.config.compression.checks import check_choice, check_range
+from gossamer.errors import ConfigError
 
 __all__ = ["Distil", "Recover"]
 
@@ -26,6 +27,9 @@ class Training:
     """Share of the steps; then a cosine down to `final` of the peak."""
     final: float = 0.1
     weight_decay: float = 0.1
+    """Of matrices."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon is for the matrices of the layers: more work per step, and further for as many tokens."""
     bf16: bool = True
     """Matrix products in bfloat16; weights and sums stay float32."""
     checkpointing: bool = False
@@ -40,6 +44,7 @@ class Training:
             ("save_seconds", 0.1, 86400.0),
         ):  # fmt: skip
             check_range(name, getattr(self, name), low, high)
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,7 @@ class Distil(Training):
     student: str | None = None
     """A config.json whose model begins at random instead of the step's model."""
     loss: Loss = "forward_kl"
+    """Divergence from the teacher's predictions; "ce": only the text is learned from."""
     temperature: float = 1.0
     ce: float = 0.0
     """Weight of the cross entropy on the text, beside `loss` of weight 1."""
@@ -73,3 +79,8 @@ class Distil(Training):
         for name in ("ce", "hidden", "attention"):
             check_range(f"distil.{name}", getattr(self, name), 0.0, 1e4)
         check_range("distil.cache_logits", self.cache_logits, 0, 2**16)
+        if self.cache_logits and (self.hidden or self.attention):
+            raise ConfigError(
+                "distil.cache_logits keeps predictions alone, and distil.hidden and distil.attention match "
+                "values inside the teacher; leave the one or the others at 0"
+            )
