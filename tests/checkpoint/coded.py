@@ -11,8 +11,14 @@ import numpy as np
 import torch
 import transformers
 
+from gossamer import _native
+from gossamer.backends.cpu.program import CpuProgram, StepShape
+from gossamer.backends.reference import ReferenceModel
 from gossamer.checkpoint.codes import CodedTensor, Codes
 from gossamer.checkpoint.compressed_tensors import write_compressed_tensors
+from gossamer.config import EngineConfig
+from gossamer.graph.ir import Graph
+from gossamer.runtime.start import load_graph
 
 IDS = torch.arange(3, 60, 3)[None]
 SIZES: dict[str, Any] = {
@@ -94,8 +100,51 @@ def write(model: Any, coded: dict[str, CodedTensor], directory: Path) -> int:
     return write_compressed_tensors(directory, config_json(model), floats, coded)
 
 
+def check_codes(directory: Path, coded: dict[str, CodedTensor]) -> None:
+    """Reading gives the integers that were written, whole and by rows."""
+    _, source = opened(directory)
+    for name, tensor in coded.items():
+        want = tensor.make()
+        assert source.stored(name) == (tensor.format, tensor.group)
+        assert source.activation_scale(name) == np.float32(tensor.activation_scale or 0)
+        for start, stop in ((0, tensor.shape[0]), (tensor.shape[0] // 3, tensor.shape[0] - 1)):
+            got = source.read_codes(name, start, stop)
+            np.testing.assert_array_equal(got.codes, want.codes[start:stop])
+            np.testing.assert_array_equal(got.scales, want.scales[start:stop])
+            if want.zeros is not None:
+                np.testing.assert_array_equal(got.zeros, want.zeros[start:stop])
+        np.testing.assert_array_equal(source.read(name), want.floats())
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     """[tokens, vocab] of IDS."""
     out: torch.Tensor = model(IDS).logits[0]
     return out
+
+
+def opened(directory: Path) -> tuple[Graph, Any]:
+    """The graph as the checkpoint stores it, and its weights."""
+    graph, _, source = load_graph(EngineConfig(model=str(directory)))
+    return graph, source
+
+
+def check_served(directory: Path, formats: set[str]) -> None:
+    """The kernels compute with the stored values: what the torch reference gives of them, by the receipt in
+    these formats (beside f32)."""
+    graph, source = opened(directory)
+    assert {w.stored for w in graph.weights.values()} - {"f32"} == formats
+    count = IDS.shape[1]
+    shape = StepShape(tokens=count, rows=count, spans=1, page_size=32, pages=1, table=1, kv_dtype="f32")
+    program = CpuProgram(graph, source, shape, isa=str(_native.best_isa()), threads=1)
+    program.ids[:count] = IDS[0]
+    program.positions[:count] = program.rows[:count] = range(count)
+    program.spans[0] = (0, count, 0, 0, -1)
+    program.run(count, 1, count, 1, sample=False)
+    ours = torch.from_numpy(program.value("logits", count).copy())
+    want = ReferenceModel.load(graph, source).logits(IDS)[0].detach()
+    # An activation that lies between two integers may round the other way after sums in another order.
+    assert (ours - want).abs().max() <= 0.02 * want.abs().max()
+    kernels = {line.kernel for line in program.receipt() if line.calls}
+    for format in formats:
+        assert f"linear_{format.partition('-')[0]}" in kernels, (format, kernels)

@@ -21,6 +21,8 @@ from gossamer.graph.families import build_graph
 from tests.checkpoint.coded import (
     SIZES,
     Stored,
+    check_codes,
+    check_served,
     config_json,
     encode,
     logits,
@@ -129,3 +131,22 @@ def test_what_loaders_cannot_take_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             write(model, {name: replace(whole, **change)}, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name, stored, more",
+    [
+        ("llama", [("int8", 0, 0.02), ("int4", 32), ("uint4", 64), ("int8", 16)], HEAD),
+        ("tied", [("int4", 64), ("int8", 0)], []),
+        ("qwen2", [("uint4", 32), ("int8", 32)], HEAD),
+        ("mixtral", [("int4", 32)], []),
+    ],
+)
+def test_what_was_written_is_served_integer_by_integer(
+    tmp_path: Path, name: str, stored: list[Stored], more: list[str]
+) -> None:
+    model = small_model(MODELS[name])
+    coded = encode(model, stored, projections(model) + more)
+    write(model, coded, tmp_path)
+    check_codes(tmp_path, coded)
+    check_served(tmp_path, {t.format + (f"-g{t.group}" if t.group else "") for t in coded.values()})

@@ -32,7 +32,7 @@ from gossamer.graph.families.names import fit_names
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import Concat, Slice, Stack, Tensor, WeightExpr, leaves
 
-__all__ = ["must_stay_floats", "pack_integers", "write_compressed_tensors"]
+__all__ = ["checked", "must_stay_floats", "pack_integers", "write_compressed_tensors"]
 
 Array = npt.NDArray[Any]
 PACKED, INT, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
@@ -105,6 +105,8 @@ def write_compressed_tensors(
         _check(name, tensor, floats)
         if name in refused:
             raise CheckpointError(f"tensor {name!r} must stay floats in compressed-tensors: {refused[name]}")
+        if name in embedded and tensor.activation_scale is not None:
+            raise CheckpointError(f"tensor {name!r} is looked up, not multiplied: it has no activation_scale")
         module = name.removesuffix(".weight")
         inputs = "dynamic" if tensor.activation_scale is None else "static"
         plain = tensor.group or name in embedded
@@ -176,7 +178,7 @@ def _embedded(graph: Graph) -> set[str]:
 
 def _stored(module: str, tensor: CodedTensor, scheme: _Scheme) -> dict[str, Array | LazyTensor]:
     n, k = tensor.shape
-    make = _checked(f"{module}.weight", tensor)
+    make = checked(f"{module}.weight", tensor)
     scales: dict[str, Array] = {}
 
     def codes() -> Codes:
@@ -224,7 +226,7 @@ def _stored(module: str, tensor: CodedTensor, scheme: _Scheme) -> dict[str, Arra
     return out
 
 
-def _checked(name: str, tensor: CodedTensor) -> Callable[[], Codes]:
+def checked(name: str, tensor: CodedTensor) -> Callable[[], Codes]:
     def make() -> Codes:
         codes = tensor.make()
         if (codes.format, codes.group, codes.codes.shape) != (tensor.format, tensor.group, tensor.shape):

@@ -134,6 +134,10 @@ class GGUFCheckpoint:
             )
         return codes
 
+    def activation_scale(self, name: str) -> float:
+        """There is none in the format."""
+        return 0.0
+
     def notes(self) -> list[str]:
         """What is served otherwise than it is stored, a line for each type, with the relative error measured
         on rows of every matrix."""

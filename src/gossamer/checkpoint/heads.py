@@ -54,6 +54,9 @@ class Joined:
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         return self._of(name).read_codes(name, start, stop)
 
+    def activation_scale(self, name: str) -> float:
+        return self._of(name).activation_scale(name)
+
     def _of(self, name: str) -> WeightSource:
         return self.first if name in self.names else self.second
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.errors import CheckpointError, ConfigError
 
-__all__ = ["POCKET", "read_config", "resolve_model"]
+__all__ = ["POCKET", "read_config", "read_quantization", "resolve_model"]
 
 POCKET = "gossamer/pocket"
 # Not importlib.resources: under an editable install its path is of two directories at once.
 _PACKAGE = Path(__file__).resolve().parents[1]
 MAX_CONFIG = 4 << 20  # bytes; real ones have a few kilobytes
+_QUANTIZATION = ("quantization_config", "compression_config")
+_EARLY_GPTQ = "quantize_config.json"
 # Pickle is never even downloaded; folders (original/, onnx/) and consolidated.* hold second copies.
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 _UNWANTED = ["*/*", "consolidated*"]
@@ -52,10 +55,33 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The object in a model directory's config.json.
+    """The object in a model directory's config.json, less what it says of quantization: that belongs to its
+    tensors, and `gossamer.checkpoint.opening` reads it.
 
     Raises CheckpointError when it is missing, larger than 4 MiB or not a JSON object.
     """
+    return {key: value for key, value in _config(directory).items() if key not in _QUANTIZATION}
+
+
+def read_quantization(directory: Path, ignore: Collection[str] = ()) -> dict[str, Any] | None:
+    """What config.json, or the file that early GPTQ had beside it, says of quantization; None: nothing.
+
+    ignore: fields of config.json to treat as absent. Raises CheckpointError as `read_config` does.
+    """
+    for key in _QUANTIZATION:
+        settings = _config(directory).get(key)
+        if settings and key not in ignore:
+            if not isinstance(settings, dict):
+                raise CheckpointError(
+                    f"{directory / 'config.json'}: {key} is {settings!r}; an object is right"
+                )
+            return settings
+    if (directory / _EARLY_GPTQ).is_file() and not set(_QUANTIZATION) & set(ignore):
+        return {"quant_method": "gptq", **read_json_object(directory / _EARLY_GPTQ, cap=MAX_CONFIG)}
+    return None
+
+
+def _config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(

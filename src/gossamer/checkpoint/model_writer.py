@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Checkpoint, element_count
+from gossamer.checkpoint.safetensors import DTYPES, INDEX, SINGLE, element_count
 from gossamer.checkpoint.safetensors_writer import LazyTensor, write_safetensors
+from gossamer.checkpoint.weights import ModelSource
 
 __all__ = ["copy_beside", "from_checkpoint", "write_config", "write_weights"]
 
@@ -26,7 +27,7 @@ _BESIDE = (
 """What a model needs beside weights and config.json, whatever is done to its numbers."""
 
 
-def from_checkpoint(source: Checkpoint, names: list[str] | None = None) -> dict[str, LazyTensor]:
+def from_checkpoint(source: ModelSource, names: list[str] | None = None) -> dict[str, LazyTensor]:
     """Tensors as they lie in a checkpoint (all of them, or those named), read when they are written."""
 
     def read(name: str) -> npt.NDArray[Any]:

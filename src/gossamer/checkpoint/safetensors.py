@@ -293,6 +293,10 @@ class Checkpoint:
         """There are none. Raises CheckpointError."""
         raise CheckpointError(f"{self.directory}: tensor {name!r} is of floats and has no codes")
 
+    def activation_scale(self, name: str) -> float:
+        """There is none."""
+        return 0.0
+
     def _check_places(self, index: Path) -> None:
         held = {name: set(file.names()) for name, file in self._shards.items()}
         for tensor, shard in self._place.items():

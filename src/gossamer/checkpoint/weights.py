@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.checkpoint.codes import Codes, joined
+from gossamer.checkpoint.safetensors import TensorInfo
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import (
@@ -32,8 +33,8 @@ from gossamer.graph.weights import (
 )
 
 __all__ = [
-    "DummySource", "Part", "WeightSource", "as_stored", "check_tensors", "evaluate", "evaluate_codes",
-    "gather", "invert",
+    "DummySource", "ModelSource", "Part", "WeightSource", "as_stored", "check_tensors", "evaluate",
+    "evaluate_codes", "gather", "invert",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -59,6 +60,19 @@ class WeightSource(Protocol):
 
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         """Rows [start, stop) of a quantized tensor, as the integers that are stored."""
+
+    def activation_scale(self, name: str) -> float:
+        """The one scale of all int8 inputs of a quantized tensor; 0 where every token has its own."""
+
+
+class ModelSource(WeightSource, Protocol):
+    """A model's weights, and what they are called."""
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype as of `read`, and place."""
 
 
 def evaluate(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int | None = None) -> Array:
@@ -229,17 +243,29 @@ class DummySource:
         """There are none."""
         raise CheckpointError(f"tensor {name!r} is random floats and has no codes")
 
+    def activation_scale(self, name: str) -> float:
+        """There is none."""
+        return 0.0
+
 
 def as_stored(graph: Graph, source: WeightSource) -> Graph:
     """The graph with every matrix in the format that the checkpoint stores it in, where it stores codes.
 
     A matrix whose tensors differ, or whose expression computes, stays f32: its floats are quantized at load.
+    Raises CheckpointError for tensors of one matrix that want their inputs in different scales.
     """
     weights = {}
     for name, weight in graph.weights.items():
         expr = _with_formats(weight.expr, source)
         format, group = stored_format(expr)
-        weights[name] = replace(weight, expr=expr, format=format, group=group)
+        scales = {source.activation_scale(leaf.name) for leaf in leaves(expr)} if format == "int8" else {0.0}
+        if len(scales) > 1:
+            names = ", ".join(leaf.name for leaf in leaves(expr))
+            raise CheckpointError(
+                f"tensors {names} form one matrix, whose inputs have one scale, and theirs are "
+                f"{', '.join(f'{s:g}' for s in sorted(scales))}; quantize with dynamic activations"
+            )
+        weights[name] = replace(weight, expr=expr, format=format, group=group, activation_scale=scales.pop())
     return replace(graph, weights=weights)
 
 

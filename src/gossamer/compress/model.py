@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gossamer.checkpoint.hub import read_config
-from gossamer.checkpoint.safetensors import Checkpoint
-from gossamer.checkpoint.weights import as_stored, check_tensors
+from gossamer.checkpoint.opening import open_checkpoint
+from gossamer.checkpoint.weights import ModelSource, as_stored, check_tensors
 from gossamer.compress.step import Ids, Job
 from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
@@ -16,13 +16,13 @@ from gossamer.graph.ir import Graph
 __all__ = ["calibration", "check_floats", "open_model"]
 
 
-def open_model(directory: Path) -> tuple[Graph, Checkpoint]:
+def open_model(directory: Path) -> tuple[Graph, ModelSource]:
     """The graph before any pass, under the checkpoint's own tensor names.
 
     Raises UnsupportedModelError, CheckpointError.
     """
     graph = build_graph(read_config(directory), name=str(directory))
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
     return as_stored(graph, checkpoint), checkpoint

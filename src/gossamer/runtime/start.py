@@ -12,13 +12,12 @@ from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.packing import Progress
 from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
 from gossamer.checkpoint.cache_directory import cache_directory
-from gossamer.checkpoint.gguf import GGUFCheckpoint
-from gossamer.checkpoint.hub import read_config, resolve_model
-from gossamer.checkpoint.open import open_checkpoint
+from gossamer.checkpoint.hub import read_config, read_quantization, resolve_model
+from gossamer.checkpoint.opening import notes_of, open_checkpoint
 from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
-from gossamer.errors import DependencyError, MemoryBudgetError
+from gossamer.errors import ConfigError, DependencyError, MemoryBudgetError
 from gossamer.graph.families import build_graph
 from gossamer.graph.families.eagle import with_features
 from gossamer.graph.families.names import fit_names
@@ -33,7 +32,7 @@ from gossamer.runtime.swap import SwapFile
 
 __all__ = ["Started", "cache_directory", "load_graph", "packed_directory", "start", "tuning_directory"]
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("gossamer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,7 @@ def packed_directory() -> Path:
 def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     """The model's graph before any pass, its directory and where its weights come from.
 
-    Raises UnsupportedModelError, CheckpointError.
+    What reading a quantized checkpoint changes is logged. Raises UnsupportedModelError, CheckpointError.
     """
     directory = resolve_model(config.model, config.revision)
     graph = build_graph(
@@ -77,13 +76,17 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
         ignore=config.ignore_config_fields,
     )
     if config.load_format == "dummy":
+        if read_quantization(directory, config.ignore_config_fields):
+            raise ConfigError(
+                f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
+                "--ignore-config-field quantization_config, and --quantization for another format"
+            )
         return graph, directory, DummySource(graph)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, config.ignore_config_fields)
+    for note in notes_of(checkpoint):
+        _LOGGER.warning("%s: %s", config.model, note)
     graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
-    if isinstance(checkpoint, GGUFCheckpoint):
-        for note in checkpoint.notes():
-            _log.warning("%s", note)
     return as_stored(graph, checkpoint), directory, checkpoint
 
 

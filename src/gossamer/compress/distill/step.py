@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from gossamer.checkpoint.hub import read_config, resolve_model
-from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.tokenizer import Tokenizer
+from gossamer.checkpoint.weights import ModelSource
 from gossamer.compress.distill.cache import LogitCache, cache_key, record_bytes
 from gossamer.compress.distill.forward import attention_taps, hidden_taps
 from gossamer.compress.distill.matching import Matching
@@ -151,7 +151,7 @@ def _teacher(
     job: Job,
     windows: Windows,
     graph: Graph,
-    source: Checkpoint,
+    source: ModelSource,
     matching: dict[str, tuple[float, Matching]],
 ) -> Teacher:
     taps = tuple(dict.fromkeys(theirs for _, pairs in matching.values() for _, theirs in pairs.pairs))

@@ -13,6 +13,7 @@ from gossamer.checkpoint.json_file import read_json_object
 from gossamer.checkpoint.model_writer import copy_beside, write_config, write_weights
 from gossamer.checkpoint.safetensors import DTYPES, Checkpoint
 from gossamer.checkpoint.safetensors_writer import LazyTensor
+from gossamer.checkpoint.weights import ModelSource
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import leaves
@@ -23,7 +24,7 @@ _INTO_RESIDUAL = ("out_proj", "down_proj")
 _DEVIATION = 0.02  # of random weights where config.json names none
 
 
-def load_model(graph: Graph, source: Checkpoint) -> ReferenceModel:
+def load_model(graph: Graph, source: ModelSource) -> ReferenceModel:
     """The model in float32. Raises CheckpointError for weights that are not finite."""
     model = ReferenceModel.load(graph, source)
     for name, p in model.named_parameters():

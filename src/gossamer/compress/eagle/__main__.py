@@ -24,7 +24,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 from gossamer.checkpoint.hub import read_config, resolve_model
-from gossamer.checkpoint.safetensors import Checkpoint
+from gossamer.checkpoint.opening import open_checkpoint
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.checkpoint.weights import check_tensors
 from gossamer.compress.eagle.acceptance import Acceptance, measure, write_on
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     recipe = Recipe(**{own.name: getattr(args, own.name) for own in fields(Recipe)})
     directory = resolve_model(args.model)
-    source = Checkpoint(directory)
+    source = open_checkpoint(directory)
     graph = fit_names(build_graph(read_config(directory), name=args.model), source.names())
     check_tensors(graph, {name: source.info(name).shape for name in source.names()})
     if recipe.context > graph.max_positions:

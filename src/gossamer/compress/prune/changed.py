@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from gossamer.checkpoint.codes import Codes
 from gossamer.checkpoint.model_writer import from_checkpoint
-from gossamer.checkpoint.safetensors import Checkpoint, SafetensorsFile
+from gossamer.checkpoint.safetensors import SafetensorsFile
 from gossamer.checkpoint.safetensors_writer import LazyTensor
+from gossamer.checkpoint.weights import ModelSource
 from gossamer.compress.results import BlockResults
 from gossamer.errors import CheckpointError
 
@@ -23,7 +24,7 @@ Array = npt.NDArray[Any]
 class Changed:
     """A `WeightSource` of floats."""
 
-    def __init__(self, checkpoint: Checkpoint, results: BlockResults) -> None:
+    def __init__(self, checkpoint: ModelSource, results: BlockResults) -> None:
         """Begins with the blocks that the results hold already."""
         self.checkpoint, self.results = checkpoint, results
         self._files: dict[str, SafetensorsFile] = {}
@@ -67,7 +68,11 @@ class Changed:
         """There are none."""
         raise CheckpointError(f"tensor {name!r} is floats and has no codes")
 
-    def _of(self, name: str) -> SafetensorsFile | Checkpoint:
+    def activation_scale(self, name: str) -> float:
+        """There is none."""
+        return 0.0
+
+    def _of(self, name: str) -> SafetensorsFile | ModelSource:
         return self._files.get(name, self.checkpoint)
 
     def _open(self, scope: str) -> None:

@@ -29,7 +29,7 @@ from gossamer.checkpoint.model_writer import (
 )
 from gossamer.checkpoint.safetensors import DTYPES, Checkpoint
 from gossamer.checkpoint.safetensors_writer import LazyTensor
-from gossamer.checkpoint.weights import evaluate, gather, invert
+from gossamer.checkpoint.weights import ModelSource, evaluate, gather, invert
 from gossamer.compress.blocks import Blocks
 from gossamer.compress.model import calibration, check_floats, open_model
 from gossamer.compress.prune.axes import Kept, cut, layer_of, weight_kinds
@@ -112,7 +112,7 @@ def run(config: Structured, job: Job) -> dict[str, Any]:
 
 
 def _choose(
-    config: Structured, graph: Graph, source: Checkpoint, windows: Ids, left: Counts, job: Job
+    config: Structured, graph: Graph, source: ModelSource, windows: Ids, left: Counts, job: Job
 ) -> dict[str, Any]:
     """Which layers and hidden columns stay, and what norms and Taylor say; kept in the scratch directory."""
     path = job.scratch / "chosen.json"
@@ -145,7 +145,7 @@ def _choose(
 
 
 def _narrow(
-    graph: Graph, source: Checkpoint, new: Graph, chosen: Mapping[str, Any], job: Job
+    graph: Graph, source: ModelSource, new: Graph, chosen: Mapping[str, Any], job: Job
 ) -> dict[str, LazyTensor]:
     """The tensors with fewer layers and hidden columns."""
     results = _results(job, "narrow-blocks")
@@ -167,7 +167,7 @@ def _narrow(
 
 def _thin(
     graph: Graph,
-    source: Checkpoint,
+    source: ModelSource,
     new: Graph,
     left: Counts,
     chosen: Mapping[str, Any],
@@ -222,7 +222,7 @@ def _save(
     layers: list[int],
     arrays: Mapping[str, Array],
     kept: Kept,
-    source: Checkpoint,
+    source: ModelSource,
 ) -> None:
     """Weights of the old graph, cut, as tensors of the new one."""
     kinds = weight_kinds(graph)
@@ -239,7 +239,7 @@ def _save(
     results.save(_moved(scope, layers), tensors)
 
 
-def _written(new: Graph, results: BlockResults, source: Checkpoint) -> dict[str, LazyTensor]:
+def _written(new: Graph, results: BlockResults, source: ModelSource) -> dict[str, LazyTensor]:
     """What the results hold, in the checkpoint's order."""
     found: dict[str, LazyTensor] = {}
     for scope in results.scopes():

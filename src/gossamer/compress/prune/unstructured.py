@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from gossamer.checkpoint.model_writer import copy_beside, write_weights
-from gossamer.checkpoint.safetensors import DTYPES, Checkpoint
-from gossamer.checkpoint.weights import evaluate
+from gossamer.checkpoint.safetensors import DTYPES
+from gossamer.checkpoint.weights import ModelSource, evaluate
 from gossamer.compress.blocks import BlockAt, Blocks, Site
 from gossamer.compress.hessian import Hessian, collect, damped, inverse_cholesky
 from gossamer.compress.model import calibration, check_floats, open_model
@@ -149,7 +149,7 @@ def _prune_site(config: Config, block: BlockAt, site: Site, names: list[str], he
             matrix[...] = magnitude(matrix, config.sparsity, pattern)
 
 
-def _changed(block: BlockAt, names: list[str], checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:
+def _changed(block: BlockAt, names: list[str], checkpoint: ModelSource) -> dict[str, npt.NDArray[Any]]:
     """The tensors that the matrices come of, in the checkpoint's dtype; zeros stay zeros."""
     graph = block.walk.graph
     changed = {leaf.name for name in names for leaf in leaves(graph.weights[name].expr)}
