@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["loading_bar", "status_line", "token_bar", "work_bar"]
+__all__ = ["byte_bar", "loading_bar", "status_line", "token_bar", "work_bar"]
 
 
 @contextmanager
 def loading_bar(show: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar for loading weights: call it with (bytes done, bytes in all). None when not shown."""
+    with byte_bar(show, "packing weights") as update:
+        yield update
+
+
+@contextmanager
+def byte_bar(show: bool, what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for work on bytes: call it with (bytes done, bytes in all). None when not shown."""
     if not show:
         yield None
         return
@@ -19,7 +26,7 @@ def loading_bar(show: bool) -> Iterator[Callable[[int, int], None] | None]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("packing weights", total=None)
+        task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.gguf_file import GGUFFile
+from gossamer.checkpoint.gguf_file import GGUFTensor
 from gossamer.checkpoint.gguf_names import ARCHITECTURES, FACTORS, Architecture, Piece, pieces
 from gossamer.checkpoint.safetensors import short
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.graph.families.common import MOST_EXPERTS, MOST_LAYERS
 
-__all__ = ["Metadata", "architecture", "file_pieces", "llama3_factors", "model_config", "query_scalar"]
+__all__ = [
+    "Header",
+    "Metadata",
+    "architecture",
+    "file_pieces",
+    "llama3_factors",
+    "model_config",
+    "query_scalar",
+]
 
 # What says nothing about the numbers of inference, or says again what tensors and vocabulary say.
 _INERT = (
@@ -24,6 +33,19 @@ _INERT = (
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+class Header(Protocol):
+    """What is asked of a file, or of one that is not written yet."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, GGUFTensor]: ...
+    @property
+    def map(self) -> Any: ...
+
+
 class Metadata:
     """The keys of an architecture, "embedding_length" for "llama.embedding_length", with their types checked.
 
@@ -31,7 +53,7 @@ class Metadata:
     CheckpointError naming the key, its value and what is right.
     """
 
-    def __init__(self, file: GGUFFile, prefix: str) -> None:
+    def __init__(self, file: Header, prefix: str) -> None:
         self._file, self._prefix = file, prefix
         self._read: set[str] = set()
 
@@ -85,7 +107,7 @@ class Metadata:
         )
 
 
-def architecture(file: GGUFFile) -> Architecture:
+def architecture(file: Header) -> Architecture:
     """What the file holds. Raises UnsupportedModelError for an architecture that is not known here, and for
     a part of a model."""
     name = file.metadata.get("general.architecture")
@@ -102,7 +124,7 @@ def architecture(file: GGUFFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def file_pieces(file: GGUFFile) -> dict[str, Piece]:
+def file_pieces(file: Header) -> dict[str, Piece]:
     """The tensors that the file has, by their names in it. Raises UnsupportedModelError for one that the
     architecture is not known to have."""
     found = architecture(file)
@@ -127,7 +149,7 @@ def file_pieces(file: GGUFFile) -> dict[str, Piece]:
     return {name: piece for name, piece in known.items() if name in file.tensors}
 
 
-def model_config(file: GGUFFile) -> dict[str, Any]:
+def model_config(file: Header) -> dict[str, Any]:
     """config.json. Keys that are not understood stand in it under their own names, for families to refuse.
 
     Raises CheckpointError for values that cannot be, UnsupportedModelError for what is not known here.
@@ -157,9 +179,10 @@ def query_scalar(config: Mapping[str, Any]) -> float:
     return float(config["head_dim"])
 
 
-def llama3_factors(factor: float, dim: int, theta: float) -> npt.NDArray[np.float32]:
+def llama3_factors(
+    factor: float, dim: int, theta: float, low: float = 1.0, high: float = 4.0, original: float = 8192
+) -> npt.NDArray[np.float32]:
     """What llama3's rope_scaling divides frequencies by, as convert_hf_to_gguf.py writes it."""
-    low, high, original = LLAMA3.values()
     with np.errstate(all="ignore"):
         wavelength = 2 * np.pi * theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
         smooth = (original / wavelength - low) / (high - low)
@@ -168,7 +191,7 @@ def llama3_factors(factor: float, dim: int, theta: float) -> npt.NDArray[np.floa
     return np.where(wavelength > original / low, factor, chosen).astype(np.float32)
 
 
-def _decoder(file: GGUFFile, found: Architecture, meta: Metadata) -> dict[str, Any]:
+def _decoder(file: Header, found: Architecture, meta: Metadata) -> dict[str, Any]:
     layers = meta.whole("block_count", most=MOST_LAYERS)
     hidden, heads = meta.whole("embedding_length"), meta.whole("attention.head_count")
     context = meta.whole("context_length")
@@ -205,7 +228,7 @@ def _decoder(file: GGUFFile, found: Architecture, meta: Metadata) -> dict[str, A
     return config | _own(file, found, meta, config)
 
 
-def _own(file: GGUFFile, found: Architecture, meta: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+def _own(file: Header, found: Architecture, meta: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     """What is an architecture's own."""
     has = file.tensors.__contains__
     match found.name:
@@ -266,20 +289,20 @@ def _experts(meta: Metadata, layers: int) -> int:
 
 
 def _ends(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """bos_token_id and eos_token_id, the end of a turn among the latter."""
+    """bos_token_id and eos_token_id, the ends of a turn and of a message among the latter."""
 
     def token(name: str) -> int | None:
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         return value if type(value) is int and 0 <= value < 2**31 else None
 
-    ends = [t for t in dict.fromkeys((token("eos"), token("eot"))) if t is not None]
+    ends = [t for t in dict.fromkeys(map(token, ("eos", "eot", "eom"))) if t is not None]
     begin = token("bos")
     return ({} if begin is None else {"bos_token_id": begin}) | (
         {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
     )
 
 
-def _scaling(file: GGUFFile, meta: Metadata, config: Mapping[str, Any], dim: int) -> dict[str, Any] | None:
+def _scaling(file: Header, meta: Metadata, config: Mapping[str, Any], dim: int) -> dict[str, Any] | None:
     """rope_scaling, from keys and from tensors of factors."""
     freqs, long, short_ = (_factors(file, name, dim) for name in FACTORS)
     original = "original_max_position_embeddings"
@@ -325,7 +348,7 @@ def _scaling(file: GGUFFile, meta: Metadata, config: Mapping[str, Any], dim: int
     )
 
 
-def _factors(file: GGUFFile, name: str, dim: int) -> list[float] | None:
+def _factors(file: Header, name: str, dim: int) -> list[float] | None:
     tensor = file.tensors.get(name)
     if tensor is None:
         return None

@@ -76,15 +76,17 @@ def tokenizer_json(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
         return parse_json_object(whole, f"tokenizer.huggingface.json of {source}", error=TokenizerError)
     kind = metadata.get(_KEY + "model")
     tokens = _list(metadata, "tokens", str, source)
+    types = _list(metadata, "token_type", int, source, len(tokens), [NORMAL] * len(tokens))
+    padding = next((n for n, i in enumerate(reversed(range(len(tokens)))) if not _pads(tokens, types, i)), 0)
+    tokens, types = tokens[: len(tokens) - padding], types[: len(tokens) - padding]
     if len(set(tokens)) != len(tokens):
         twice = next(text for i, text in enumerate(tokens) if text in tokens[:i])
         raise TokenizerError(f"{source}: the token {short(twice)} is there twice; convert the model again")
-    types = _list(metadata, "token_type", int, source, len(tokens), [NORMAL] * len(tokens))
     special = {name: _token(metadata, name, tokens) for name in _NAMES}
     added = _added(metadata, tokens, types, special)
     match kind:
         case "llama":
-            scores = _list(metadata, "scores", float, source, len(tokens))
+            scores = _list(metadata, "scores", float, source, len(tokens) + padding)
             made = spm_tokenizer(
                 tokens,
                 spm_merges(tokens, scores, types),
@@ -257,6 +259,11 @@ def _affixes(metadata: Mapping[str, Any], special: Mapping[str, str | None]) -> 
         "pair": around("A", 0) + around("B", 1),
         "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in tokens.items()},
     }
+
+
+def _pads(tokens: Sequence[str], types: Sequence[int], token: int) -> bool:
+    """Whether a token only fills the vocabulary up to the size of the model's matrices."""
+    return types[token] == UNUSED and tokens[token] == f"[PAD{token}]"
 
 
 def _merges(metadata: Mapping[str, Any], source: str) -> list[list[str]]:

@@ -33,6 +33,8 @@ class Encoder(Protocol):
     def piece(self, token: int) -> str | None: ...
     def id_of(self, piece: str) -> int | None: ...
     def added(self) -> Mapping[int, AddedToken]: ...
+    def to_json(self) -> dict[str, Any] | None: ...
+    def pieces(self) -> list[tuple[str, float, int]]: ...
 
 
 class Tokenizer:
@@ -64,6 +66,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.vocab_size = encoder.size
         self.drops_space = encoder.drops_space
+        self.alphabet = encoder.alphabet
         self.bos_id = self._named("bos_token")
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
         own_end = self._named("eos_token")
@@ -140,6 +143,15 @@ class Tokenizer:
     def id_of(self, piece: str) -> int | None:
         """Id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe"), or None."""
         return self._encoder.id_of(piece)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """The tokenizer as tokenizer.json has it, added tokens included; None of a tokenizer.model."""
+        return self._encoder.to_json()
+
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """Text, score and SentencePiece's type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6
+        byte) of every token of a tokenizer.model; empty of others."""
+        return self._encoder.pieces()
 
     def _spell(self, token: int) -> bytes:
         if token < 0:

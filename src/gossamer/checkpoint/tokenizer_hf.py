@@ -113,6 +113,15 @@ class HfEncoder:
             for token, each in self._inner.get_added_tokens_decoder().items()
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """tokenizer.json."""
+        made: dict[str, Any] = json.loads(self._inner.to_str())
+        return made
+
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """There are none: tokens have no scores."""
+        return []
+
 
 def _add(inner: Tokenizer, added: Mapping[int, AddedToken], named: Sequence[str], source: Path) -> None:
     from tokenizers import AddedToken as Token

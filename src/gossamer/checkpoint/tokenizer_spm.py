@@ -80,6 +80,28 @@ class SentencePieceEncoder:
         """Tokens matched in raw text, by id."""
         return self._added
 
+    def to_json(self) -> None:
+        """There is none."""
+
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """Text, score and type of every token, as in the file; added ones behind."""
+        model = self._first
+        found = [
+            (str(model.id_to_piece(i)), float(model.get_score(i)), self._kind(i)) for i in range(self._pieces)
+        ]
+        for token in range(self._pieces, self.size):
+            added = self._added.get(token)
+            kind = 5 if added is None else 3 if added.special else 4
+            found.append((f"[PAD{token}]" if added is None else added.content, -1000.0, kind))
+        return found
+
+    def _kind(self, token: int) -> int:
+        model = self._first
+        tests = ((model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6))
+        kind = next((kind for test, kind in tests if test(token)), 1)
+        added = self._added.get(token)
+        return kind if added is None or kind != 1 else 3 if added.special else 4
+
     def _plain(self, text: str, at: int) -> list[int]:
         return list((self._later if at else self._first).encode(text)) if text else []
 

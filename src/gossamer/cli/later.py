@@ -24,7 +24,6 @@ _INSTEAD = {
     "stand on",
     "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
     "techniques": "the list of techniques is not built yet; ARCHITECTURE.md has the map",
-    "export": "export to other formats is not built yet",
     # from vLLM
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
     "--kv-bytes the KV pool",

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer import __version__
-from gossamer.cli import bench, cache, chat, compress, demo, evaluate, generate, graph, probe, serve
+from gossamer.cli import bench, cache, chat, compress, demo, evaluate, export, generate, graph, probe, serve
 from gossamer.cli.later import known_elsewhere
 from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
@@ -33,12 +33,13 @@ app = typer.Typer(
     context_settings=_CONTEXT,
     no_args_is_help=False,
 )
-_RUN, _MAKE, _LOOK = "Run a model", "Make a smaller one", "Look and measure"
+_RUN, _MAKE, _LOOK = "Run a model", "Make a model", "Look and measure"
 app.command(rich_help_panel=_RUN)(verb(demo.demo))
 app.command(rich_help_panel=_RUN)(verb(generate.generate))
 app.command(rich_help_panel=_RUN)(verb(chat.chat))
 app.command(rich_help_panel=_RUN)(verb(serve.serve))
 app.command(rich_help_panel=_MAKE)(verb(compress.compress))
+app.command(rich_help_panel=_MAKE)(verb(export.export))
 app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
 app.command(name="eval", rich_help_panel=_LOOK)(verb(evaluate.evaluate))
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))
