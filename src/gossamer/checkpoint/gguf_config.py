@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ __all__ = [
     "llama3_factors",
     "model_config",
     "query_scalar",
+    "yarn_gain",
 ]
 
 # What says nothing about the numbers of inference, or says again what tensors and vocabulary say.
@@ -191,11 +193,16 @@ def llama3_factors(
     return np.where(wavelength > original / low, factor, chosen).astype(np.float32)
 
 
+def yarn_gain(factor: float) -> float:
+    """YaRN's own factor of cos and sin (Peng et al. 2023)."""
+    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+
+
 def _decoder(file: Header, found: Architecture, meta: Metadata) -> dict[str, Any]:
     layers = meta.whole("block_count", most=MOST_LAYERS)
     hidden, heads = meta.whole("embedding_length"), meta.whole("attention.head_count")
     context = meta.whole("context_length")
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -207,7 +214,7 @@ def _decoder(file: Header, found: Architecture, meta: Metadata) -> dict[str, Any
         "rope_theta": meta.number("rope.freq_base", 10000.0),
         "hidden_act": "silu",
     }
-    turned = file.metadata.get(f"{found.name}.rope.dimension_count", config["head_dim"])
+    turned = meta.whole("rope.dimension_count", config["head_dim"])
     if found.name == "phi3":
         config |= (
             {"partial_rotary_factor": turned / config["head_dim"]} if turned != config["head_dim"] else {}
@@ -220,7 +227,7 @@ def _decoder(file: Header, found: Architecture, meta: Metadata) -> dict[str, Any
             f"{file.path}: {found.name}.rope.dimension_count is {short(turned)}; {config['head_dim']}, the "
             "size of a head, is what is understood"
         )
-    config["rope_scaling"] = _scaling(file, meta, config, int(turned))
+    config["rope_scaling"] = _scaling(file, meta, config, turned)
     if f"{found.name}.attention.sliding_window" in file.metadata and meta.has("attention.sliding_window"):
         config["sliding_window"] = meta.whole("attention.sliding_window")
     elif found.name == "phi3":
@@ -273,9 +280,12 @@ def _own(file: Header, found: Architecture, meta: Metadata, config: dict[str, An
 
 
 def _gpt2(meta: Metadata) -> dict[str, Any]:
+    heads = meta.whole("attention.head_count")
+    if meta.whole("attention.head_count_kv", heads) != heads:
+        raise UnsupportedModelError("a gpt2 whose heads share keys is not known")
     return {
         "n_embd": meta.whole("embedding_length"),
-        "n_head": meta.whole("attention.head_count"),
+        "n_head": heads,
         "n_layer": meta.whole("block_count", most=MOST_LAYERS),
         "n_positions": meta.whole("context_length"),
         "n_inner": meta.whole("feed_forward_length"),
@@ -335,13 +345,12 @@ def _scaling(file: Header, meta: Metadata, config: Mapping[str, Any], dim: int) 
         case "yarn":
             made = {"rope_type": "yarn", "factor": meta.number("rope.scaling.factor")}
             made[original] = meta.whole("rope.scaling.original_context_length")
-            names = {"attn_factor": "attention_factor"} | {
-                f"yarn_beta_{end}": f"beta_{end}" for end in ("fast", "slow")
-            }
+            if meta.has("rope.scaling.attn_factor"):  # llama.cpp's comes on top of YaRN's own
+                made["attention_factor"] = meta.number("rope.scaling.attn_factor") * yarn_gain(made["factor"])
             return made | {
-                name: meta.number(f"rope.scaling.{key}")
-                for key, name in names.items()
-                if meta.has(f"rope.scaling.{key}")
+                f"beta_{end}": meta.number(f"rope.scaling.yarn_beta_{end}")
+                for end in ("fast", "slow")
+                if meta.has(f"rope.scaling.yarn_beta_{end}")
             }
     raise UnsupportedModelError(
         f"{file.path}: rope.scaling.type is {short(kind)}; none, linear, yarn and longrope are understood"

@@ -96,7 +96,7 @@ def tokenizer_json(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
         case "gpt2":
             pre = metadata.get(_KEY + "pre", "default")
-            if pre not in SPLITS:
+            if not isinstance(pre, str) or pre not in SPLITS:
                 raise TokenizerError(
                     f"{source}: how the tokenizer splits text is named {short(pre)}, which is not known; "
                     f"known are {', '.join(SPLITS)}. Take the original model's directory, or set the right "
@@ -117,8 +117,12 @@ def tokenizer_config(metadata: Mapping[str, Any], source: str) -> dict[str, Any]
     named = {"unknown": "unk_token", "padding": "pad_token", "bos": "bos_token", "eos": "eos_token"}
     special = {named[n]: t for n in _NAMES if (t := _token(metadata, n, tokens)) is not None}
     templates = {"default": metadata.get("tokenizer.chat_template")}
-    for name in metadata.get("tokenizer.chat_templates", []):
-        templates[str(name)] = metadata.get(f"tokenizer.chat_template.{name}")
+    names = metadata.get("tokenizer.chat_templates", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TokenizerError(
+            f"{source}: tokenizer.chat_templates is {short(names)}; a list of names is right"
+        )
+    templates |= {name: metadata.get(f"tokenizer.chat_template.{name}") for name in names}
     if any(not isinstance(t, str | None) for t in templates.values()):
         raise TokenizerError(f"{source}: a chat template is no text; convert the model again")
     found = [{"name": n, "template": t} for n, t in templates.items() if t]

@@ -101,7 +101,8 @@ def _text(value: str) -> bytes:
 
 def _typed(value: Any) -> bytes:
     if isinstance(value, list):
-        letter = "" if isinstance(value[0], str) else {bool: "?", int: "i", float: "f"}[type(value[0])]
+        texts = not value or isinstance(value[0], str)
+        letter = "" if texts else {bool: "?", int: "i", float: "f"}[type(value[0])]
         head = struct.pack("<IIQ", ARRAY, _NUMBER[letter] if letter else STRING, len(value))
         return head + (
             struct.pack(f"<{len(value)}{letter}", *value) if letter else b"".join(map(_text, value))

@@ -5,15 +5,16 @@ What cannot be said in it is refused: the graph that the metadata gives must be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.gguf_config import llama3_factors, model_config
+from gossamer.checkpoint.gguf_config import llama3_factors, model_config, yarn_gain
 from gossamer.checkpoint.gguf_file import GGUFTensor
 from gossamer.checkpoint.gguf_names import FACTORS, Architecture
 from gossamer.errors import UnsupportedModelError
@@ -25,6 +26,7 @@ __all__ = ["check_metadata", "factor_tensors", "model_metadata"]
 
 Floats = npt.NDArray[np.float32]
 _THETA = {"MixtralForCausalLM": 1e6, "Gemma3ForCausalLM": 1e6}
+_NEAR = 3e-7  # numbers there are float32
 _RMS, _ROPE = "attention.layer_norm_rms_epsilon", "rope.scaling."
 
 
@@ -50,7 +52,6 @@ def model_metadata(config: Mapping[str, Any], graph: Graph, found: Architecture)
         "embedding_length": graph.hidden,
         "feed_forward_length": ffn,
         "attention.head_count": heads,
-        "attention.head_count_kv": graph.kv_groups[0].kv_heads,
         "vocab_size": graph.vocab,
     }
     if found.name == "gpt2":
@@ -59,6 +60,7 @@ def model_metadata(config: Mapping[str, Any], graph: Graph, found: Architecture)
         turned = int(dim * config.get("partial_rotary_factor", 1.0))
         theta = float(config.get("rope_theta") or _THETA.get(config["architectures"][0], 10000.0))
         values |= {
+            "attention.head_count_kv": graph.kv_groups[0].kv_heads,
             _RMS: float(norm.attrs["eps"]),
             "attention.key_length": dim,
             "attention.value_length": dim,
@@ -128,8 +130,12 @@ def check_metadata(
 
 def _difference(ours: Graph, other: Graph) -> str | None:
     for a, b in zip(ours.nodes, other.nodes, strict=False):
-        if a != b:
-            attrs = [f"{k} {v} ({b.attrs.get(k)} there)" for k, v in a.attrs.items() if b.attrs.get(k) != v]
+        attrs = [
+            f"{key} {value} ({b.attrs.get(key)} there)"
+            for key, value in a.attrs.items()
+            if not _near(value, b.attrs.get(key))
+        ]
+        if attrs or replace(a, attrs=b.attrs) != b:
             return f"{a.outputs[0]} has {', '.join(attrs) or 'other weights'}"
     if len(ours.nodes) != len(other.nodes):
         return "it has other layers"
@@ -142,14 +148,24 @@ def _difference(ours: Graph, other: Graph) -> str | None:
     return None
 
 
+def _near(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=_NEAR)
+    return bool(a == b)
+
+
 def _same(a: Weight, b: Weight) -> bool:
-    if isinstance(a.expr, Constant) and isinstance(b.expr, Constant):  # factors there are float32
-        return np.allclose(a.expr.values, b.expr.values, rtol=3e-7, atol=0)
+    if isinstance(a.expr, Constant) and isinstance(b.expr, Constant):
+        return np.allclose(a.expr.values, b.expr.values, rtol=_NEAR, atol=0)
     return a.expr == b.expr
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
     return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def _magnitude(graph: Graph) -> float:
+    return float(next(n for n in graph.nodes if n.op == "rope").attrs["magnitude"])
 
 
 def _scaling(config: Mapping[str, Any], graph: Graph) -> dict[str, Any]:
@@ -162,21 +178,20 @@ def _scaling(config: Mapping[str, Any], graph: Graph) -> dict[str, Any]:
             return {f"{_ROPE}type": "linear", f"{_ROPE}factor": float(scaling["factor"])}
         case "yarn":
             length = scaling.get(original) or graph.max_positions
-            made = {f"{_ROPE}type": "yarn", f"{_ROPE}factor": float(scaling["factor"])}
+            factor = float(scaling["factor"])
+            gain = _magnitude(graph) / yarn_gain(factor)
+            made = {f"{_ROPE}type": "yarn", f"{_ROPE}factor": factor}
             made[f"{_ROPE}original_context_length"] = int(length)
-            keys = {
-                "attention_factor": "attn_factor",
-                "beta_fast": "yarn_beta_fast",
-                "beta_slow": "yarn_beta_slow",
-            }
-            return made | {f"{_ROPE}{k}": float(scaling[n]) for n, k in keys.items() if scaling.get(n)}
+            if not math.isclose(gain, 1, rel_tol=_NEAR):
+                made[f"{_ROPE}attn_factor"] = gain
+            edges = [end for end in ("fast", "slow") if scaling.get(f"beta_{end}")]
+            return made | {f"{_ROPE}yarn_beta_{end}": float(scaling[f"beta_{end}"]) for end in edges}
         case "longrope" | "su":
             length = config.get(original) or scaling.get(original) or graph.max_positions
-            magnitude = next(n for n in graph.nodes if n.op == "rope").attrs["magnitude"]
             return {
                 f"{_ROPE}type": "longrope",
                 f"{_ROPE}original_context_length": int(length),
-                f"{_ROPE}attn_factor": float(magnitude),
+                f"{_ROPE}attn_factor": _magnitude(graph),
             }
     raise UnsupportedModelError(
         f"GGUF cannot hold the rope scaling {_kind(scaling)!r}; it knows linear, yarn, llama3 and longrope"
