@@ -26,6 +26,13 @@ constexpr int kPanel = 16;  // outputs that lie together in a packed weight
 // scales, group 0 (int8): float[n_pad], value = scale * int. Otherwise fp16[panel][k_pad/group][16].
 // zeros: uint8[panel][k_pad/group][16], 0 .. 15; value = scale * (q - zero). data, scales and zeros are
 // 64-byte aligned.
+//
+// int8 of group 0 and bf16 may be sparse, which stores what is not zero alone. Panel p then begins at byte
+// starts[p] of data (starts[panels]: its end). It is a run of blocks of kSparseBlock inputs: 64 bytes with a
+// bit for each of their numbers, in the order in which the dense layout holds them, then those whose bit is
+// set. 64 bytes follow the last panel, so that vectors may be read whole.
+constexpr int64_t kSparseBlock = 32;
+
 struct PackedWeight {
   Format format;
   int32_t group;  // int8: 0 (one scale per output), 16 or 32; int4, uint4, nf4: 32, 64 or 128; floats: 0
@@ -35,6 +42,7 @@ struct PackedWeight {
   const void* zeros;   // null for all but uint4
   // int8 of group 0: the scale that all its activations have; 0: one for each token, and for other formats.
   float activation_scale;
+  const int64_t* starts;  // null: dense
 };
 
 // The levels of NF4 (Dettmers et al., QLoRA, 2023), which span -1 .. 1, times 127 and rounded.
@@ -63,6 +71,9 @@ int64_t padded_k(Format format, int32_t group, int64_t k);
 int64_t packed_data_bytes(Format format, int32_t group, int64_t n, int64_t k);
 int64_t packed_scale_bytes(Format format, int32_t group, int64_t n, int64_t k);
 int64_t packed_zero_bytes(Format format, int32_t group, int64_t n, int64_t k);
+// Of a sparse weight of which `kept` numbers (at most) are not zero.
+int64_t sparse_data_bytes(Format format, int64_t n, int64_t k, int64_t kept);
+int64_t sparse_start_bytes(int64_t n);
 // Workspace for Activations of m rows (0 where the caller's floats are used).
 int64_t activation_bytes(Format format, int32_t group, int64_t m, int64_t k);
 // Lays out an Activations over `buffer` of activation_bytes (64-byte aligned), or over x itself.
@@ -78,6 +89,16 @@ void pack_rows(Format format, int32_t group, int64_t n, int64_t k, const float* 
 void pack_codes(Format format, int32_t group, int64_t n, int64_t k, const int8_t* codes,
                 const float* from_scales, const uint8_t* from_zeros, int64_t n0, int64_t n1, void* data,
                 void* scales, void* zeros);
+
+// The same for a sparse weight, in two steps: count_panels sets starts[p + 1] - starts[p] of the panels of
+// these rows, from starts[n0 / kPanel] on, and gives where they end; pack_sparse fills them. What is zero
+// among the numbers that are given is left out.
+int64_t count_panels(Format format, int64_t k, const float* rows, int64_t n0, int64_t n1, int64_t* starts);
+int64_t count_panels(Format format, int64_t k, const int8_t* codes, int64_t n0, int64_t n1, int64_t* starts);
+void pack_sparse(Format format, int64_t k, const float* rows, int64_t n0, int64_t n1, void* data,
+                 void* scales, const int64_t* starts);
+void pack_sparse(Format format, int64_t k, const int8_t* codes, const float* from_scales, int64_t n0,
+                 int64_t n1, void* data, void* scales, const int64_t* starts);
 
 // ---- KV pages ------------------------------------------------------------------------------------
 

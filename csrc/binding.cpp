@@ -74,15 +74,46 @@ void check_packed(Format format, int group, int64_t n, int64_t k, const Bytes& d
     throw nb::value_error("a packed weight is too small for its shape");
 }
 
+bool can_be_sparse(Format format, int group) {
+  return group == 0 && (format == Format::int8 || format == Format::bf16);
+}
+
+// Packs rows [n0, n1) of a sparse weight; `starts` holds where those before them end.
+template <class T, class Pack>
+void pack_parts(Pool& pool, Format format, int group, int64_t n, int64_t k, const T* rows, int64_t n0,
+                int64_t n1, const Bytes& data, const Bytes& scales, const Bytes& starts, Pack&& pack_part) {
+  if (!can_be_sparse(format, group)) throw nb::value_error("only int8 without groups and bf16 can be sparse");
+  if (int64_t(starts.size()) < sparse_start_bytes(n) ||
+      int64_t(scales.size()) < packed_scale_bytes(format, group, n, k))
+    throw nb::value_error("a packed weight is too small for its shape");
+  int64_t* const at = reinterpret_cast<int64_t*>(starts.data());
+  if (n0 == 0) at[0] = 0;
+  if (count_panels(format, k, rows, n0, n1, at) + 64 > int64_t(data.size()))
+    throw nb::value_error("a sparse weight has more numbers than were counted");
+  nb::gil_scoped_release release;
+  const int64_t step = kPanel * 4, tiles = (n1 - n0 + step - 1) / step;
+  pool.parallel(tiles, [&](int64_t tile, int) {
+    const int64_t a = n0 + tile * step;
+    pack_part(a, std::min(n1, a + step), at);
+  });
+}
+
 void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, int64_t n0, Bytes data,
-          Bytes scales, Bytes zeros) {
+          Bytes scales, Bytes zeros, Bytes starts) {
   const Format f = Format(format);
   if (rows.ndim() != 2 || int64_t(rows.shape(1)) != k) throw nb::value_error("rows must be [rows, k]");
   const int64_t n1 = n0 + int64_t(rows.shape(0));
   if (n0 % kPanel || n1 > n || (n1 % kPanel && n1 != n))
     throw nb::value_error("rows do not cover whole panels");
-  check_packed(f, group, n, k, data, scales, zeros);
   const float* from = rows.data();
+  if (starts.size()) {
+    return pack_parts(pool, f, group, n, k, from, n0, n1, data, scales, starts,
+                      [&](int64_t a, int64_t b, const int64_t* at) {
+                        pack_sparse(f, k, from + (a - n0) * k, a, b, data.data(),
+                                    scales.size() ? scales.data() : nullptr, at);
+                      });
+  }
+  check_packed(f, group, n, k, data, scales, zeros);
   nb::gil_scoped_release release;
   const int64_t step = kPanel * 4, tiles = (n1 - n0 + step - 1) / step;
   pool.parallel(tiles, [&](int64_t tile, int) {
@@ -92,7 +123,7 @@ void pack(Pool& pool, int format, int group, int64_t n, int64_t k, Floats rows, 
 }
 
 void pack_from_codes(Pool& pool, int format, int group, int64_t n, int64_t k, Codes codes, Floats from_scales,
-                     Bytes2 from_zeros, int64_t n0, Bytes data, Bytes scales, Bytes zeros) {
+                     Bytes2 from_zeros, int64_t n0, Bytes data, Bytes scales, Bytes zeros, Bytes starts) {
   const Format f = Format(format);
   if (int64_t(codes.shape(1)) != k) throw nb::value_error("codes must be [rows, k]");
   const int64_t rows = int64_t(codes.shape(0)), n1 = n0 + rows;
@@ -105,6 +136,13 @@ void pack_from_codes(Pool& pool, int format, int group, int64_t n, int64_t k, Co
   if (f == Format::uint4 && (int64_t(from_zeros.shape(0)) != rows || int64_t(from_zeros.shape(1)) != groups))
     throw nb::value_error("zeros must be [rows, groups]");
   if (format_bits(f) > 8) throw nb::value_error("floats have no codes");
+  if (starts.size()) {
+    return pack_parts(pool, f, group, n, k, codes.data(), n0, n1, data, scales, starts,
+                      [&](int64_t a, int64_t b, const int64_t* at) {
+                        pack_sparse(f, k, codes.data() + (a - n0) * k, from_scales.data() + (a - n0), a, b,
+                                    data.data(), scales.data(), at);
+                      });
+  }
   check_packed(f, group, n, k, data, scales, zeros);
   nb::gil_scoped_release release;
   const int64_t step = kPanel * 4, tiles = (n1 - n0 + step - 1) / step;
@@ -134,16 +172,17 @@ struct Runner {
   Runner(const std::string& isa, std::shared_ptr<Pool> p) : program(kernels_of(isa), p), pool(p) {}
 
   int add_packed(int format, int group, float activation_scale, int64_t n, int64_t k, Bytes data,
-                 Bytes scales, Bytes zeros) {
+                 Bytes scales, Bytes zeros, Bytes starts) {
     const Format f = Format(format);
     if (activation_scale != 0.0f && !(activation_scale > 0.0f && f == Format::int8 && group == 0))
       throw nb::value_error("only activations of int8 without groups have a scale of their own");
-    check_packed(f, group, n, k, data, scales, zeros);
+    if (!starts.size()) check_packed(f, group, n, k, data, scales, zeros);
     const auto or_null = [](const Bytes& bytes) -> const void* {
       return bytes.size() ? bytes.data() : nullptr;
     };
     return program.add_packed({f, group, n, k, padded_k(f, group, k), data.data(), or_null(scales),
-                               or_null(zeros), activation_scale});
+                               or_null(zeros), activation_scale,
+                               reinterpret_cast<const int64_t*>(or_null(starts))});
   }
 
   int add_kv(int dtype, int kv_heads, int head_dim, int page_size, Bytes pool_bytes, int group) {
@@ -229,11 +268,20 @@ NB_MODULE(_native, m) {
   m.def("best_isa", [] { return std::string(best_isa()); });
   m.def("isas", &isas, "Instruction sets whose kernels this machine can run, slowest first.");
   m.def("padded_k", [](int f, int group, int64_t k) { return padded_k(Format(f), group, k); });
-  m.def("packed_bytes", [](int f, int group, int64_t n, int64_t k) {
-    return std::make_tuple(packed_data_bytes(Format(f), group, n, k),
-                           packed_scale_bytes(Format(f), group, n, k),
-                           packed_zero_bytes(Format(f), group, n, k));
-  });
+  m.def(
+      "packed_bytes",
+      [](int format, int group, int64_t n, int64_t k, int64_t kept) {
+        const Format f = Format(format);
+        if (kept >= 0 && !can_be_sparse(f, group))
+          throw nb::value_error("only int8 without groups and bf16 can be sparse");
+        return std::make_tuple(
+            kept < 0 ? packed_data_bytes(f, group, n, k) : sparse_data_bytes(f, n, k, kept),
+            packed_scale_bytes(f, group, n, k), packed_zero_bytes(f, group, n, k),
+            kept < 0 ? int64_t(0) : sparse_start_bytes(n));
+      },
+      "format"_a, "group"_a, "n"_a, "k"_a, "kept"_a = -1,
+      "Of data, scales, zeros and starts; kept: the numbers "
+      "of a sparse weight that are not zero, -1: dense.");
   m.def("activation_bytes", [](int f, int group, int64_t rows, int64_t k) {
     return activation_bytes(Format(f), group, rows, k);
   });
@@ -245,9 +293,9 @@ NB_MODULE(_native, m) {
 
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("size", &Pool::size);
   m.def("pack_codes", &pack_from_codes, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "codes"_a,
-        "from_scales"_a, "from_zeros"_a, "n0"_a, "data"_a, "scales"_a, "zeros"_a);
+        "from_scales"_a, "from_zeros"_a, "n0"_a, "data"_a, "scales"_a, "zeros"_a, "starts"_a);
   m.def("pack", &pack, "pool"_a, "format"_a, "group"_a, "n"_a, "k"_a, "rows"_a, "n0"_a, "data"_a, "scales"_a,
-        "zeros"_a);
+        "zeros"_a, "starts"_a);
   m.def("checksum_blocks", &checksum_blocks);
   m.def("checksums", &checksums_of, "pool"_a, "data"_a, "sums"_a, "Of every MiB, for data on disk.");
   m.def("probe", [](Pool& pool, const std::string& isa, double seconds, int64_t buffer_bytes) {

@@ -341,4 +341,90 @@ void pack_codes(Format format, int32_t group, int64_t n, int64_t k, const int8_t
   }
 }
 
+// ---- sparse ------------------------------------------------------------------------------------------
+
+namespace {
+
+int64_t sparse_blocks(Format format, int64_t k) {
+  return round_up(padded_k(format, 0, k), kSparseBlock) / kSparseBlock;
+}
+
+constexpr int64_t kBlockNumbers = kSparseBlock * kPanel, kBitsBytes = kBlockNumbers / 8;
+
+template <class T>
+int64_t count_of(Format format, int64_t k, const T* rows, int64_t n0, int64_t n1, int64_t* starts) {
+  const int64_t bytes = format_bits(format) / 8, bits = sparse_blocks(format, k) * kBitsBytes;
+  for (int64_t first = n0; first < n1; first += kPanel) {
+    const T* from = rows + (first - n0) * k;
+    const int64_t count = std::min(n1 - first, int64_t(kPanel)) * k;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i++) kept += from[i] != T(0);
+    starts[first / kPanel + 1] = starts[first / kPanel] + bits + kept * bytes;
+  }
+  return starts[(n1 + kPanel - 1) / kPanel];
+}
+
+// Panels [n0, n1) from `rows`; dense(first, count, panel) packs one densely.
+template <class T, class Dense>
+void compress(Format format, int64_t k, const T* rows, int64_t n0, int64_t n1, void* data,
+              const int64_t* starts, Dense&& dense) {
+  const int64_t unit = unit_inputs(format), bytes = format_bits(format) / 8,
+                blocks = sparse_blocks(format, k);
+  const std::unique_ptr<uint8_t[]> panel(new uint8_t[size_t(blocks * kBlockNumbers * bytes)]);
+  for (int64_t first = n0; first < n1; first += kPanel) {
+    const int64_t count = std::min(n1 - first, int64_t(kPanel));
+    dense(first, count, panel.get());
+    uint8_t* to = static_cast<uint8_t*>(data) + starts[first / kPanel];
+    for (int64_t block = 0; block < blocks; block++) {
+      uint8_t* values = to + kBitsBytes;
+      std::memset(to, 0, kBitsBytes);
+      for (int64_t i = 0; i < kBlockNumbers; i++) {
+        const int64_t input = block * kSparseBlock + i / (kPanel * unit) * unit + i % unit,
+                      j = i / unit % kPanel;
+        if (j >= count || input >= k || rows[(first - n0 + j) * k + input] == T(0)) continue;
+        to[i / 8] |= uint8_t(1 << i % 8);
+        std::memcpy(values, panel.get() + (block * kBlockNumbers + i) * bytes, size_t(bytes));
+        values += bytes;
+      }
+      to = values;
+    }
+  }
+}
+
+}  // namespace
+
+int64_t sparse_data_bytes(Format format, int64_t n, int64_t k, int64_t kept) {
+  const int64_t panels = round_up(n, kPanel) / kPanel;
+  return panels * sparse_blocks(format, k) * kBitsBytes + kept * format_bits(format) / 8 + kAlign;
+}
+
+int64_t sparse_start_bytes(int64_t n) {
+  return (round_up(n, kPanel) / kPanel + 1) * int64_t(sizeof(int64_t));
+}
+
+int64_t count_panels(Format format, int64_t k, const float* rows, int64_t n0, int64_t n1, int64_t* starts) {
+  return count_of(format, k, rows, n0, n1, starts);
+}
+
+int64_t count_panels(Format format, int64_t k, const int8_t* codes, int64_t n0, int64_t n1, int64_t* starts) {
+  return count_of(format, k, codes, n0, n1, starts);
+}
+
+void pack_sparse(Format format, int64_t k, const float* rows, int64_t n0, int64_t n1, void* data,
+                 void* scales, const int64_t* starts) {
+  float* own = static_cast<float*>(scales);
+  compress(format, k, rows, n0, n1, data, starts, [&](int64_t first, int64_t count, uint8_t* panel) {
+    pack_rows(format, 0, count, k, rows + (first - n0) * k, 0, count, panel, own ? own + first : nullptr,
+              nullptr);
+  });
+}
+
+void pack_sparse(Format format, int64_t k, const int8_t* codes, const float* from_scales, int64_t n0,
+                 int64_t n1, void* data, void* scales, const int64_t* starts) {
+  compress(format, k, codes, n0, n1, data, starts, [&](int64_t first, int64_t count, uint8_t* panel) {
+    pack_codes(format, 0, count, k, codes + (first - n0) * k, from_scales + (first - n0), nullptr, 0, count,
+               panel, static_cast<float*>(scales) + first, nullptr);
+  });
+}
+
 }  // namespace gossamer

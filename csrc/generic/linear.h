@@ -183,8 +183,29 @@ struct Plain {
 template <class Codec>
 using Wide = Plain<Codec, true>;
 
+// ---- sparse weights ------------------------------------------------------------------------------------
+
+template <int64_t kBytes>
+const uint8_t* expand_block(const uint8_t* from, uint8_t* to) {
+  const uint8_t* values = from + kBitsBytes;
+  for (int64_t i = 0; i < kBlockNumbers; i++, to += kBytes) {
+    const bool there = from[i / 8] >> i % 8 & 1;
+    if (kBytes == 1) {
+      *to = there ? *values : 128;  // the zero of int8, as it is stored
+    } else {
+      to[0] = there ? values[0] : 0;
+      to[1] = there ? values[1] : 0;
+    }
+    values += there ? kBytes : 0;
+  }
+  return values;
+}
+
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
+  if (w.starts && w.format == Format::int8)
+    return linear_sparse<Plain<CodecInt8, false>, 1>(w, act, bias, out, ldo, p0, p1, scratch);
+  if (w.starts) return linear_sparse<Plain<CodecBf16, false>, 2>(w, act, bias, out, ldo, p0, p1, scratch);
   switch (w.format) {
     case Format::f32:
       return linear_blocked<Wide<CodecF32>>(w, act, bias, out, ldo, p0, p1, scratch);

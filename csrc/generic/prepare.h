@@ -4,6 +4,7 @@
 #include "api.h"
 #include "generic/blocks.h"
 #include "generic/numbers.h"
+#include "generic/sparse.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
@@ -106,6 +107,7 @@ inline int32_t stored_integer(Format format, const uint8_t* panel, int64_t k, in
 
 // One output of a packed weight, dequantized.
 inline void embed_row(const PackedWeight& w, int64_t id, float scale, float* out) {
+  if (w.starts) return embed_sparse_row(w, id, scale, out);
   const int64_t panel = id / kPanel, lane = id % kPanel;
   const uint8_t* data = panel_data(w, panel);
   switch (w.format) {

@@ -375,8 +375,45 @@ using WideInt4 = WideNibbles<PackedNibbles, UnpackedNibbles, FixedZero<8>>;
 using WideUint4 = WideNibbles<PackedNibbles, UnpackedNibbles, StoredZeros>;
 using WideNf4 = WideNibbles<PackedLevels, Bytes, FixedZero<0>>;
 
+// ---- sparse weights ------------------------------------------------------------------------------------
+
+// For each byte of bits, where the values of its eight numbers lie among those that are there; 128: nowhere.
+struct ExpandTable {
+  uint8_t from[256][8];
+  constexpr ExpandTable() : from() {
+    for (int bits = 0; bits < 256; bits++) {
+      uint8_t next = 0;
+      for (int i = 0; i < 8; i++) from[bits][i] = (bits >> i & 1) ? next++ : uint8_t(128);
+    }
+  }
+};
+constexpr ExpandTable kExpand;
+
+template <int64_t kBytes>
+const uint8_t* expand_block(const uint8_t* from, uint8_t* to) {
+  const uint8_t* values = from + kBitsBytes;
+  const __m128i odd = _mm_set1_epi16(0x100), zero = _mm_set1_epi8(-128);  // int8 is stored with 128 added
+  for (int64_t i = 0; i < kBitsBytes; i++, to += 8 * kBytes) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.from[from[i]]));
+    if (kBytes == 1) {
+      const __m128i bytes = _mm_xor_si128(_mm_shuffle_epi8(_mm_xor_si128(v, zero), places), zero);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
+    } else {
+      places = _mm_unpacklo_epi8(places, places);  // halves: bytes 2 i and 2 i + 1, nowhere saturates
+      places = _mm_adds_epu8(_mm_adds_epu8(places, places), odd);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(v, places));
+    }
+    values += kBytes * __builtin_popcount(from[i]);
+  }
+  return values;
+}
+
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
+  if (w.starts && w.format == Format::int8)
+    return linear_sparse<Direct<DotInt8, 4, 1>, 1>(w, act, bias, out, ldo, p0, p1, scratch);
+  if (w.starts) return linear_sparse<Direct<DotBf16, 2, 2>, 2>(w, act, bias, out, ldo, p0, p1, scratch);
   switch (w.format) {
     case Format::f32:
       return linear_blocked<Direct<DotF32, 6, 1>>(w, act, bias, out, ldo, p0, p1, scratch);

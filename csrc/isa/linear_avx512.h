@@ -291,8 +291,43 @@ using WideInt4 = WideNibbles<Integers, FixedZero<8>>;
 using WideUint4 = WideNibbles<Integers, StoredZeros>;
 using WideNf4 = WideNibbles<Nf4Levels, FixedZero<128>>;
 
+// ---- sparse weights ------------------------------------------------------------------------------------
+
+constexpr int64_t kSparseAhead = 4096;  // how far ahead sparse weights are asked for
+
+// One vector of a sparse weight at `values`, expanded; `values` moves on.
+template <int64_t kBytes>
+GOSSAMER_INLINE __m512i expand(const uint8_t* bits, const uint8_t*& values) {
+  const __m512i v = _mm512_loadu_si512(values);
+  _mm_prefetch(values + kSparseAhead, _MM_HINT_T0);
+  if (kBytes == 1) {
+    const uint64_t mask = load_bits(bits);
+    values += _mm_popcnt_u64(mask);
+    return _mm512_mask_expand_epi8(_mm512_set1_epi8(-128), mask, v);  // int8 is stored with 128 added
+  }
+  uint32_t mask;
+  std::memcpy(&mask, bits, sizeof mask);
+  values += 2 * _mm_popcnt_u32(mask);
+  return _mm512_maskz_expand_epi16(mask, v);
+}
+
+template <int64_t kBytes>
+const uint8_t* expand_block(const uint8_t* from, uint8_t* to) {
+  constexpr int64_t step = 8 / kBytes;  // bytes of bits of one vector
+  const uint8_t* values = from + kBitsBytes;
+  _mm_prefetch(from + kSparseAhead, _MM_HINT_T0);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kBitsBytes; i += step, to += 64) {
+    _mm512_storeu_si512(to, expand<kBytes>(from + i, values));
+  }
+  return values;
+}
+
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
+  if (w.starts && w.format == Format::int8)
+    return linear_sparse<Direct<DotInt8, 2>, 1>(w, act, bias, out, ldo, p0, p1, scratch);
+  if (w.starts) return linear_sparse<Direct<DotBf16, 2>, 2>(w, act, bias, out, ldo, p0, p1, scratch);
   switch (w.format) {
     case Format::f32:
       return linear_blocked<Direct<DotF32, 2>>(w, act, bias, out, ldo, p0, p1, scratch);

@@ -33,7 +33,8 @@ CONFIG = {
 
 
 def unfused(**options: object) -> EngineConfig:
-    return EngineConfig(model="m", operator_fusion=None, layer_fusion=None, **options)  # type: ignore[arg-type]
+    plain = {"operator_fusion": None, "layer_fusion": None, "sparse_weights": None}
+    return EngineConfig(model="m", **(plain | options))  # type: ignore[arg-type]
 
 
 def test_nothing_asked_nothing_changed() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.checkpoint.packed import Settings, TensorFile
-from gossamer.checkpoint.safetensors import DTYPES, TensorInfo
+from gossamer.checkpoint.safetensors import DTYPES, TensorInfo, element_count
 from gossamer.errors import CheckpointError
 
 __all__ = ["BitmaskFile", "open_bitmask"]
@@ -56,6 +56,12 @@ class BitmaskFile:
     def info(self, name: str) -> TensorInfo:
         """As of the file; of a sparse tensor its dense shape, and dtype and place of its values."""
         return self._sparse[name] if name in self._sparse else self._file.info(name)
+
+    def nonzeros(self, name: str) -> int | None:
+        """The values that a sparse tensor stores."""
+        if name not in self._sparse:
+            return self._file.nonzeros(name)
+        return element_count(self._file.info(f"{name}.compressed").shape)
 
     def read(self, name: str) -> Array:
         """The tensor."""

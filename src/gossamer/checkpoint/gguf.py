@@ -138,6 +138,10 @@ class GGUFCheckpoint:
         """There is none in the format."""
         return 0.0
 
+    def nonzeros(self, name: str) -> int | None:
+        """The format declares none."""
+        return None
+
     def notes(self) -> list[str]:
         """What is served otherwise than it is stored, a line for each type, with the relative error measured
         on rows of every matrix."""

@@ -57,6 +57,9 @@ class Joined:
     def activation_scale(self, name: str) -> float:
         return self._of(name).activation_scale(name)
 
+    def nonzeros(self, name: str) -> int | None:
+        return self._of(name).nonzeros(name)
+
     def _of(self, name: str) -> WeightSource:
         return self.first if name in self.names else self.second
 

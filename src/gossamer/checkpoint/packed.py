@@ -56,6 +56,9 @@ class TensorFile(Protocol):
     def content_key(self) -> str:
         """Changes whenever a tensor's bytes do."""
 
+    def nonzeros(self, name: str) -> int | None:
+        """How many numbers are not zero, at most; None where nothing declares it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
@@ -139,6 +142,10 @@ class PackedCheckpoint:
         """The one scale of a matrix's int8 inputs; 0 where every token has its own."""
         matrix = self._matrices.get(name)
         return 0.0 if matrix is None else matrix.activation_scale
+
+    def nonzeros(self, name: str) -> int | None:
+        """As the file declares them, of a matrix those of its integers."""
+        return self._file.nonzeros(self._matrices[name].parts[0] if name in self._matrices else name)
 
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         """Rows of a matrix. Raises CheckpointError for what is none, or damaged."""

@@ -297,6 +297,10 @@ class Checkpoint:
         """There is none."""
         return 0.0
 
+    def nonzeros(self, name: str) -> int | None:
+        """Floats that are all stored declare no zeros."""
+        return None
+
     def _check_places(self, index: Path) -> None:
         held = {name: set(file.names()) for name, file in self._shards.items()}
         for tensor, shard in self._place.items():

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from gossamer.checkpoint.codes import Codes, joined
 from gossamer.checkpoint.safetensors import TensorInfo
+from gossamer.config.sparse_weights import parse_sparsity
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import (
@@ -63,6 +65,9 @@ class WeightSource(Protocol):
 
     def activation_scale(self, name: str) -> float:
         """The one scale of all int8 inputs of a quantized tensor; 0 where every token has its own."""
+
+    def nonzeros(self, name: str) -> int | None:
+        """How many numbers of a tensor are not zero, at most; None where it declares nothing."""
 
 
 class ModelSource(WeightSource, Protocol):
@@ -191,11 +196,16 @@ class DummySource:
 
     Matrices are uniform with the variance 1/(4 fan-in), so that activations stay finite through any
     depth; norms lie around 1 (around 0 where the family stores them shifted), biases around 0.
+    sparsity: zeros in the matrices of the blocks, as `parse_sparsity` reads it: each number is zero with that
+    chance, or (n:m) all but n of every m neighbouring inputs are, any of them alike.
     """
 
     _BLOCK = 1 << 20  # elements drawn from one seed, so that any rows can be made alone
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, sparsity: str | None = None) -> None:
+        self._sparsity = sparsity
+        self._share, self._pattern = parse_sparsity(sparsity or "0")
+        self._pruned: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._centre: dict[str, float] = {}
         for node in graph.nodes:
@@ -204,6 +214,8 @@ class DummySource:
                 norm = node.op in ("rms_norm", "layer_norm") and i == 0
                 for leaf in leaves(expr):
                     self._shapes[leaf.name] = leaf.shape
+                    if self._share and node.scope and len(leaf.shape) > 1:
+                        self._pruned.add(leaf.name)
                     self._centre[leaf.name] = 1.0 if norm and not isinstance(expr, Shift) else 0.0
 
     def read(self, name: str) -> Array:
@@ -220,6 +232,8 @@ class DummySource:
             offset = block * self._BLOCK
             count = min(self._BLOCK, math.prod(shape) - offset)
             values = np.random.Generator(np.random.SFC64([seed, block])).random(count, np.float32)
+            if name in self._pruned:
+                values[self._zeros(seed, block, count)] = 0.5  # the middle, which is 0
             low, high = max(first, offset), min(last, offset + self._BLOCK)
             out[low - first : high - first] = values[low - offset : high - offset]
             block += 1
@@ -229,11 +243,26 @@ class DummySource:
         out += self._centre[name]
         return out.reshape(stop - start, *shape[1:])
 
+    def _zeros(self, seed: int, block: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which numbers of a block are zero."""
+        random = np.random.Generator(np.random.SFC64([seed, block, 1]))
+        if self._pattern is None:
+            return random.random(count, np.float32) < self._share
+        kept, of = self._pattern
+        ways = np.ones((math.comb(of, kept), of), np.bool_)
+        for way, places in enumerate(combinations(range(of), kept)):
+            ways[way, list(places)] = False
+        return ways[random.integers(0, len(ways), -(-count // of))].reshape(-1)[:count]
+
     def release(self, name: str) -> None:
         """Nothing to let go: rows are made when they are read."""
 
     def content_key(self) -> str:
-        return "dummy-1"
+        return "dummy-1" if self._sparsity is None else f"dummy-1-{self._sparsity}"
+
+    def nonzeros(self, name: str) -> int | None:
+        """Dummy weights declare nothing: their zeros are counted, as those of most checkpoints are."""
+        return None
 
     def stored(self, name: str) -> tuple[str, int]:
         """Floats."""

@@ -44,9 +44,16 @@ class EngineFlags:
         "--weight-format", panel=_MODEL, metavar="PATTERN=FORMAT",
         help="Store matrices of these names otherwise: 'layers.*.mlp.down_proj=int8', head=bf16. Repeatable; "
         "the first that matches decides. `gossamer graph MODEL --formats` shows the names.")] = None
+    sparse_weights: Annotated[bool | None, flag(
+        "--sparse-weights/--no-sparse-weights", panel=_MODEL, show_default=False,
+        help="Look for matrices that are mostly zeros, and store and read the other numbers alone (int8 and "
+        "bfloat16); or store zeros even where the checkpoint says that it is sparse.")] = None
     load_format: Annotated[str, flag(
         "--load-format", panel=_MODEL, metavar="FORMAT",
         help="auto, safetensors, or dummy: random weights from config.json alone.")] = "auto"
+    dummy_sparsity: Annotated[str | None, flag(
+        "--dummy-sparsity", panel=_MODEL, metavar="SHARE",
+        help="Zeros in the blocks of dummy weights: 0.5, or 2:4.")] = None
     ignore_config_field: Annotated[list[str] | None, flag(
         "--ignore-config-field", panel=_MODEL, metavar="NAME",
         help="Accept a config.json field that is not understood. Repeatable.")] = None
@@ -140,6 +147,7 @@ class EngineFlags:
     def config(self, **suggested: Any) -> EngineConfig:
         """The engine's configuration. suggested: max_model_len, max_num_seqs or max_num_batched_tokens for
         where the user said nothing, or model. Raises GossamerError for values that cannot be."""
+        from gossamer.config import SparseWeights
         from gossamer.config.weight_formats import parse_pair
         from gossamer.llm import engine_config
 
@@ -157,11 +165,14 @@ class EngineFlags:
             if self.weight_cache_limit is None
             else parse_size(self.weight_cache_limit),
             "weight_cache": not self.no_weight_cache,
+            "dummy_sparsity": self.dummy_sparsity,
         }
         for name in _SUGGESTIONS:
             given = getattr(self, name)
             if given is not None or suggested.get(name) is not None:
                 options[name] = suggested[name] if given is None else given
+        if self.sparse_weights is not None:
+            options["sparse_weights"] = SparseWeights(count=True) if self.sparse_weights else None
         if self.no_paged_attention:
             options["paged_attention"] = None
         if self.no_memory_reuse:

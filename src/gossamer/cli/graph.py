@@ -98,7 +98,7 @@ def _report(built: Graph, nodes: list[Node], passes: list[str]) -> dict[str, Any
             for node, cost in zip(nodes, costs, strict=True)
         ],
         "weights": {
-            name: {"shape": list(w.shape), "format": w.format, "group": w.group}
+            name: {"shape": list(w.shape), "format": w.format, "group": w.group, "sparse": w.sparse}
             for name, w in built.weights.items()
         },
         "units": [{"scope": unit.scope, "values_of_a_tile": sorted(built.inner(unit))} for unit in units],

@@ -97,15 +97,16 @@ def _stored(graph: Graph) -> str:
     and the rows that it pads."""
     from gossamer.passes.weight_formats import matrices
 
-    weights: dict[tuple[str, int], list[Weight]] = {}
+    weights: dict[tuple[str, int, bool], list[Weight]] = {}
     for weight in matrices(graph).values():
-        weights.setdefault((weight.format, weight.group), []).append(weight)
+        weights.setdefault((weight.format, weight.group, weight.sparse), []).append(weight)
     size = {key: sum(prod(w.shape) for w in found) for key, found in weights.items()}
     parts = []
     for key, found in sorted(weights.items(), key=lambda item: -size[item[0]]):
-        format, group = key
+        format, group, sparse = key
         odd = sorted({w.shape[-1] for w in found if group and w.shape[-1] % group})
         share = f" for {100 * size[key] / sum(size.values()):.1f} %" if len(weights) > 1 else ""
         padded = f"; rows of {', '.join(map(str, odd))} are padded" if odd else ""
-        parts.append(format + (f", groups of {group}" if group else "") + share + padded)
+        left_out = " without zeros" if sparse else ""
+        parts.append(format + (f", groups of {group}" if group else "") + left_out + share + padded)
     return "; ".join(parts)

@@ -15,6 +15,7 @@ from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.prefix_cache import PrefixCache
 from gossamer.config.quantization import Quantization
+from gossamer.config.sparse_weights import SparseWeights
 from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 
@@ -31,6 +32,7 @@ __all__ = [
     "ParallelComputing",
     "PrefixCache",
     "Quantization",
+    "SparseWeights",
     "SpeculativeDecoding",
     "StaticBatching",
 ]

@@ -16,6 +16,7 @@ from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
 from gossamer.config.prefix_cache import PrefixCache
 from gossamer.config.quantization import Quantization
+from gossamer.config.sparse_weights import SparseWeights, parse_sparsity
 from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 from gossamer.config.weight_formats import WeightFormats, weight_formats
@@ -30,6 +31,7 @@ _TECHNIQUES: dict[str, type] = {
     "memory_reuse": MemoryReuse, "hardware_kernels": HardwareKernels, "parallel_computing": ParallelComputing,
     "continuous_batching": ContinuousBatching, "static_batching": StaticBatching,
     "speculative_decoding": SpeculativeDecoding, "dynamic_batching": DynamicBatching,
+    "sparse_weights": SparseWeights,
 }  # fmt: skip
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
@@ -44,6 +46,8 @@ class EngineConfig:
     """Branch, tag or commit of a hub id."""
     load_format: LoadFormat = "auto"
     """"dummy" builds deterministic random weights from config.json alone."""
+    dummy_sparsity: str | None = None
+    """Share of zeros in the blocks' matrices of dummy weights, "0.5", or a pattern, "2:4"."""
     ignore_config_fields: tuple[str, ...] = ()
     """Fields of config.json to accept although no family here understands them."""
     weight_cache: bool = True
@@ -57,6 +61,7 @@ class EngineConfig:
     mixed_precision: MixedPrecision | None = None
     weight_formats: WeightFormats = ()
     """(pattern, format) pairs over the names of weights and nodes; they win over the two above."""
+    sparse_weights: SparseWeights | None = field(default_factory=SparseWeights)
     operator_fusion: OperatorFusion | None = field(default_factory=OperatorFusion)
     layer_fusion: LayerFusion | None = field(default_factory=LayerFusion)
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
@@ -118,6 +123,13 @@ class EngineConfig:
             if number is not None and number > _MOST.get(name, number):
                 raise ConfigError(f"{name} {number} must be at most {_MOST[name]}")
         weight_formats(self.weight_formats)
+        if self.dummy_sparsity is not None:
+            parse_sparsity(self.dummy_sparsity)
+            if self.load_format != "dummy":
+                raise ConfigError(
+                    f"dummy_sparsity {self.dummy_sparsity} makes zeros of dummy weights; add --load-format "
+                    "dummy, or leave it out"
+                )
         if self.quantization is not None and self.mixed_precision is not None:
             raise ConfigError(
                 f"quantization {self.quantization} and mixed precision {self.mixed_precision.dtype} both say "

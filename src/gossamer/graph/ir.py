@@ -18,12 +18,15 @@ from typing import Any, Literal
 from gossamer.graph.weights import WeightExpr
 
 __all__ = [
-    "FLOATS", "Block", "Dim", "Graph", "KVGroup", "Node", "R", "S", "Shape", "T", "Unit", "Value", "Weight",
+    "FLOATS", "SPARSE_FORMATS",
+    "Block", "Dim", "Graph", "KVGroup", "Node", "R", "S", "Shape", "T", "Unit", "Value", "Weight",
 ]  # fmt: skip
 
 DType = Literal["f32", "f16", "bf16", "i32", "kv", "prepared"]
 FLOATS = ("f32", "f16", "bf16")
 """Storage formats of weights that hold each number by itself, without a scale."""
+SPARSE_FORMATS = (("int8", 0), ("bf16", 0))
+"""Formats and groups of weights that can leave out what is zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Weight:
     graph/ops/formats.py says which groups a format has, and what its numbers are.
     activation_scale: of int8 without groups, the scale of all int8 activations it multiplies; 0: one for each
     token.
+    nonzeros: how many numbers of each plane (of a matrix: one) are not zero, at most; (): nobody counted.
+    sparse: whether those alone are stored.
     Only weights that linear ops, `embed` and `experts` read may be stored in another format than f32.
     """
 
@@ -68,11 +73,13 @@ class Weight:
     format: str = "f32"
     group: int = 0
     activation_scale: float = 0.0
+    nonzeros: tuple[int, ...] = ()
+    sparse: bool = False
 
     @property
     def stored(self) -> str:
-        """Format and group as people write them: int4-g64."""
-        return self.format + (f"-g{self.group}" if self.group else "")
+        """Format and group as people write them: int4-g64; int8-sparse without its zeros."""
+        return self.format + (f"-g{self.group}" if self.group else "") + ("-sparse" if self.sparse else "")
 
     @property
     def reads(self) -> tuple[str, int, float]:
@@ -82,7 +89,8 @@ class Weight:
     def stored_as(self, format: str, group: int = 0) -> Weight:
         """The same weight in another format; what only the old one has is left behind."""
         scale = self.activation_scale if (format, group) == ("int8", 0) else 0.0
-        return replace(self, format=format, group=group, activation_scale=scale)
+        sparse = self.sparse and (format, group) in SPARSE_FORMATS
+        return replace(self, format=format, group=group, activation_scale=scale, sparse=sparse)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from gossamer.errors import GraphError
-from gossamer.graph.ir import Graph, KVGroup, Node, T, Weight
+from gossamer.graph.ir import SPARSE_FORMATS, Graph, KVGroup, Node, T, Weight
 from gossamer.graph.ops import get_op
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
@@ -64,6 +64,7 @@ def _check_names(graph: Graph, node: Node, known: set[str]) -> None:
         if weight.format != "f32" and node.op not in _QUANTIZABLE:
             raise GraphError(f"{place} cannot read {name!r} in {weight.format}")
         _check_scale(weight)
+        _check_sparse(weight)
 
 
 def _check_scale(weight: Weight) -> None:
@@ -73,6 +74,17 @@ def _check_scale(weight: Weight) -> None:
         raise GraphError(
             f"weight {weight.name!r} in {weight.stored} has activations of scale {scale}; only int8 without "
             "groups takes one, above 0"
+        )
+
+
+def _check_sparse(weight: Weight) -> None:
+    planes = weight.shape[0] if len(weight.shape) == 3 else 1
+    if weight.nonzeros and len(weight.nonzeros) != planes:
+        raise GraphError(f"weight {weight.name!r} counts {len(weight.nonzeros)} planes of {planes}")
+    if weight.sparse and not (weight.nonzeros and (weight.format, weight.group) in SPARSE_FORMATS):
+        raise GraphError(
+            f"weight {weight.name!r} in {weight.stored} is sparse; only int8 without groups and bf16 can "
+            "be, of known non-zeros"
         )
 
 

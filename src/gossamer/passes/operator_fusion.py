@@ -26,7 +26,7 @@ def _side_by_side(match: Match, *names: str) -> tuple[str, ...] | None:
     nodes = [match.nodes[name] for name in names]
     if len({len(node.weights) for node in nodes}) > 1:
         return None
-    if len({match.weight(name).reads for name in names}) > 1:
+    if len({(match.weight(name).reads, match.weight(name).sparse) for name in names}) > 1:
         return None
     return tuple(node.weights[i] for i in range(len(nodes[0].weights)) for node in nodes)
 

@@ -8,7 +8,7 @@ from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph
 from gossamer.graph.verify import verify
-from gossamer.passes import layer_fusion, mixed_precision, operator_fusion, quantization
+from gossamer.passes import layer_fusion, mixed_precision, operator_fusion, quantization, sparse_weights
 from gossamer.passes.base import Pass
 
 __all__ = ["PASSES", "pass_names", "run_passes"]
@@ -17,6 +17,7 @@ __all__ = ["PASSES", "pass_names", "run_passes"]
 PASSES: tuple[Pass, ...] = (
     mixed_precision.PASS,
     quantization.PASS,
+    sparse_weights.PASS,
     operator_fusion.PASS,
     layer_fusion.PASS,
 )

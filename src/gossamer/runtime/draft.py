@@ -36,6 +36,8 @@ def draft_config(config: EngineConfig, kv: KVPlan) -> EngineConfig | None:
         max_model_len=kv.max_model_len,
         speculative_decoding=None,
         weight_formats=(),
+        # What the checkpoint declares alone: that it was asked of the model says nothing of the draft.
+        sparse_weights=None if config.sparse_weights is None else replace(config.sparse_weights, count=False),
     )
     if speculative.quantization is None:
         return own

@@ -14,6 +14,7 @@ from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
 from gossamer.checkpoint.cache_directory import cache_directory
 from gossamer.checkpoint.hub import read_config, read_quantization, resolve_model
 from gossamer.checkpoint.opening import notes_of, open_checkpoint
+from gossamer.checkpoint.sparsity import with_nonzeros
 from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor
@@ -81,13 +82,21 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
                 f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
                 "--ignore-config-field quantization_config, and --quantization for another format"
             )
-        return graph, directory, DummySource(graph)
+        dummy = DummySource(graph, config.dummy_sparsity)
+        return _counted(graph, dummy, config), directory, dummy
     checkpoint = open_checkpoint(directory, config.ignore_config_fields)
     for note in notes_of(checkpoint):
         _LOGGER.warning("%s: %s", config.model, note)
     graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
-    return as_stored(graph, checkpoint), directory, checkpoint
+    return _counted(as_stored(graph, checkpoint), checkpoint, config), directory, checkpoint
+
+
+def _counted(graph: Graph, source: WeightSource, config: EngineConfig) -> Graph:
+    """The graph that knows its zeros, where the configuration wants them left out."""
+    if config.sparse_weights is None:
+        return graph
+    return with_nonzeros(graph, source, count=config.sparse_weights.count)
 
 
 def start(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Started:

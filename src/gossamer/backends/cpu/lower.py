@@ -73,7 +73,8 @@ class Lowering:
             list(ints),
             list(reals),
         )
-        stored = self.graph.weights[reads[0][0]].format if reads else "f32"
+        first = self.graph.weights[reads[0][0]] if reads else None
+        stored = "f32" if first is None else first.format + ("_sparse" if first.sparse else "")
         self.emitted.append(Instruction(node.outputs[0], name or op, stored, reads))
 
     def _operand(self, value: str) -> tuple[int, int]:

@@ -36,7 +36,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One native weight: `index` counts the planes of a stack of experts (0 otherwise)."""
+    """One native weight: `index` counts the planes of a stack of experts (0 otherwise). kept: numbers that
+    are not zero, at most, of one that stores those alone; -1: it stores all."""
 
     weight: str
     index: int
@@ -45,25 +46,29 @@ class Matrix:
     format: str
     group: int
     activation_scale: float = 0.0
+    kept: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where data, scales and zero points of a native weight lie in the block: (offset, bytes) each."""
+    """Where data, scales, zero points and panel starts of a native weight lie in the block: (offset, bytes)
+    each."""
 
     data: tuple[int, int]
     scales: tuple[int, int]
     zeros: tuple[int, int]
+    starts: tuple[int, int]
 
     @property
     def bytes(self) -> int:
-        """Of the three together."""
-        return self.data[1] + self.scales[1] + self.zeros[1]
+        """Of all together."""
+        return self.data[1] + self.scales[1] + self.zeros[1] + self.starts[1]
 
-    def views(self, block: Bytes) -> tuple[Bytes, Bytes, Bytes]:
-        """The three, in the block."""
-        data, scales, zeros = (block[o : o + n] for o, n in (self.data, self.scales, self.zeros))
-        return data, scales, zeros
+    def views(self, block: Bytes) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+        """The four, in the block."""
+        parts = (self.data, self.scales, self.zeros, self.starts)
+        data, scales, zeros, starts = (block[o : o + n] for o, n in parts)
+        return data, scales, zeros, starts
 
 
 Places = Mapping[tuple[str, int], tuple[Matrix, Place]]
@@ -78,7 +83,8 @@ def packed_matrices(graph: Graph) -> Iterator[Matrix]:
         planes = weight.shape[0] if len(weight.shape) == 3 else 1
         n, k = weight.shape[-2:]
         for index in range(planes):
-            yield Matrix(name, index, n, k, *weight.reads)
+            kept = weight.nonzeros[index] if weight.sparse else -1
+            yield Matrix(name, index, n, k, *weight.reads, kept)
 
 
 def layout(graph: Graph) -> tuple[Places, int]:
@@ -87,7 +93,7 @@ def layout(graph: Graph) -> tuple[Places, int]:
     top = 0
     for m in packed_matrices(graph):
         spans = []
-        for size in _native.packed_bytes(FORMATS[m.format], m.group, m.n, m.k):
+        for size in _native.packed_bytes(FORMATS[m.format], m.group, m.n, m.k, m.kept):
             spans.append((top, size))
             top = _aligned(top + size)
         places[m.weight, m.index] = (m, Place(*spans))

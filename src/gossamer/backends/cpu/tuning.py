@@ -106,9 +106,8 @@ def tuned_layers(directory: Path, isa: str, threads: int) -> dict[str, dict[int,
 def layer_name(graph: Graph, instruction: Instruction) -> str:
     """What tells linear layers apart that may be cut differently: op, format, outputs and inputs."""
     weights = [graph.weights[name] for name, _ in instruction.weights]
-    group = f"-g{weights[0].group}" if weights[0].group else ""
     outputs = "+".join(str(w.shape[0]) for w in weights)
-    return f"{instruction.op} {weights[0].format}{group} {outputs}x{weights[0].shape[1]}"
+    return f"{instruction.op} {weights[0].stored} {outputs}x{weights[0].shape[1]}"
 
 
 def autotune(

@@ -68,6 +68,10 @@ class Changed:
         """There are none."""
         raise CheckpointError(f"tensor {name!r} is floats and has no codes")
 
+    def nonzeros(self, name: str) -> int | None:
+        """Nothing is declared."""
+        return None
+
     def activation_scale(self, name: str) -> float:
         """There is none."""
         return 0.0

@@ -85,13 +85,17 @@ _BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "uint
 
 def weight_bytes(weight: Weight) -> float:
     """Bytes of a weight in its storage format, scales included (fp16 per group, and for uint4 a byte for the
-    zero point; int8 without groups: fp32 per row). A last group that the columns do not fill is padded."""
+    zero point; int8 without groups: fp32 per row). A last group that the columns do not fill is padded. Of a
+    sparse one: its non-zeros, and a bit for every number."""
     *rows, columns = weight.shape
     scales = 4.0 if weight.format == "int8" else 0.0
     if weight.group:
         groups = -(-columns // weight.group)
         columns = groups * weight.group
         scales = groups * (3.0 if weight.format == "uint4" else 2.0)
+    if weight.sparse:
+        bits = prod(rows) * (-(-columns // 32) * 4.0 + scales)
+        return bits + sum(weight.nonzeros) * _BITS[weight.format] / 8
     return float(prod(rows)) * (columns * _BITS[weight.format] / 8 + scales)
 
 
