@@ -33,6 +33,15 @@ class Codes:
     scales: npt.NDArray[np.float32]
     zeros: npt.NDArray[np.uint8] | None = None
 
+    def rows(self, start: int, stop: int) -> Codes:
+        """Rows [start, stop)."""
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scales=self.scales[start:stop],
+            zeros=None if self.zeros is None else self.zeros[start:stop],
+        )
+
     def floats(self) -> npt.NDArray[np.float32]:
         """The values [n, k]."""
         k = self.codes.shape[1]

@@ -21,6 +21,7 @@ ActOrder = Literal["none", "weight", "group"]
 _BLOCK = 128  # columns between two updates of all that follow: a multiple of every group
 
 
+@torch.no_grad()
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
