@@ -54,7 +54,7 @@ from gossamer.graph.ir import Graph
 __all__ = ["Compression", "Watch", "compress", "estimates"]
 
 _MODULES: dict[type, str] = {
-    Magnitude: "prune.unstructured", Wanda: "prune.unstructured", SparseGPT: "prune.unstructured",
+    Magnitude: "prune.magnitude", Wanda: "prune.wanda", SparseGPT: "prune.sparsegpt",
     Structured: "prune.structured", Recover: "distill.step", Distil: "distill.step", RTN: "quantize.rtn",
     GPTQ: "quantize.gptq", AWQ: "quantize.awq", SmoothQuant: "quantize.smoothquant",
     MixedBits: "quantize.mixed_bits", KVCalibration: "quantize.kv",

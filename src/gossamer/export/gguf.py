@@ -30,7 +30,7 @@ from gossamer.checkpoint.gguf_blocks import (
 from gossamer.checkpoint.gguf_names import ARCHITECTURES, Architecture, Piece, architecture_of, pieces
 from gossamer.checkpoint.gguf_writer import LazyBlocks, write_gguf_file
 from gossamer.checkpoint.hub import read_config
-from gossamer.checkpoint.open import open_checkpoint
+from gossamer.checkpoint.opening import open_checkpoint
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import check_tensors
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedModelError

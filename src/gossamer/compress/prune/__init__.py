@@ -1,2 +1,2 @@
-"""Pruning: single weights become zero (`unstructured`: magnitude, Wanda, SparseGPT), or whole heads, channels
-and layers go (`structured`)."""
+"""Pruning: single weights become zero (`magnitude`, `wanda`, `sparsegpt`), or whole heads, channels, columns
+and layers go (`structured`). Each of the four is a step."""

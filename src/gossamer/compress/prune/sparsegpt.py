@@ -3,11 +3,41 @@ SparseGPT, 2023). Axes: N outputs, K inputs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from gossamer.compress.hessian import Hessian, damped, inverse_cholesky
 from gossamer.compress.prune.masks import best_of_groups, count
+from gossamer.compress.prune.unstructured import estimate_pruning, prune_weights
+from gossamer.compress.step import Estimate, Job
+from gossamer.config.compression import SparseGPT
+from gossamer.config.compression.prune import parse_pattern
+from gossamer.graph.ir import Graph
 
-__all__ = ["refine", "sparsegpt"]
+__all__ = ["estimate", "refine", "run", "sparsegpt"]
+
+
+def estimate(config: SparseGPT, graph: Graph, tokens: int, flops: float) -> Estimate:
+    """A pass over the columns, and one product with the Hessian for each step of refinement."""
+    return estimate_pruning(graph, tokens, flops, lambda k: k * (2.0 + 2 * config.refine), moments=True)
+
+
+def run(config: SparseGPT, job: Job) -> dict[str, Any]:
+    """See `unstructured.prune_weights`."""
+    pattern = parse_pattern(config.pattern) if config.pattern else None
+
+    def prune(matrices: list[torch.Tensor], hessian: Hessian) -> list[torch.Tensor]:
+        moments = hessian.mean()
+        inverse = inverse_cholesky(moments, config.damping)
+        moments = damped(moments, config.damping)
+        out = []
+        for matrix in matrices:
+            sparse = sparsegpt(matrix, inverse, config.sparsity, pattern, block=config.block)
+            out.append(refine(matrix, sparse, moments, config.refine))
+        return out
+
+    return prune_weights(config.skip, job, prune)
 
 
 def sparsegpt(

@@ -8,7 +8,7 @@ be loaded; hence a run that goes on from finished blocks ends with the same bits
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -18,62 +18,59 @@ import torch
 from gossamer.checkpoint.model_writer import copy_beside, write_weights
 from gossamer.checkpoint.safetensors import DTYPES
 from gossamer.checkpoint.weights import ModelSource, evaluate
-from gossamer.compress.blocks import BlockAt, Blocks, Site
-from gossamer.compress.hessian import Hessian, collect, damped, inverse_cholesky
+from gossamer.compress.blocks import BlockAt, Blocks
+from gossamer.compress.hessian import Hessian, collect
 from gossamer.compress.model import calibration, check_floats, open_model
 from gossamer.compress.prune.changed import Changed
-from gossamer.compress.prune.magnitude import magnitude
-from gossamer.compress.prune.sparsegpt import refine, sparsegpt
-from gossamer.compress.prune.wanda import wanda
 from gossamer.compress.results import BlockResults
 from gossamer.compress.step import Estimate, Job
 from gossamer.config import EngineConfig
-from gossamer.config.compression import Magnitude, SparseGPT, Wanda
-from gossamer.config.compression.prune import parse_pattern
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import leaves
 from gossamer.passes.weight_formats import plan_formats
 
-__all__ = ["estimate", "run"]
+__all__ = ["Prune", "estimate_pruning", "prune_weights"]
 
-Config = Magnitude | Wanda | SparseGPT
-
-
-def estimate(config: Config, graph: Graph, tokens: int, flops: float) -> Estimate:
-    """Two passes for the inputs of each block's matrices and one for its outputs, and the algorithm's own."""
-    widths: dict[str, set[int]] = {}
-    sizes: dict[str, int] = {}
-    work = 0.0
-    tokens = 0 if isinstance(config, Magnitude) else tokens
-    for name, weight in graph.weights.items():
-        if len(weight.shape) < 2:
-            continue
-        scope, size = ".".join(name.split(".")[:3]), int(np.prod(weight.shape))
-        sizes[scope] = sizes.get(scope, 0) + size
-        if isinstance(config, SparseGPT):
-            k = weight.shape[-1]
-            work += size * k + (0 if k in widths.get(scope, set()) else 2.0 * k**2 * tokens + k**3)
-            widths.setdefault(scope, set()).add(k)
-        work += 6.0 * size * tokens
-    blocks = [size for scope, size in sizes.items() if scope.startswith("layers.")]
-    moments = 4 * max((sum(k**2 for k in ks) for ks in widths.values()), default=0)
-    memory = 4 * (2 * tokens * graph.hidden + 3 * max(blocks)) + 4 * moments
-    return Estimate(seconds=work / flops + 1e-8 * sum(blocks), memory=memory, disk=4 * sum(blocks))
+Prune = Callable[[list[torch.Tensor], Hessian], list[torch.Tensor]]
+"""Pruned copies of matrices [N, K] that read the same inputs, whose second moments the Hessian holds."""
 
 
-def run(config: Config, job: Job) -> dict[str, Any]:
-    """Gives {"sparsity": of all matrices that were pruned, "matrices": {name: share of zeros}, "unreached":
+def estimate_pruning(
+    graph: Graph, tokens: int, flops: float, per_weight: Callable[[int], float], moments: bool
+) -> Estimate:
+    """Three passes for the inputs of each block's matrices and one for its outputs. per_weight: flops of the
+    algorithm for each weight of a matrix of K inputs; moments: whether whole Hessians are made use of."""
+    work, largest = 0.0, 0
+    total = 0
+    for block in graph.blocks():
+        weights = [graph.weights[name] for name in {w for node in block.nodes for w in node.weights}]
+        matrices = [w.shape for w in weights if len(w.shape) > 1]
+        size = sum(int(np.prod(shape)) for shape in matrices)
+        squares = sum(shape[-1] ** 2 for shape in {(*s[:-2], s[-1]) for s in matrices})
+        work += 2.0 * size * tokens * 4 + sum(np.prod(s) * per_weight(s[-1]) for s in matrices)
+        work += squares * 2.0 * tokens + (2.0 * sum(s[-1] ** 3 for s in matrices) if moments else 0.0)
+        total, largest = total + size, max(largest, 4 * (3 * size + 3 * squares))
+    seconds = work / flops + 5e-9 * total
+    return Estimate(seconds=seconds, memory=largest + 8 * tokens * graph.hidden, disk=4 * total)
+
+
+def prune_weights(
+    skip: Collection[str], job: Job, prune: Prune, *, calibrated: bool = True
+) -> dict[str, Any]:
+    """Runs a step. skip: patterns over names that stay whole; calibrated: whether `prune` looks at the
+    Hessian (else it is given an empty one).
+
+    Gives {"sparsity": of all matrices that were pruned, "matrices": {name: share of zeros}, "unreached":
     experts that no calibration token reached, whose weights count by their size alone}.
-
-    Raises ConfigError for a quantized model, a pattern in `skip` that matches nothing, or too little text;
+    Raises ConfigError for a quantized model, a pattern that matches nothing, or too little text;
     CheckpointError for weights that are NaN; Stopped.
     """
     graph, checkpoint = open_model(job.model)
     check_floats(graph, "pruning")
-    skipped = _skipped(graph, config.skip)
-    # Magnitude's walk needs a token too, and nothing depends on it.
-    windows = np.zeros((1, 1), np.int32) if isinstance(config, Magnitude) else calibration(graph, job)
+    skipped = _skipped(graph, skip)
+    # Without calibration the walk needs a token all the same, and nothing depends on it.
+    windows = calibration(graph, job) if calibrated else np.zeros((1, 1), np.int32)
     source = Changed(checkpoint, BlockResults(job.scratch))
     walk = Blocks(graph, source, windows)
     zeros: dict[str, float] = {}
@@ -83,7 +80,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
         job.progress("pruning", index, len(walk))
         names = _matrices(block, skipped)
         if names and block.scope not in source.results:
-            unreached += _prune_block(config, block, skipped)
+            unreached += _prune_block(block, skipped, prune, calibrated)
             source.save(block.scope, _changed(block, names, checkpoint))
         for name in names:
             stored = evaluate(graph.weights[name].expr, source)
@@ -112,41 +109,24 @@ def _matrices(block: BlockAt, skipped: Collection[str]) -> list[str]:
     return [name for name in names if name not in skipped]
 
 
-def _prune_block(config: Config, block: BlockAt, skipped: Collection[str]) -> list[str]:
+def _prune_block(block: BlockAt, skipped: Collection[str], prune: Prune, calibrated: bool) -> list[str]:
     """Prunes in place; gives the matrices of experts that no token reached."""
     unreached = []
     for value in dict.fromkeys(site.value for site in block.sites()):
-        if isinstance(config, Magnitude):
-            moments = {site: Hessian(0) for site in block.sites() if site.value == value}
-        else:
+        if calibrated:
             moments = collect(block, value)
+        else:
+            moments = {site: Hessian(0) for site in block.sites() if site.value == value}
         for site, hessian in moments.items():
-            todo = [name for name in site.matrices if name not in skipped]
-            if not todo:
+            names = [name for name in site.matrices if name not in skipped]
+            if not names:
                 continue
-            if site.plane is not None and not hessian.tokens and not isinstance(config, Magnitude):
-                unreached += [f"{name}[{site.plane}]" for name in todo]
-            _prune_site(config, block, site, todo, hessian)
+            if calibrated and not hessian.tokens:
+                unreached += [f"{name}[{site.plane}]" for name in names]
+            matrices = [block.matrix(name, site.plane) for name in names]
+            for matrix, pruned in zip(matrices, prune(matrices, hessian), strict=True):
+                matrix[...] = pruned
     return unreached
-
-
-def _prune_site(config: Config, block: BlockAt, site: Site, names: list[str], hessian: Hessian) -> None:
-    pattern = None if config.pattern is None else parse_pattern(config.pattern)
-    matrices = [block.matrix(name, site.plane) for name in names]
-    if isinstance(config, SparseGPT):
-        moments = hessian.mean()
-        inverse = inverse_cholesky(moments, config.damping)
-        moments = damped(moments, config.damping)
-        for matrix in matrices:
-            sparse = sparsegpt(matrix, inverse, config.sparsity, pattern, block=config.block)
-            matrix[...] = refine(matrix, sparse, moments, config.refine)
-    elif isinstance(config, Wanda):
-        norms = hessian.mean().diagonal().sqrt() if hessian.tokens else torch.ones(matrices[0].shape[1])
-        for matrix in matrices:
-            matrix[...] = wanda(matrix, norms, config.sparsity, pattern)
-    else:
-        for matrix in matrices:
-            matrix[...] = magnitude(matrix, config.sparsity, pattern)
 
 
 def _changed(block: BlockAt, names: list[str], checkpoint: ModelSource) -> dict[str, npt.NDArray[Any]]:

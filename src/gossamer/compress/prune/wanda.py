@@ -3,11 +3,36 @@ al., A Simple and Effective Pruning Approach for Large Language Models, 2024). A
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from gossamer.compress.hessian import Hessian
 from gossamer.compress.prune.masks import best_of_groups, best_of_rows
+from gossamer.compress.prune.unstructured import estimate_pruning, prune_weights
+from gossamer.compress.step import Estimate, Job
+from gossamer.config.compression import Wanda
+from gossamer.config.compression.prune import parse_pattern
+from gossamer.graph.ir import Graph
 
-__all__ = ["wanda"]
+__all__ = ["estimate", "run", "wanda"]
+
+
+def estimate(config: Wanda, graph: Graph, tokens: int, flops: float) -> Estimate:
+    """It sorts weights once their inputs are known."""
+    return estimate_pruning(graph, tokens, flops, lambda k: 50.0, moments=False)
+
+
+def run(config: Wanda, job: Job) -> dict[str, Any]:
+    """See `unstructured.prune_weights`."""
+    pattern = parse_pattern(config.pattern) if config.pattern else None
+
+    def prune(matrices: list[torch.Tensor], hessian: Hessian) -> list[torch.Tensor]:
+        moments = hessian.mean().diagonal()
+        norms = moments.sqrt() if hessian.tokens else torch.ones_like(moments)
+        return [wanda(m, norms, config.sparsity, pattern) for m in matrices]
+
+    return prune_weights(config.skip, job, prune)
 
 
 def wanda(
