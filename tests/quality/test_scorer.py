@@ -19,11 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.backends.reference import ReferenceModel
+from gossamer.checkpoint.hub import resolve_model
 from gossamer.checkpoint.safetensors_writer import write_safetensors
+from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.checkpoint.weights import DummySource
 from gossamer.config import EngineConfig, ParallelComputing, Quantization
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.graph.families import build_graph
+from gossamer.graph.weights import leaves
 from gossamer.quality import scorer as scorer_module
 from gossamer.quality.compare import score
 from gossamer.quality.measure import measure, reference_config
@@ -121,7 +124,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
         open_scorer(config(), 513)
     graph = build_graph(CONFIG)
     source = DummySource(graph)
-    names = {leaf for w in graph.weights.values() for leaf in scorer_leaves(w)}
+    names = [leaf.name for weight in graph.weights.values() for leaf in leaves(weight.expr)]
     tensors = {name: np.array(source.read(name), np.float32) for name in names}
     next(iter(tensors.values()))[...] = np.nan
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -129,12 +132,6 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     broken = open_scorer(replace(config(), model=str(tmp_path), load_format="auto"), 32)
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         list(broken.logits(windows([(9, 4)], 0)))
-
-
-def scorer_leaves(weight: Any) -> list[str]:
-    from gossamer.graph.weights import leaves
-
-    return [leaf.name for leaf in leaves(weight.expr)]
 
 
 def test_an_execution_names_what_ran() -> None:
@@ -179,9 +176,6 @@ def test_perplexity_is_that_of_transformers(shared: Path) -> None:
             stride=stride,
             max_tokens=most,
         )
-        from gossamer.checkpoint.hub import resolve_model
-        from gossamer.checkpoint.tokenizer import Tokenizer
-
         path = resolve_model(name)
         tokenizer = Tokenizer.load(path)
         ids = tokenizer.encode(texts[0].text[:9000])[

@@ -161,8 +161,8 @@ def _certificate(engine: EngineFlags) -> Certificate:
     from gossamer.checkpoint.hub import resolve_model
     from gossamer.quality.certificate import CERTIFICATE, read_certificate
 
-    config = engine.config()
-    directory = resolve_model(config.model, config.revision)
+    model = engine.model_flag or engine.model
+    directory = resolve_model(model or engine.config().model, engine.revision)
     found = read_certificate(directory)
     if found is None:
         raise CheckpointError(

@@ -45,7 +45,7 @@ def model_card(certificate: Certificate, name: str, kept: dict[str, str] | None 
         head["base_model"] = json.dumps(c.original.name)
     head["pipeline_tag"] = "text-generation"
     kinds = dict.fromkeys(step.step for step in c.steps)
-    head["tags"] = json.dumps(["gossamer", "compressed", *kinds])
+    head["tags"] = json.dumps(list(dict.fromkeys(["gossamer", "compressed", *" ".join(kinds).split()])))
     head.setdefault("library_name", "transformers")
     lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "---", "", f"# {name}", ""]
     steps = ", ".join(kinds) or "no step"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ _FIELDS = {
     "prompt": {"prompt", "answer", "stop", "max_tokens"},
 }
 _MAX_TOKENS = 64
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
@@ -115,8 +114,10 @@ def run_tasks(
 
 
 def normalised(text: str) -> str:
-    """An answer without case, punctuation, articles and surplus white space."""
-    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION)).split())
+    """An answer without case, punctuation, articles and surplus white space; one of articles alone (the
+    letter A, perhaps) keeps them."""
+    words = text.casefold().translate(_PUNCTUATION).split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def _run_choices(tasks: TaskFile, scorer: ModelScorer, tokenizer: Tokenizer, progress: Progress) -> TaskScore:

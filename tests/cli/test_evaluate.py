@@ -1,0 +1,87 @@
+"""`gossamer eval`, from flags to tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gossamer.quality import measure
+from gossamer.quality.certificate import write_certificate
+from tests.cli.conftest import Cli
+from tests.quality.records import certificate
+
+POCKET = "gossamer/pocket"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "sea[1].txt"
+    path.write_text("The captain looked out upon the sea, and said that the wind was fair. " * 20)
+    return path
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"context": "He shut the", "choices": ["door", "of of"], "answer": "door"}\n')
+    return path
+
+
+def test_eval_json(cli: Cli, text: Path, tasks: Path) -> None:
+    flags = ("-q", "int8", "--kv-cache-dtype", "int8", "--context", 64, "--stride", 32, "-n", 150)
+    report = cli(
+        "eval", POCKET, "--text", text, "--tasks", tasks, *flags, "--reference", "fp32", "--json", "-t", 1
+    ).json
+    assert (report["context"], report["stride"]) == (64, 32) and report["total"]["tokens"] == 150
+    assert report["execution"]["formats"] == {"int8": 1.0} and report["execution"]["kv"] == "int8"
+    assert 0.9 < report["reference"]["ratio"] < 1.1
+    assert report["reference"]["noise"]["divergence"]["kl_mean"] < 1e-9
+    assert report["beside"]["execution"]["backend"] == "reference"
+    assert report["tasks"][0]["accuracy"] == 1
+
+
+def test_eval_for_people(cli: Cli, text: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = cli("eval", POCKET, "--text", text, "--tasks", tasks, "--reference", POCKET, "-n", 100, "-t", 1).out
+    for words in ("sea[1].txt", "perplexity", "against the reference", "its own noise", "torch reference"):
+        assert words in out
+    assert "questions.jsonl" in out and "100.0%" in out
+    plain = cli("eval", POCKET, "--text", text, "-n", 100, "--no-beside").out
+    assert "--reference fp32" in plain and "torch" not in plain
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ((), "--text FILE"),
+        (("--tasks", "TASKS", "--reference", "fp32"), "--reference compares on text"),
+        (("--tasks", "TASKS", "--beside"), "--beside compares on text"),
+        (("--text", "TEXT", "--beside", "--backend", "reference"), "leave out --backend reference"),
+        (("--text", "TEXT", "--context", 1), "--context 1 must be at least 2"),
+        (("--text", "TEXT", "--context", 600), "beyond the 512 positions"),
+        (("--text", "TEXT", "--context", 32, "--stride", 32), "stride from 1 to 31"),
+        (("--text", "nowhere"), "cannot read the text nowhere"),
+        (("--certificate",), "no gossamer_certificate.json"),
+    ],
+)
+def test_mistakes_are_said(cli: Cli, text: Path, tasks: Path, flags: tuple[object, ...], said: str) -> None:
+    given = [{"TEXT": text, "TASKS": tasks}.get(str(flag), flag) for flag in flags]
+    assert said in cli("eval", POCKET, *given).complaint
+
+
+def test_beside_needs_torch(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "has_torch", lambda: False)
+    assert "gossamer[torch]" in cli("eval", POCKET, "--text", text, "--beside").complaint
+    report = cli("eval", POCKET, "--text", text, "-n", 50, "--json").json
+    assert report["beside"] is None and report["reference"] is None
+
+
+def test_a_certificate_is_shown(cli: Cli, tmp_path: Path) -> None:
+    path = write_certificate(tmp_path, certificate())
+    report = cli("eval", tmp_path, "--certificate", "--json").json
+    assert report == json.loads(path.read_text())
+    out = cli("eval", tmp_path, "--certificate").out
+    for words in ("from owner/name", "8.00", "rtn", "seed 3", "1.0100 ± 0.0010", "against the reference"):
+        assert words in out
