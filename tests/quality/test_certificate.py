@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gossamer.checkpoint.hub import resolve_model
+from gossamer.checkpoint.model_writer import write_weights
 from gossamer.checkpoint.safetensors_writer import write_safetensors
 from gossamer.errors import CheckpointError
 from gossamer.quality.certificate import CERTIFICATE, data_record, read_certificate, write_certificate
@@ -93,10 +94,23 @@ def test_a_models_record_counts_numbers_and_zeros(tmp_path: Path) -> None:
     assert record.bytes == (tmp_path / "model.safetensors").stat().st_size
     assert record.sparsity == pytest.approx(128 / (7 * 256), abs=1e-6)
     assert record.sha256 == content_hash(tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(b"a second copy that nobody reads")
     (tmp_path / "README.md").write_text("a card is no content")
     assert record.sha256 == content_hash(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 1e5}))
     assert record.sha256 != content_hash(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    write_weights(tmp_path, tensors, shard=2048)
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert model_record(tmp_path, "tiny").bytes == sum(path.stat().st_size for path in shards)
+
+
+def test_a_gguf_files_record_is_of_the_file(shared: Path) -> None:
+    path = shared / "models" / "stories260K" / "stories260Ktok512.gguf"
+    record = model_record(path, "stories")
+    assert record.bytes == path.stat().st_size and record.sparsity == 0
+    assert record.sha256 != model_record(path.parent, "stories").sha256
 
 
 def test_a_card_says_what_the_certificate_says(tmp_path: Path) -> None:

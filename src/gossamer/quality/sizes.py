@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gossamer.checkpoint.gguf_directory import POINTER
+from gossamer.checkpoint.json_file import read_json_object
+from gossamer.checkpoint.safetensors import INDEX, SINGLE
 from gossamer.checkpoint.weights import WeightSource, evaluate
 from gossamer.config import EngineConfig
 from gossamer.graph.ir import Graph, Weight
@@ -21,7 +24,6 @@ from gossamer.runtime.start import load_graph
 
 __all__ = ["ModelRecord", "content_hash", "model_record", "sparsity"]
 
-_WEIGHTS = ("*.safetensors", "*.gguf", "*.safetensors.index.json")
 _BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
            "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json")  # fmt: skip
 _PIECE = 1 << 22  # numbers looked at together
@@ -45,7 +47,7 @@ def model_record(directory: Path, name: str) -> ModelRecord:
     """The record of a model's directory, whose weights are read once. Raises CheckpointError,
     UnsupportedModelError for what is no model."""
     graph, directory, source = load_graph(EngineConfig(model=str(directory)))
-    size = sum(path.stat().st_size for path in _files(directory, _WEIGHTS[:2]))
+    size = sum(path.stat().st_size for path in _weights(directory))
     parameters = sum(prod(w.shape) for w in graph.weights.values() if not isinstance(w.expr, Constant))
     return ModelRecord(
         name=name,
@@ -59,9 +61,11 @@ def model_record(directory: Path, name: str) -> ModelRecord:
 
 
 def content_hash(directory: Path) -> str:
-    """SHA-256 over names and SHA-256 of the files that make up a model: weights, config and tokenizer."""
+    """SHA-256 over names and SHA-256 of the files that make up a model: weights, config and tokenizer. Raises
+    CheckpointError for a directory without weights."""
     whole = hashlib.sha256()
-    for path in sorted({*_files(directory, _WEIGHTS), *_files(directory, _BESIDE)}):
+    beside = [path for name in _BESIDE if (path := directory / name).is_file()]
+    for path in sorted([*_weights(directory), *beside], key=lambda path: path.name):
         with path.open("rb") as file:
             whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
@@ -90,5 +94,10 @@ def _rows(weight: Weight, source: WeightSource) -> Iterator[npt.NDArray[Any]]:
         yield evaluate(weight.expr, source, start, min(start + step, weight.shape[0]))
 
 
-def _files(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+def _weights(directory: Path) -> list[Path]:
+    """The files that `open_checkpoint` reads weights from."""
+    if (directory / POINTER).is_file():
+        return [Path(read_json_object(directory / POINTER)["file"])]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    return sorted({directory / shard for shard in read_json_object(directory / INDEX)["weight_map"].values()})
