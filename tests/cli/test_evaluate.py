@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from gossamer.checkpoint.hub import resolve_model
 from gossamer.quality import measure
 from gossamer.quality.certificate import write_certificate
 from tests.cli.conftest import Cli
@@ -76,6 +78,16 @@ def test_beside_needs_torch(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatc
     assert "gossamer[torch]" in cli("eval", POCKET, "--text", text, "--beside").complaint
     report = cli("eval", POCKET, "--text", text, "-n", 50, "--json").json
     assert report["beside"] is None and report["reference"] is None
+
+
+def test_the_model_that_it_was_made_from_is_named(cli: Cli, text: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(resolve_model(POCKET) / name, tmp_path / name)
+    path = write_certificate(tmp_path, certificate())
+    say = ("eval", tmp_path, "--text", text, "-n", 50, "--no-beside", "-t", 1)
+    assert "--reference owner/name says" in cli(*say).out
+    path.write_text("{}")  # a hint is not worth an error
+    assert "--reference fp32 (or" in cli(*say).out
 
 
 def test_a_certificate_is_shown(cli: Cli, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from gossamer.cli.show_quality import show_certificate, show_quality
 from gossamer.errors import CheckpointError, ConfigError, DependencyError
 
 if TYPE_CHECKING:
+    from gossamer.config import EngineConfig
     from gossamer.quality.certificate import Certificate
 
 __all__ = ["evaluate"]
@@ -76,7 +78,8 @@ def evaluate(
             "--reference",
             panel=_AGAINST,
             metavar="MODEL|fp32",
-            help="Say how far this is from another model in fp32, or from itself in fp32.",
+            help="Say how far this is from another model in fp32 (the one that it was made from), or from "
+            "itself in fp32, where weights that are stored quantized keep their values.",
         ),
     ] = None,
     beside: Annotated[
@@ -154,7 +157,18 @@ def evaluate(
     if json:
         emit_json(asdict(quality))
     else:
-        show_quality(quality)
+        show_quality(quality, made_from=None if reference else _original(config))
+
+
+def _original(config: EngineConfig) -> str | None:
+    """The model that this one was made from, where a certificate says so."""
+    from gossamer.checkpoint.hub import resolve_model
+    from gossamer.quality.certificate import read_certificate
+
+    with contextlib.suppress(CheckpointError):  # it is only for a hint
+        found = read_certificate(resolve_model(config.model, config.revision))
+        return None if found is None else found.original.name
+    return None
 
 
 def _certificate(engine: EngineFlags) -> Certificate:

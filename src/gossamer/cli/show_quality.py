@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["show_certificate", "show_quality"]
 
 
-def show_quality(quality: Quality) -> None:
-    """Prints tables of a measurement on standard output."""
+def show_quality(quality: Quality, made_from: str | None = None) -> None:
+    """Prints tables of a measurement on standard output. made_from: the model to name where there was no
+    reference."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -40,10 +41,8 @@ def show_quality(quality: Quality) -> None:
             soft_wrap=True,
         )
         if quality.reference is None:
-            console.print(
-                "[dim]--reference fp32 (or the model that it was made from) says what is lost[/]",
-                soft_wrap=True,
-            )
+            hint = "fp32 (or the model that it was made from)" if made_from is None else _safe(made_from)
+            console.print(f"[dim]--reference {hint} says what is lost[/]", soft_wrap=True)
 
 
 def show_certificate(certificate: Certificate) -> None:
@@ -75,7 +74,7 @@ def show_certificate(certificate: Certificate) -> None:
         console.print("its quality was not measured; --text FILE measures it now", soft_wrap=True)
     else:
         console.print()
-        show_quality(c.quality)
+        show_quality(c.quality, made_from=before.name)
 
 
 def _texts(quality: Quality) -> Table:
