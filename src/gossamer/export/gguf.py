@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.checkpoint.codes import Codes
-from gossamer.checkpoint.gguf import GGUFCheckpoint, turned_rows
+from gossamer.checkpoint.gguf import turned_rows
 from gossamer.checkpoint.gguf_blocks import (
     BY_NAME,
     q4_0_bytes,
@@ -31,8 +31,7 @@ from gossamer.checkpoint.gguf_names import ARCHITECTURES, Architecture, Piece, a
 from gossamer.checkpoint.gguf_writer import LazyBlocks, write_gguf_file
 from gossamer.checkpoint.hub import read_config
 from gossamer.checkpoint.opening import open_checkpoint
-from gossamer.checkpoint.safetensors import Checkpoint
-from gossamer.checkpoint.weights import check_tensors
+from gossamer.checkpoint.weights import ModelSource, check_tensors
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedModelError
 from gossamer.export.gguf_metadata import check_metadata, factor_tensors, model_metadata
 from gossamer.export.gguf_vocabulary import vocabulary
@@ -51,7 +50,6 @@ _ROWS = 16 << 20  # bytes of float32 rows in memory at a time
 _GROUP = 32
 
 Array = npt.NDArray[Any]
-Source = Checkpoint | GGUFCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +68,7 @@ class Exported:
 class _Tensor:
     """One of the file's. names: those of the model's tensors it is made of, as its checkpoint spells them."""
 
-    source: Source
+    source: ModelSource
     names: tuple[str, ...]
     piece: Piece
     kind: str
@@ -182,7 +180,7 @@ def write_gguf(
     )
 
 
-def _plan(graph: Graph, found: Architecture, source: Source, type: str) -> dict[str, _Tensor]:
+def _plan(graph: Graph, found: Architecture, source: ModelSource, type: str) -> dict[str, _Tensor]:
     """The file's tensors, each of those that the graph reads."""
     names = source.names()
     fitted = fit_names(graph, names)
@@ -214,7 +212,7 @@ def _plan(graph: Graph, found: Architecture, source: Source, type: str) -> dict[
     return planned
 
 
-def _kind(name: str, own: str, piece: Piece, source: Source, type: str) -> str:
+def _kind(name: str, own: str, piece: Piece, source: ModelSource, type: str) -> str:
     """The type of a tensor."""
     info = source.info(own)
     if len(info.shape) == 1 or name.endswith(_PLAIN):

@@ -17,8 +17,7 @@ from gossamer.checkpoint.codes import CodedTensor, Codes
 from gossamer.checkpoint.compressed_tensors import write_compressed_tensors
 from gossamer.checkpoint.hub import read_config
 from gossamer.checkpoint.model_writer import copy_beside, from_checkpoint
-from gossamer.checkpoint.safetensors import Checkpoint
-from gossamer.checkpoint.weights import gather, invert
+from gossamer.checkpoint.weights import ModelSource, gather, invert
 from gossamer.compress.model import check_floats, open_model
 from gossamer.compress.quantize.plan import Plan, matrix_names, summary
 from gossamer.compress.results import BlockResults
@@ -38,7 +37,7 @@ class Step:
 
     job: Job
     graph: Graph
-    source: Checkpoint
+    source: ModelSource
     results: BlockResults
 
 
