@@ -82,7 +82,7 @@ def _int8(file: TensorFile, module: str) -> Packed:
     n, k = shape
     expect(file, scb, ("F32",), (n,), of=name)
     packing = f"{module}.weight_format"
-    if packing in file and int(file.read(packing)) != 0:
+    if packing in file and file.read(packing).any():
         raise UnsupportedModelError(
             f"tensor {packing!r}: weights tiled for a GPU are not read; save them as rows"
         )

@@ -169,7 +169,7 @@ def write_gptq(
     for name, tensor in coded.items():
         why = refused.get(name) or ("it lies outside of the layers" if ".layers." not in name else "")
         n, k = tensor.shape
-        if n % 8 or k % max(group, 8):
+        if not why and (n % 8 or k % group):
             why = f"{tensor.shape} is no multiple of 8 by its group, {group}"
         if why or not name.endswith(".weight"):
             raise CheckpointError(f"tensor {name!r} must stay floats in GPTQ: {why or 'it is no weight'}")
