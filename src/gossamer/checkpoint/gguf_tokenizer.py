@@ -93,6 +93,7 @@ def tokenizer_json(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
                 added,
                 unknown=special["unknown"],
                 prefix=_flag(metadata, "add_space_prefix", True),
+                squeeze=_flag(metadata, "remove_extra_whitespaces", False),
             )
         case "gpt2":
             pre = metadata.get(_KEY + "pre", "default")
@@ -154,8 +155,14 @@ def spm_tokenizer(
     *,
     unknown: str | None,
     prefix: bool,
+    squeeze: bool = False,
 ) -> dict[str, Any]:
-    """tokenizer.json of SentencePiece's BPE. prefix: every text begins with a space that is not shown."""
+    """tokenizer.json of SentencePiece's BPE. prefix: every text begins with a space that is not shown;
+    squeeze: of several spaces one is left, of those at both ends none."""
+    fewer = [
+        {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
+        for regex, content in ((" {2,}", " "), ("^ +| +$", ""))
+    ]
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     begin = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     decoders: list[dict[str, Any]] = [
@@ -171,7 +178,7 @@ def spm_tokenizer(
         merges,
         added,
         model,
-        normalizer={"type": "Sequence", "normalizers": [*begin, spaces]},
+        normalizer={"type": "Sequence", "normalizers": [*(fewer if squeeze else []), *begin, spaces]},
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": decoders},
     )

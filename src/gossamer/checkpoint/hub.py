@@ -28,7 +28,7 @@ _UNWANTED = ["*/*", "consolidated*"]
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """The local directory of a model.
 
-    model: a directory, a .gguf file (or a directory with one and no config.json), "gossamer/pocket" (the
+    model: a directory, a .gguf file (or a directory with one and no other model), "gossamer/pocket" (the
     model shipped in the package), or a hub id such as "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on
     the hub. Without a network (or with HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises
     CheckpointError when there is no such model, ConfigError for a revision of a directory or file, and what
@@ -96,8 +96,8 @@ def _local(path: Path) -> Path:
     from gossamer.checkpoint.gguf_directory import gguf_directory
 
     if path.is_dir():
-        if (path / "config.json").exists():
-            return path
+        if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+            return path  # without its config.json it is damaged, whatever lies beside
         found = sorted(path.glob("*.gguf"))
         if len(found) > 1:
             raise CheckpointError(

@@ -70,6 +70,11 @@ def vocabulary(directory: Path, size: int) -> tuple[dict[str, Any], list[str]]:
                 "the tokenizer does more to text than GGUF can say; it stands whole in the file, and readers "
                 "that do not look there may encode unusual text otherwise"
             )
+    elif keys.get(_KEY + "remove_extra_whitespaces"):
+        notes.append(
+            "the tokenizer takes several spaces for one, which llama.cpp does not do for this kind: it "
+            "encodes such text otherwise"
+        )
     kinds = keys[_KEY + "token_type"]
     kinds += [UNUSED] * (size - len(tokens))
     if _KEY + "scores" in keys:
@@ -118,7 +123,7 @@ def _from_json(whole: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]
         for token, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
     ]
     keys |= {_KEY + "model": "llama", _KEY + "pre": "default", _KEY + "scores": scores}
-    return keys | {_KEY + "add_space_prefix": tokenizer.drops_space}
+    return keys | _spaces(tokenizer)
 
 
 def _from_pieces(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -130,8 +135,16 @@ def _from_pieces(tokenizer: Tokenizer) -> dict[str, Any]:
         _KEY + "tokens": [text for text, _, _ in pieces],
         _KEY + "scores": [score for _, score, _ in pieces],
         _KEY + "token_type": [kind for _, _, kind in pieces],
-        _KEY + "add_space_prefix": tokenizer.drops_space,
+        **_spaces(tokenizer),
     }
+
+
+def _spaces(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What SentencePiece does to spaces."""
+    squeezes = tokenizer.encode("a  b") == tokenizer.encode("a b")
+    return {_KEY + "add_space_prefix": tokenizer.drops_space} | (
+        {_KEY + "remove_extra_whitespaces": True} if squeezes else {}
+    )
 
 
 def _split_name(whole: Mapping[str, Any]) -> str:
@@ -173,17 +186,24 @@ def _says_all(keys: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
     def essence(file: Mapping[str, Any]) -> tuple[Any, ...]:
         model = file["model"]
         normal = file["normalizer"] or {}
+        merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+        if model["byte_fallback"]:  # the halves of one piece never meet in a text: their order is moot
+            merges = sorted(merges, key=lambda pair: (ranks.get("".join(pair), 0), pair))
         flags = [bool(model.get(n)) for n in ("byte_fallback", "ignore_merges", "fuse_unk", "dropout")]
         return (
             normal.get("normalizers", [normal] if normal else []),
             _steps(file["pre_tokenizer"]),
             {text: token for text, token in model["vocab"].items() if not text.startswith("[PAD")},
-            [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]],
+            merges,
             flags[:2] + (flags[2:] if model.get("unk_token") else flags[3:]),
         )
 
-    spelled = {each["id"]: each for each in made["added_tokens"]}
-    own = {each["id"]: each for each in whole["added_tokens"]}
+    scores = keys.get(_KEY + "scores", [])
+    ranks = {text: -score for text, score in zip(keys[_KEY + "tokens"], scores, strict=False)}
+    # Without a normalizer it is all the same whether it comes before the search for added tokens.
+    moot = {} if whole["normalizer"] else {"normalized": None}
+    spelled = {each["id"]: each | moot for each in made["added_tokens"]}
+    own = {each["id"]: each | moot for each in whole["added_tokens"]}
     vocab = dict(whole["model"]["vocab"]) | {each["content"]: token for token, each in own.items()}
     full = {**whole, "model": {**whole["model"], "vocab": vocab}}
     return spelled == own and essence(made) == essence(full)
