@@ -59,18 +59,21 @@ void linear_sparse(const PackedWeight& w, const Activations& act, const float* b
       for (int64_t k = 0; k < w.k_pad; k = t.k1) {
         t.k0 = k;
         t.k1 = smaller(k + block, w.k_pad);
+        const uint8_t* const began = from[0];
         for (int64_t i = 0; i < panels; i++) {
           uint8_t* to = expanded + i * t.b_panel;
           for (int64_t at = k; at < t.k1; at += kSparseBlock, to += kBlockNumbers * kBytes) {
             from[i] = expand_block<kBytes>(from[i], to);
           }
         }
-        t.ahead = from[0];  // where the next block's numbers come from; expanding it asks for the rest
-        t.ahead_step = t.ahead_panel = 0;
+        // The next block takes about what this one took, which the row blocks share the asking for.
+        t.ahead_step = (from[0] - began) / larger(1, (t.k1 - k) / F::kUnit * blocks);
+        t.ahead_panel = panels > 1 ? from[panels - 1] - from[0] : 0;
         for (int64_t i = 0; i < blocks; i++) {
           const int64_t r0 = rows * i / blocks, r1 = rows * (i + 1) / blocks;
           t.row = m0 + r0;
           t.acc = acc + r0 * 2 * kPanel * 4;
+          t.ahead = from[0] + i * ((t.k1 - k) / F::kUnit) * t.ahead_step;
           run_tile<F>(r1 - r0, panels, t);
         }
       }

@@ -1,5 +1,7 @@
 // AVX-512 with VNNI and BF16: one copy of every kernel, compiled with that ISA's flags.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own _mm512_undefined_ps (bug 105593)
+// GCC 12's own _mm512_undefined_ps (bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #define GOSSAMER_ISA avx512
 #include "isa/linear_avx512.h"
 

@@ -323,11 +323,70 @@ const uint8_t* expand_block(const uint8_t* from, uint8_t* to) {
   return values;
 }
 
+// For few rows: numbers go straight from memory into the dot products, one panel at a time (one stream from
+// memory per thread, as in linear_narrow).
+template <class Dot, int64_t kBytes>
+struct SparseNarrow {
+  static constexpr int kRows = 16, kPanels = 1, kNarrowRows = 32;
+
+  template <int MR, int>
+  static __attribute__((noinline)) void tile(const Tile& t) {
+    constexpr int64_t vectors = kSparseBlock / Dot::kUnit, bits = 8 / kBytes;
+    typename Dot::Acc c[MR];
+    for (int r = 0; r < MR; r++) c[r] = Dot::start(t, r);
+    const int64_t lda = t.act->row_stride_bytes;
+    const uint8_t* a = activation_row(*t.act, t.row);
+    const uint8_t* block = t.b;
+    const auto step = [&](int64_t i, const uint8_t*& values) __attribute__((always_inline)) {
+      const auto w = expand<kBytes>(block + i * bits, values);
+      for (int r = 0; r < MR; r++) c[r] = Dot::step(c[r], w, Dot::activation(a + i * 4 + r * lda));
+    };
+    expect_outputs<MR, 1>(t);
+    for (int64_t left = t.k1 / Dot::kUnit; left > 0; left -= vectors, a += vectors * 4) {
+      const uint8_t* values = block + kBitsBytes;
+      _mm_prefetch(block + kSparseAhead, _MM_HINT_T0);
+      if (left >= vectors) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < vectors; i++) step(i, values);
+      } else {
+        for (int64_t i = 0; i < left; i++) step(i, values);
+      }
+      block = values;
+    }
+    for (int r = 0; r < MR; r++) store_outputs(t, r, 0, Dot::finish(t, r, 0, c[r]));
+  }
+};
+
+template <class Wide, class Narrow, int64_t kBytes>
+void linear_without_zeros(const PackedWeight& w, const Activations& act, const float* bias, float* out,
+                          int64_t ldo, int64_t p0, int64_t p1, void* scratch) {
+  if (act.m > Narrow::kNarrowRows)
+    return linear_sparse<Wide, kBytes>(w, act, bias, out, ldo, p0, p1, scratch);
+  Tile t{};
+  t.w = &w;
+  t.act = &act;
+  t.bias = bias;
+  t.out = out;
+  t.ldo = ldo;
+  t.k1 = w.k_pad;
+  const int64_t blocks = ceil_div(act.m, Narrow::kRows);
+  for (t.panel = p0; t.panel < p1; t.panel++) {
+    t.b = sparse_panel(w, t.panel);
+    for (int64_t i = 0; i < blocks; i++) {
+      t.row = act.m * i / blocks;
+      run_tile<Narrow>(act.m * (i + 1) / blocks - t.row, 1, t);
+    }
+  }
+}
+
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
   if (w.starts && w.format == Format::int8)
-    return linear_sparse<Direct<DotInt8, 2>, 1>(w, act, bias, out, ldo, p0, p1, scratch);
-  if (w.starts) return linear_sparse<Direct<DotBf16, 2>, 2>(w, act, bias, out, ldo, p0, p1, scratch);
+    return linear_without_zeros<Direct<DotInt8, 2>, SparseNarrow<DotInt8, 1>, 1>(w, act, bias, out, ldo, p0,
+                                                                                 p1, scratch);
+  if (w.starts)
+    return linear_without_zeros<Direct<DotBf16, 2>, SparseNarrow<DotBf16, 2>, 2>(w, act, bias, out, ldo, p0,
+                                                                                 p1, scratch);
   switch (w.format) {
     case Format::f32:
       return linear_blocked<Direct<DotF32, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
