@@ -14,20 +14,23 @@ from typing import Any, get_args
 from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.backends.cpu.program import SAMPLE_ROW
 from gossamer.bench.costs import step_costs
-from gossamer.config import EngineConfig, MixedPrecision, Quantization
+from gossamer.checkpoint.sparsity import with_nonzeros
+from gossamer.checkpoint.weights import DummySource
+from gossamer.config import EngineConfig, MixedPrecision, Quantization, SparseWeights
 from gossamer.config.engine import KVType
 from gossamer.config.mixed_precision import HalfType
 from gossamer.config.quantization import GROUPS, WeightFormat
 from gossamer.graph.builder import Builder
 from gossamer.graph.families import build_graph
-from gossamer.graph.ir import Graph, KVGroup
+from gossamer.graph.ir import SPARSE_FORMATS, Graph, KVGroup
 from gossamer.graph.ops.base import node_cost, weight_bytes
 from gossamer.graph.weights import Constant, Stack, Tensor
 from gossamer.passes.mixed_precision import mixed_precision
 from gossamer.passes.pipeline import run_passes
 from gossamer.passes.quantization import quantization
+from gossamer.passes.sparse_weights import sparse_weights
 
-__all__ = ["Bench", "Case", "Store", "Work", "benches", "limit_of", "stores"]
+__all__ = ["Bench", "Case", "Store", "Work", "benches", "limit_of", "sparse_stores", "stores"]
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 2048, 32, 8, 64, 8192, 128256
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -39,7 +42,8 @@ _LAYERS = {
 }
 _SAMPLED = 32  # rows of the head: it sees sampled rows alone
 _EXPERTS, _CHOSEN, _EXPERT_MLP = 32, 4, 1024
-_PAGE = 16
+_PAGE = _PANEL = 16
+_SPARSITIES = ("0.5", "2:4")
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": HIDDEN,
@@ -58,16 +62,23 @@ _MODEL = {
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One way to keep weights: its spelling, and the configuration that asks for it."""
+    """One way to keep weights: its spelling, and the configuration that asks for it. sparsity: of weights
+    that are stored without their zeros."""
 
     name: str
     config: EngineConfig
+    sparsity: str | None = None
 
     def apply(self, graph: Graph) -> Graph:
         """The graph with its matrices in this format, and nothing else changed."""
         if self.config.mixed_precision is not None:
-            return mixed_precision(graph, self.config)
-        return graph if self.config.quantization is None else quantization(graph, self.config)
+            graph = mixed_precision(graph, self.config)
+        elif self.config.quantization is not None:
+            graph = quantization(graph, self.config)
+        if self.sparsity is None:
+            return graph
+        graph = with_nonzeros(graph, DummySource(graph, self.sparsity), count=True)
+        return sparse_weights(graph, self.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +111,14 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Bench:
     """A graph and its steps. format: that of weights or of KV, which says what its peak is; table: pages of
-    one sequence."""
+    one sequence; sparsity: of its weights, which are dummies."""
 
     format: str
     graph: Graph
     cases: tuple[Case, ...]
     kv_dtype: str = "bf16"
     table: int = 1
+    sparsity: str | None = None
 
 
 def stores() -> list[Store]:
@@ -119,12 +131,23 @@ def stores() -> list[Store]:
         for group in (*GROUPS[format], None):
             wanted = Quantization(format=format, group=group)
             found.append(Store(str(wanted), EngineConfig(model="-", quantization=wanted)))
-    probe = _linear_graph(HIDDEN, HIDDEN, 1)
+    probe = _linear_graph(_PANEL, HIDDEN, 1)
     seen: dict[tuple[str, int], Store] = {}
     for store in found:
-        weight = store.apply(probe).weights["w0"]
+        weight = store.apply(probe).weights["layer.w0"]
         seen.setdefault((weight.format, weight.group), store)
     return list(seen.values())
+
+
+def sparse_stores() -> list[Store]:
+    """Pruned weights without their zeros, in every format that can leave them out."""
+    pruned = SparseWeights(count=True)
+    return [
+        Store(f"{store.name}-sparse-{sparsity}", replace(store.config, sparse_weights=pruned), sparsity)
+        for store in stores()
+        if store.name in [format for format, _ in SPARSE_FORMATS]
+        for sparsity in _SPARSITIES
+    ]
 
 
 def limit_of(format: str) -> str:
@@ -155,23 +178,24 @@ _Lazy = tuple[list[str], Callable[[], Bench]]
 def _linear_graph(n: int, k: int, copies: int) -> Graph:
     b = Builder("linear", "bench")
     x = b.op("embed", "ids", weights=(b.tensor("x", "x", max(ROWS), k),), scale=1.0, out="x_in")
-    for i in range(copies):
-        y = b.linear(x, b.tensor(f"w{i}", f"w{i}", n, k))
+    with b.scope("layer"):
+        for i in range(copies):
+            y = b.linear(x, b.tensor(f"w{i}", f"w{i}", n, k))
     return _finish(b, y)
 
 
 def _linear_benches(cold: int) -> Iterator[_Lazy]:
     layers = {**_LAYERS, "head": (VOCAB, HIDDEN)}
-    for store in stores():
+    for store in (*stores(), *sparse_stores()):
         for layer, (n, k) in layers.items():
             rows = [m for m in ROWS if layer != "head" or m <= _SAMPLED]
             place = f"{store.name}/{layer}-{n}x{k}"
-            prepares = layer in ("q", "down")  # once for each width
+            prepares = layer in ("q", "down") and store.sparsity is None  # once for each width
             names = [f"linear/{place}/m{m}" for m in rows]
             names += [f"prepare/{place}/m{m}" for m in rows] if prepares else []
 
             def build(store: Store = store, n: int = n, k: int = k, names: list[str] = names) -> Bench:
-                one = store.apply(_linear_graph(n, k, 1)).weights["w0"]
+                one = store.apply(_linear_graph(n, k, 1)).weights["layer.w0"]
                 copies = _copies(weight_bytes(one), cold)
                 graph = store.apply(_linear_graph(n, k, copies))
                 cases = []
@@ -179,7 +203,7 @@ def _linear_benches(cold: int) -> Iterator[_Lazy]:
                     op, m = name.partition("/")[0], int(name.rpartition("/m")[2])
                     work = _work(graph, "linear", m) if op == "linear" else Work(0.0, 4.0 * m * k, 0.0)
                     cases.append(Case(name, op, ((m, 0),), work))
-                return Bench(one.format, graph, tuple(cases))
+                return Bench(one.format, graph, tuple(cases), sparsity=store.sparsity)
 
             yield names, build
 

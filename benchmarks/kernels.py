@@ -27,6 +27,7 @@ from gossamer.backends.cpu.formats import FORMATS
 from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
 from gossamer.checkpoint.weights import DummySource
 from gossamer.errors import ConfigError, GossamerError
+from gossamer.graph.ir import SPARSE_FORMATS
 from gossamer.planner.hardware import Prober, Rates, cache_bytes, median_rates
 
 __all__ = ["Line", "main", "measure", "report"]
@@ -81,7 +82,7 @@ def _compile(bench: Bench, isa: str, threads: int) -> CpuProgram:
         table=bench.table,
         kv_dtype=bench.kv_dtype,
     )
-    return CpuProgram(bench.graph, DummySource(bench.graph), shape, isa=isa, threads=threads)
+    return CpuProgram(bench.graph, DummySource(bench.graph, bench.sparsity), shape, isa=isa, threads=threads)
 
 
 def _fill(program: CpuProgram, bench: Bench, case: Case) -> None:
@@ -121,7 +122,7 @@ def _lines(program: CpuProgram, op: str) -> list[ReceiptLine]:
     for the sampler, which runs after them."""
     if op in ("layer", "sample"):
         return program.receipt()
-    names = {op, *(f"{op}_{format}" for format in FORMATS)}
+    names = {op, *(f"{op}_{format}" for format in FORMATS), *(f"{op}_{f}_sparse" for f, _ in SPARSE_FORMATS)}
     lines = [x for x in program.receipt() if x.kernel in names]
     return lines[-1:] if op == "embed" else lines
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from benchmarks.kernel_cases import Case, Work, benches, limit_of, stores
+from benchmarks.kernel_cases import Case, Work, benches, limit_of, sparse_stores, stores
 from benchmarks.kernels import Line, _print, main, measure, report
 from gossamer import _native
 from gossamer.backends.cpu.formats import FORMATS
@@ -43,6 +43,8 @@ def test_every_kv_type_has_attention_cases() -> None:
         "act_mul/m4",
         "add/m1",
         "linear/int8/kv-512x2048/m2",
+        "linear/int8-sparse-0.5/kv-512x2048/m2",
+        "linear/bf16-sparse-2:4/kv-512x2048/m2",
         "prepare/int8/q-2048x2048/m2",
     ],
 )  # fmt: skip
@@ -51,6 +53,7 @@ def test_a_case_runs_and_the_receipt_names_its_kernel(isa: str, name: str) -> No
     (line,) = measure(bench, isa=isa, threads=1, seconds=0.0)
     assert line.seconds > 0 and line.repeats >= 5 and line.copies == 1
     assert line.kernel.startswith(f"{isa}.{name.partition('/')[0]}")
+    assert line.kernel.endswith("_sparse") == ("sparse" in name)
 
 
 def test_attention_reads_its_kv_and_repeats_until_it_is_cold() -> None:
@@ -78,6 +81,16 @@ def test_linear_work_is_its_weights_and_multiplications() -> None:
     work = bench.cases[0].work
     assert work.read == 2 * 512 * 2048 and work.macs == 4 * 512 * 2048
     assert work.moved == work.read + 4 * 4 * (512 + 2048)
+
+
+def test_work_without_zeros_is_what_is_stored() -> None:
+    name = "linear/int8-sparse-2:4/kv-512x2048/m1"
+    (bench,) = benches(lambda other: other == name, 1)
+    work, numbers = bench.cases[0].work, 512 * 2048
+    assert work.read == numbers / 2 + numbers / 8 + 4 * 512 and work.macs == numbers
+    assert {store.name for store in sparse_stores()} == {
+        f"{format}-sparse-{sparsity}" for format in ("int8", "bf16") for sparsity in ("0.5", "2:4")
+    }
 
 
 def test_figures_are_held_against_the_nearer_limit() -> None:

@@ -21,7 +21,8 @@ __all__ = ["PASS", "sparse_weights"]
 def sparse_weights(graph: Graph, config: EngineConfig) -> Graph:
     """Marks matrices whose share of zeros is large enough, and whose format can leave them out.
 
-    Raises ConfigError where the user asked for it and a format cannot, or there is no such matrix.
+    Raises ConfigError where the user asked for it and a format cannot, there is no such matrix, or nobody
+    counted the zeros.
     """
     asked = config.sparse_weights
     assert asked is not None
@@ -34,6 +35,11 @@ def sparse_weights(graph: Graph, config: EngineConfig) -> Graph:
             f"{other.name} is {100 * shares[other.name]:.0f} % zeros, and {other.stored} cannot leave them "
             "out; int8 (one scale per channel) and bf16 can: --quantization int8, --dtype bfloat16, or a "
             "--weight-format for it; or leave out --sparse-weights"
+        )
+    if asked.count and not shares:
+        raise ConfigError(
+            "nobody counted the zeros of this model: that takes its numbers, which were not read here; leave "
+            "out --sparse-weights"
         )
     if asked.count and not able:
         most = max(shares, key=shares.__getitem__)
