@@ -178,6 +178,12 @@ class BlockAt:
             observe(Site(f"{node.outputs[0]}.gated", (down,), plane), gated)
 
     @torch.no_grad()
+    def onward(self, model: ReferenceModel, rows: slice, outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Runs a part of the graph that begins with this block, and may end behind it, over some rows of what
+        reaches the block."""
+        return self.walk.run(model, self._values, rows, outputs)
+
+    @torch.no_grad()
     def outputs(self, rows: slice) -> dict[str, torch.Tensor]:
         """What the block gives for some rows (see `Blocks.chunks`), by value name, with its weights as they
         are now."""

@@ -18,7 +18,7 @@ from gossamer.errors import CheckpointError
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import leaves
 
-__all__ = ["estimate", "round_model", "round_outside", "run"]
+__all__ = ["estimate", "round_model", "round_outside", "round_planes", "rounded", "run"]
 
 _SECOND = 50e6  # weights rounded in one
 
@@ -64,5 +64,10 @@ def rounded(step: Step, plan: Plan, name: str) -> list[Codes]:
         raise CheckpointError(f"tensor {tensors} holds NaN or infinity; the checkpoint is damaged")
     for leaf in leaves(weight.expr):
         step.source.release(leaf.name)
-    planes = value if value.ndim == 3 else value[None]
-    return [round_to_nearest(plane, choice.format, choice.group) for plane in planes]
+    return round_planes(value, choice.format, choice.group)
+
+
+def round_planes(weight: torch.Tensor, format: str, group: int) -> list[Codes]:
+    """A matrix [N, K], or each of a stack of them, rounded."""
+    planes = weight.detach() if weight.ndim == 3 else weight.detach()[None]
+    return [round_to_nearest(plane, format, group) for plane in planes]

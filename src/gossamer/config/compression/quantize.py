@@ -99,6 +99,10 @@ class MixedBits:
     within it. Exactly one of the three is given."""
     method: Literal["rtn", "gptq"] = "gptq"
     """How the chosen formats are made."""
+    overrides: WeightFormats = ()
+    """Matrices whose format is given, as of `RTN`; the others have what these leave of the budget."""
+    windows: int = 8
+    """Of the calibration text, on which the divergence of every matrix in every candidate is measured."""
 
     def __post_init__(self) -> None:
         for candidate in self.candidates:
@@ -118,6 +122,8 @@ class MixedBits:
         if self.max_kl is not None:
             check_range("quantize.max_kl", self.max_kl, 1e-9, 100.0)
         check_choice("quantize.method", self.method, ("rtn", "gptq"))
+        weight_formats(self.overrides)
+        check_range("quantize.windows", self.windows, 1, 2**20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
