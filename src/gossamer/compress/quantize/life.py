@@ -25,8 +25,9 @@ from gossamer.compress.step import Job
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import Tensor, leaves
 
-__all__ = ["OUTSIDE", "Step", "fill", "keep", "kept", "open_step", "put_back", "write"]
+__all__ = ["OUTSIDE", "Step", "fill", "keep", "kept", "kept_scale", "open_step", "put_back", "write"]
 
+SCALE = ".activation_scale"  # behind the name of a matrix in a block's results
 FLOAT = "float."  # before the names of checkpoint tensors in a block's results
 OUTSIDE = "outside"  # the scope of what belongs to no block: embedding and head
 
@@ -49,11 +50,16 @@ def open_step(job: Job, doing: str = "quantization") -> Step:
 
 
 def keep(
-    step: Step, scope: str, codes: Mapping[str, Sequence[Codes]], floats: Mapping[str, Any] | None = None
+    step: Step,
+    scope: str,
+    codes: Mapping[str, Sequence[Codes]],
+    floats: Mapping[str, Any] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> None:
     """Keeps what a block became. codes: of each plane of each matrix (one plane but for experts); floats:
-    checkpoint tensors that changed, by name."""
+    checkpoint tensors that changed, by name; scales: of the activations of matrices that have just one."""
     arrays = {f"{FLOAT}{name}": np.asarray(array) for name, array in (floats or {}).items()}
+    arrays |= {f"{name}{SCALE}": np.asarray([scale], np.float32) for name, scale in (scales or {}).items()}
     for name, planes in codes.items():
         for part in ("codes", "scales", "zeros"):
             each = [getattr(plane, part) for plane in planes]
@@ -78,6 +84,12 @@ def kept(step: Step, scope: str, plan: Plan, name: str) -> list[Codes]:
         Codes(format=choice.format, group=choice.group, codes=codes, scales=scales, zeros=zeros)
         for codes, scales, zeros in zip(planes("codes"), planes("scales"), planes("zeros"), strict=True)
     ]
+
+
+def kept_scale(step: Step, scope: str, name: str) -> float | None:
+    """The scale of a matrix's activations as a block's results have it; None: every token has its own."""
+    file = step.results.open(scope)
+    return float(file.read(f"{name}{SCALE}")[0]) if f"{name}{SCALE}" in file.names() else None
 
 
 def put_back(step: Step, scope: str, plan: Plan, name: str, weight: torch.Tensor) -> None:
@@ -105,6 +117,7 @@ def write(step: Step, plan: Plan) -> dict[str, Any]:
                 group=choice.group,
                 shape=(leaf.shape[0], leaf.shape[1]),
                 make=lambda leaf=leaf: tensor_codes(step, plan, places, leaf),  # type: ignore[misc]
+                activation_scale=kept_scale(step, places[name], name),
             )
     floats: dict[str, Any] = dict(
         from_checkpoint(step.source, [n for n in step.source.names() if n not in coded])
