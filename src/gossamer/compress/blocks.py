@@ -92,15 +92,20 @@ class Blocks:
             yield slice(start, min(start + step, self.batch * self.length))
 
     def run(
-        self, model: ReferenceModel, values: dict[str, torch.Tensor], rows: slice, outputs: tuple[str, ...]
+        self,
+        model: ReferenceModel,
+        values: dict[str, torch.Tensor],
+        rows: slice,
+        outputs: tuple[str, ...],
+        kv: str = "f32",
     ) -> dict[str, torch.Tensor]:
-        """A part of the graph over some rows."""
+        """A part of the graph over some rows. kv: what keys and values are stored in (`round_kv`)."""
         count = rows.stop - rows.start
         spans = tuple(SpanRows(b, b * self.length, self.length, 0) for b in range(count // self.length))
         positions = torch.arange(count) % self.length
         given = {name: value[rows] for name, value in values.items() if name in model.graph.inputs}
         out: dict[str, torch.Tensor] = model(
-            self._ids[rows], positions, torch.arange(count), KVState(spans), outputs, given
+            self._ids[rows], positions, torch.arange(count), KVState(spans, format=kv), outputs, given
         )
         return out
 
@@ -182,6 +187,11 @@ class BlockAt:
         """Runs a part of the graph that begins with this block, and may end behind it, over some rows of what
         reaches the block."""
         return self.walk.run(model, self._values, rows, outputs)
+
+    @torch.no_grad()
+    def taps(self, rows: slice, outputs: tuple[str, ...], kv: str = "f32") -> dict[str, torch.Tensor]:
+        """Any values of the block for some rows, with its weights as they are now; kv as in `Blocks.run`."""
+        return self.walk.run(self.model, self._values, rows, outputs, kv)
 
     @torch.no_grad()
     def outputs(self, rows: slice) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from gossamer.graph.ops.formats import round_activations, round_weight
 __all__ = ["Sample", "Smoothed", "best_share", "clipping_losses", "smoothed"]
 
 _ALPHAS = [i / 20 for i in range(21)]
-SHARES = [1.0, *(0.95 - 0.05 * i for i in range(14))]
-"""Of the largest activation, down to 0.3: what one scale for all tokens is tried to span."""
+SHARES = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+"""Of the largest activation: what one scale for all tokens is tried to span."""
 
 
 class Sample:
