@@ -75,6 +75,8 @@ def certificate() -> Certificate:
         recipe=recipe_record("int8", "[[step]]\nquantize = 'rtn'\n", {"step": [{"quantize": "rtn"}]}),
         data=data_record([], np.arange(7, dtype=np.int32)),
         seed=3,
-        steps=(StepRecord(step="rtn", config={"format": "int8"}, seconds=2.0, facts={"layers": [0.5]}),),
+        steps=(
+            StepRecord(step="quantize rtn", config={"format": "int8"}, seconds=2.0, facts={"layers": [0.5]}),
+        ),
         quality=QUALITY,
     )

@@ -116,8 +116,9 @@ def test_a_gguf_files_record_is_of_the_file(shared: Path) -> None:
 def test_a_card_says_what_the_certificate_says(tmp_path: Path) -> None:
     text = model_card(certificate(), "small", {"license": "mit"})
     front = text.split("---")[1].split("\n")
-    assert 'base_model: "owner/name"' in front and "license: mit" in front
-    assert '["gossamer", "compressed", "rtn"]' in text and "50.0% of the bytes" in text
+    assert 'base_model: "owner/name"' in front and "base_model_relation: quantized" in front
+    assert "license: mit" in front
+    assert '["gossamer", "compressed", "quantize", "rtn"]' in text and "50.0% of the bytes" in text
     for figure in ("1.0100 ± 0.0010", "2.00e-03", "90.00%", "12.182", "quantize = 'rtn'", "linear_int8"):
         assert figure in text
     assert "has not been measured" in model_card(replace(certificate(), quality=None), "small")

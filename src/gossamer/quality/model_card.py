@@ -43,6 +43,8 @@ def model_card(certificate: Certificate, name: str, kept: dict[str, str] | None 
     head = dict(kept or {})
     if _HUB_ID.fullmatch(c.original.name):
         head["base_model"] = json.dumps(c.original.name)
+        if any(step.step.startswith("quantize") for step in c.steps):
+            head["base_model_relation"] = "quantized"
     head["pipeline_tag"] = "text-generation"
     kinds = dict.fromkeys(step.step for step in c.steps)
     head["tags"] = json.dumps(list(dict.fromkeys(["gossamer", "compressed", *" ".join(kinds).split()])))
@@ -51,7 +53,8 @@ def model_card(certificate: Certificate, name: str, kept: dict[str, str] | None 
     steps = ", ".join(kinds) or "no step"
     lines += [
         f"`{c.original.name}` compressed with Gossamer by {steps}: "
-        f"{c.compressed.bytes / max(c.original.bytes, 1):.1%} of the bytes that it had.",
+        f"{c.compressed.bytes / max(c.original.bytes, 1):.1%} of the bytes that it had. What the model is, "
+        "what it is for and what it must not be used for, its own card says.",
         "",
         *_sizes(c.original, c.compressed),
         *(_quality(c.quality) if c.quality is not None else _unmeasured()),
@@ -106,7 +109,7 @@ def _quality(q: Quality) -> list[str]:
     e = q.execution
     lines += [
         f"Measured as it is served: {_run(e.formats)} weights, {e.kv} keys and values, "
-        + (f"{e.isa} kernels ({', '.join(k for k in e.kernels if k.startswith('linear'))})." if e.kernels
+        + (f"{e.isa} kernels ({', '.join(k for k in e.kernels if 'linear' in k)})." if e.kernels
            else f"the {e.backend} backend."),
     ]  # fmt: skip
     if q.beside is not None:
@@ -134,9 +137,9 @@ def _texts(q: Quality) -> list[str]:
         return name, f"{score.tokens:,}", loss, f"{score.perplexity:.3f}", f"{score.bits_per_byte:.4f}"
 
     rows = [row(text, text.name) for text in q.texts] if len(q.texts) > 1 else []
-    rows.append(row(q.total, "**all**" if rows else q.total.name))
+    rows.append(row(q.total, "**all**" if rows else q.texts[0].name))
     if q.reference is not None:
-        rows.append(row(q.reference.score, "all, before"))
+        rows.append(row(q.reference.score, "the original on the same"))
     head = ["text", "tokens", "loss (nats/token)", "perplexity", "bits per byte"]
     return [*lines, *_table(head, rows), ""]
 
