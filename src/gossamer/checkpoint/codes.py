@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gossamer.errors import CheckpointError
 from gossamer.graph.ops.formats import NF4
 
-__all__ = ["CodedTensor", "Codes", "joined"]
+__all__ = ["CodedTensor", "Codes", "Floats", "joined"]
 
 Array = npt.NDArray[Any]
 
@@ -68,6 +68,26 @@ class CodedTensor:
     shape: tuple[int, int]
     make: Callable[[], Codes]
     activation_scale: float | None = None
+
+
+class Floats:
+    """What a `WeightSource` of nothing but floats says of codes: base class of those."""
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Floats, whatever their width."""
+        return "f32", 0
+
+    def read_codes(self, name: str, start: int, stop: int) -> Codes:
+        """There are none. Raises CheckpointError."""
+        raise CheckpointError(f"tensor {name!r} is of floats and has no codes")
+
+    def activation_scale(self, name: str) -> float:
+        """There is none."""
+        return 0.0
+
+    def nonzeros(self, name: str) -> int | None:
+        """Nothing is declared: zeros are counted where that matters."""
+        return None
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gossamer.checkpoint.codes import Codes
+from gossamer.checkpoint.codes import Floats
 from gossamer.checkpoint.json_file import parse_json_object, read_json_object
 from gossamer.errors import CheckpointError
 
@@ -204,7 +204,7 @@ class SafetensorsFile:
             )
 
 
-class Checkpoint:
+class Checkpoint(Floats):
     """The tensors of a model directory: model.safetensors, or the shards model.safetensors.index.json names.
 
     Opening checks every shard's header and that each indexed tensor is where the index says, so that a
@@ -284,22 +284,6 @@ class Checkpoint:
                 for at in (info.start, (info.start + last) // 2, last):
                     digest.update(file.raw(at, min(at + _SAMPLE, info.stop)))
         return digest.hexdigest()
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """Floats, whatever their width."""
-        return "f32", 0
-
-    def read_codes(self, name: str, start: int, stop: int) -> Codes:
-        """There are none. Raises CheckpointError."""
-        raise CheckpointError(f"{self.directory}: tensor {name!r} is of floats and has no codes")
-
-    def activation_scale(self, name: str) -> float:
-        """There is none."""
-        return 0.0
-
-    def nonzeros(self, name: str) -> int | None:
-        """Floats that are all stored declare no zeros."""
-        return None
 
     def _check_places(self, index: Path) -> None:
         held = {name: set(file.names()) for name, file in self._shards.items()}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.codes import Codes, joined
+from gossamer.checkpoint.codes import Codes, Floats, joined
 from gossamer.checkpoint.safetensors import TensorInfo
 from gossamer.config.sparse_weights import parse_sparsity
 from gossamer.errors import CheckpointError
@@ -191,7 +191,7 @@ def check_tensors(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 )
 
 
-class DummySource:
+class DummySource(Floats):
     """Deterministic random weights of the shapes that a graph implies (`--load-format dummy`).
 
     Matrices are uniform with the variance 1/(4 fan-in), so that activations stay finite through any
@@ -259,22 +259,6 @@ class DummySource:
 
     def content_key(self) -> str:
         return "dummy-1" if self._sparsity is None else f"dummy-1-{self._sparsity}"
-
-    def nonzeros(self, name: str) -> int | None:
-        """Dummy weights declare nothing: their zeros are counted, as those of most checkpoints are."""
-        return None
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """Floats."""
-        return "f32", 0
-
-    def read_codes(self, name: str, start: int, stop: int) -> Codes:
-        """There are none."""
-        raise CheckpointError(f"tensor {name!r} is random floats and has no codes")
-
-    def activation_scale(self, name: str) -> float:
-        """There is none."""
-        return 0.0
 
 
 def as_stored(graph: Graph, source: WeightSource) -> Graph:

@@ -8,20 +8,19 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gossamer.checkpoint.codes import Codes
+from gossamer.checkpoint.codes import Floats
 from gossamer.checkpoint.model_writer import from_checkpoint
 from gossamer.checkpoint.safetensors import SafetensorsFile
 from gossamer.checkpoint.safetensors_writer import LazyTensor
 from gossamer.checkpoint.weights import ModelSource
 from gossamer.compress.results import BlockResults
-from gossamer.errors import CheckpointError
 
 __all__ = ["Changed"]
 
 Array = npt.NDArray[Any]
 
 
-class Changed:
+class Changed(Floats):
     """A `WeightSource` of floats."""
 
     def __init__(self, checkpoint: ModelSource, results: BlockResults) -> None:
@@ -59,22 +58,6 @@ class Changed:
     def content_key(self) -> str:
         """Of the checkpoint: what is at work here is never cached."""
         return self.checkpoint.content_key()
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """Floats."""
-        return "f32", 0
-
-    def read_codes(self, name: str, start: int, stop: int) -> Codes:
-        """There are none."""
-        raise CheckpointError(f"tensor {name!r} is floats and has no codes")
-
-    def nonzeros(self, name: str) -> int | None:
-        """Nothing is declared."""
-        return None
-
-    def activation_scale(self, name: str) -> float:
-        """There is none."""
-        return 0.0
 
     def _of(self, name: str) -> SafetensorsFile | ModelSource:
         return self._files.get(name, self.checkpoint)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gossamer.checkpoint.codes import Floats
 from gossamer.checkpoint.safetensors import SafetensorsFile
 from gossamer.checkpoint.weights import evaluate
 from gossamer.compress.blocks import BlockAt, Site
@@ -65,7 +66,7 @@ def put_floats_back(step: Step, block: BlockAt) -> None:
             block.model.weight(name).data.copy_(torch.from_numpy(value.copy()))
 
 
-class _Kept:
+class _Kept(Floats):
     """A block's float results as a source of weights."""
 
     def __init__(self, file: SafetensorsFile) -> None:
@@ -83,9 +84,3 @@ class _Kept:
 
     def content_key(self) -> str:
         raise NotImplementedError("results of a block are not what a cache is made from")
-
-    def stored(self, name: str) -> tuple[str, int]:
-        return "f32", 0
-
-    def read_codes(self, name: str, start: int, stop: int) -> Any:
-        raise NotImplementedError("floats have no codes")
