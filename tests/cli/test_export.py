@@ -22,6 +22,7 @@ def test_export_writes_what_generate_reads(cli: Cli, stories: Path, tmp_path: Pa
     asked = ("--prompt", "Once upon a time", "--temperature", 0, "--max-tokens", 30)
     texts = [cli("generate", model, *asked).out for model in (path, stories)]
     assert texts[0] == texts[1] and "Lily" in texts[0]
+    assert "bf16" in cli("generate", path, *asked).err  # as the file says, with no flag
     field = gguf.GGUFReader(path).get_field("general.name")
     assert field is not None and field.contents() == "stories260K"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,6 +168,7 @@ def model_config(file: Header) -> dict[str, Any]:
         "vocab_size": table.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_ends(file.metadata),
+        **_dtype(file.tensors),
     }
     config = common | (_gpt2(meta) if found.name == "gpt2" else _decoder(file, found, meta))
     return config | meta.unread()
@@ -296,6 +298,13 @@ def _gpt2(meta: Metadata) -> dict[str, Any]:
 
 def _experts(meta: Metadata, layers: int) -> int:
     return meta.whole("expert_count", most=MOST_EXPERTS // layers) if meta.has("expert_count") else 0
+
+
+def _dtype(tensors: Mapping[str, GGUFTensor]) -> dict[str, str]:
+    """torch_dtype: of most matrices that are floats, where there are any."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    kinds = Counter(t.block.name for t in tensors.values() if t.block.size == 1 and len(t.shape) > 1)
+    return {"torch_dtype": names[kinds.most_common(1)[0][0]]} if kinds else {}
 
 
 def _ends(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ __all__ = ["POINTER", "gguf_directory", "open_pointed"]
 
 POINTER = "gguf.json"
 """In such a directory: {"file": the path of the GGUF file}."""
-_VERSION = 1  # raise when what is made of metadata changes
+_VERSION = 2  # raise when what is made of metadata changes
 
 
 def gguf_directory(path: Path) -> Path:
