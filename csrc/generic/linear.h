@@ -188,15 +188,12 @@ using Wide = Plain<Codec, true>;
 template <int64_t kBytes>
 const uint8_t* expand_block(const uint8_t* from, uint8_t* to) {
   const uint8_t* values = from + kBitsBytes;
-  for (int64_t i = 0; i < kBlockNumbers; i++, to += kBytes) {
-    const bool there = from[i / 8] >> i % 8 & 1;
-    if (kBytes == 1) {
-      *to = there ? *values : 128;  // the zero of int8, as it is stored
-    } else {
-      to[0] = there ? values[0] : 0;
-      to[1] = there ? values[1] : 0;
+  std::memset(to, kBytes == 1 ? 128 : 0,
+              size_t(kBlockNumbers * kBytes));  // the zero of int8, as it is stored
+  for (int64_t i = 0; i < kBitsBytes; i += 8, to += 64 * kBytes) {
+    for (uint64_t bits = load_bits(from + i); bits; bits &= bits - 1, values += kBytes) {
+      std::memcpy(to + __builtin_ctzll(bits) * kBytes, values, kBytes);
     }
-    values += there ? kBytes : 0;
   }
   return values;
 }

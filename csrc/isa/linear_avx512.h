@@ -323,70 +323,91 @@ const uint8_t* expand_block(const uint8_t* from, uint8_t* to) {
   return values;
 }
 
-// For few rows: numbers go straight from memory into the dot products, one panel at a time (one stream from
-// memory per thread, as in linear_narrow).
-template <class Dot, int64_t kBytes>
+// For few rows: numbers go straight from memory into the dot products. One panel at a time keeps memory to
+// one stream per thread, as in linear_narrow; Panels = 2 hides the latency of long additions where one or two
+// rows would wait for them.
+template <class Dot, int64_t kBytes, int Rows, int Panels>
 struct SparseNarrow {
-  static constexpr int kRows = 16, kPanels = 1, kNarrowRows = 32;
+  static constexpr int kRows = Rows, kPanels = Panels;
 
-  template <int MR, int>
+  template <int MR, int P>
   static __attribute__((noinline)) void tile(const Tile& t) {
     constexpr int64_t vectors = kSparseBlock / Dot::kUnit, bits = 8 / kBytes;
-    typename Dot::Acc c[MR];
-    for (int r = 0; r < MR; r++) c[r] = Dot::start(t, r);
+    typename Dot::Acc c[MR][P];
+    const uint8_t *block[P], *values[P];
+    for (int p = 0; p < P; p++) {
+      for (int r = 0; r < MR; r++) c[r][p] = Dot::start(t, r);
+      block[p] = t.b + p * t.b_panel;
+    }
     const int64_t lda = t.act->row_stride_bytes;
     const uint8_t* a = activation_row(*t.act, t.row);
-    const uint8_t* block = t.b;
-    const auto step = [&](int64_t i, const uint8_t*& values) __attribute__((always_inline)) {
-      const auto w = expand<kBytes>(block + i * bits, values);
-      for (int r = 0; r < MR; r++) c[r] = Dot::step(c[r], w, Dot::activation(a + i * 4 + r * lda));
+    const auto step = [&](int64_t i) __attribute__((always_inline)) {
+      decltype(expand<kBytes>(a, values[0])) w[P];
+      for (int p = 0; p < P; p++) w[p] = expand<kBytes>(block[p] + i * bits, values[p]);
+      for (int r = 0; r < MR; r++) {
+        const auto x = Dot::activation(a + i * 4 + r * lda);
+        for (int p = 0; p < P; p++) c[r][p] = Dot::step(c[r][p], w[p], x);
+      }
     };
-    expect_outputs<MR, 1>(t);
+    expect_outputs<MR, P>(t);
     for (int64_t left = t.k1 / Dot::kUnit; left > 0; left -= vectors, a += vectors * 4) {
-      const uint8_t* values = block + kBitsBytes;
-      _mm_prefetch(block + kSparseAhead, _MM_HINT_T0);
+      for (int p = 0; p < P; p++) {
+        values[p] = block[p] + kBitsBytes;
+        _mm_prefetch(block[p] + kSparseAhead, _MM_HINT_T0);
+      }
       if (left >= vectors) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < vectors; i++) step(i, values);
+        for (int64_t i = 0; i < vectors; i++) step(i);
       } else {
-        for (int64_t i = 0; i < left; i++) step(i, values);
+        for (int64_t i = 0; i < left; i++) step(i);
       }
-      block = values;
+      for (int p = 0; p < P; p++) block[p] = values[p];
     }
-    for (int r = 0; r < MR; r++) store_outputs(t, r, 0, Dot::finish(t, r, 0, c[r]));
+    for (int r = 0; r < MR; r++) {
+      for (int p = 0; p < P; p++) store_outputs(t, r, p, Dot::finish(t, r, p, c[r][p]));
+    }
   }
 };
 
-template <class Wide, class Narrow, int64_t kBytes>
+template <class F>
+void sparse_narrow(Tile t, int64_t p0, int64_t p1) {
+  const int64_t blocks = ceil_div(t.act->m, F::kRows);
+  t.k1 = t.w->k_pad;
+  for (int64_t p = p0; p < p1; p += F::kPanels) {
+    t.panel = p;
+    t.b = sparse_panel(*t.w, p);
+    t.b_panel = t.w->starts[p + 1] - t.w->starts[p];
+    for (int64_t i = 0; i < blocks; i++) {
+      t.row = t.act->m * i / blocks;
+      run_tile<F>(t.act->m * (i + 1) / blocks - t.row, smaller(F::kPanels, p1 - p), t);
+    }
+  }
+}
+
+// PairRows: rows up to which two panels go side by side.
+template <class Dot, int64_t kBytes, int PairRows>
 void linear_without_zeros(const PackedWeight& w, const Activations& act, const float* bias, float* out,
                           int64_t ldo, int64_t p0, int64_t p1, void* scratch) {
-  if (act.m > Narrow::kNarrowRows)
-    return linear_sparse<Wide, kBytes>(w, act, bias, out, ldo, p0, p1, scratch);
+  constexpr int64_t kNarrowRows = 32;
+  if (act.m > kNarrowRows)
+    return linear_sparse<Direct<Dot, 2>, kBytes>(w, act, bias, out, ldo, p0, p1, scratch);
   Tile t{};
   t.w = &w;
   t.act = &act;
   t.bias = bias;
   t.out = out;
   t.ldo = ldo;
-  t.k1 = w.k_pad;
-  const int64_t blocks = ceil_div(act.m, Narrow::kRows);
-  for (t.panel = p0; t.panel < p1; t.panel++) {
-    t.b = sparse_panel(w, t.panel);
-    for (int64_t i = 0; i < blocks; i++) {
-      t.row = act.m * i / blocks;
-      run_tile<Narrow>(act.m * (i + 1) / blocks - t.row, 1, t);
-    }
+  if constexpr (PairRows > 0) {
+    if (act.m <= PairRows) return sparse_narrow<SparseNarrow<Dot, kBytes, PairRows, 2>>(t, p0, p1);
   }
+  sparse_narrow<SparseNarrow<Dot, kBytes, 16, 1>>(t, p0, p1);
 }
 
 void linear(const PackedWeight& w, const Activations& act, const float* bias, float* out, int64_t ldo,
             int64_t p0, int64_t p1, void* scratch) {
   if (w.starts && w.format == Format::int8)
-    return linear_without_zeros<Direct<DotInt8, 2>, SparseNarrow<DotInt8, 1>, 1>(w, act, bias, out, ldo, p0,
-                                                                                 p1, scratch);
-  if (w.starts)
-    return linear_without_zeros<Direct<DotBf16, 2>, SparseNarrow<DotBf16, 2>, 2>(w, act, bias, out, ldo, p0,
-                                                                                 p1, scratch);
+    return linear_without_zeros<DotInt8, 1, 0>(w, act, bias, out, ldo, p0, p1, scratch);
+  if (w.starts) return linear_without_zeros<DotBf16, 2, 4>(w, act, bias, out, ldo, p0, p1, scratch);
   switch (w.format) {
     case Format::f32:
       return linear_blocked<Direct<DotF32, 2>>(w, act, bias, out, ldo, p0, p1, scratch);
