@@ -13,6 +13,7 @@ import pytest
 
 from gossamer.backends.cpu import packing
 from gossamer.checkpoint.codes import Codes
+from gossamer.checkpoint.model_writer import write_weights
 from gossamer.checkpoint.sparsity import with_nonzeros
 from gossamer.checkpoint.weights import DummySource, as_stored
 from gossamer.config import EngineConfig, MixedPrecision, Quantization, SparseWeights
@@ -21,9 +22,10 @@ from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph, Weight
 from gossamer.graph.text import graph_text
-from gossamer.graph.weights import Concat, Slice, Stack, Tensor, Transpose, WeightExpr
+from gossamer.graph.weights import Concat, Slice, Stack, Tensor, Transpose, WeightExpr, leaves
 from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.start import start
+from tests.checkpoint.test_compressed_tensors_reader import sparse as sparse_tensor
 from tests.cli.conftest import Cli, cli
 from tests.exactness import test_bits
 from tests.exactness.models import CONFIG
@@ -185,6 +187,31 @@ def test_the_receipt_names_the_kernels_and_the_bytes_that_moved(tmp_path: Path) 
     assert found["linear_int8"] == plain["linear_int8"]  # the head was not pruned
     moved = sum(plain.values()) - sum(found.values())
     assert after < before and abs((before - after) - moved) < 8192
+
+
+def test_a_checkpoint_that_declares_its_zeros_is_served_without_them(tmp_path: Path) -> None:
+    """compressed-tensors' bitmask, of floats: nobody asks, and sparse_weights=None serves it densely."""
+    graph = build_graph(CONFIG)
+    source = DummySource(graph, "0.5")
+    tensors: dict[str, np.ndarray] = {}
+    for weight in graph.weights.values():
+        for leaf in leaves(weight.expr):
+            array = source.read(leaf.name)
+            if leaf.name.endswith("proj.weight"):
+                tensors |= {f"{leaf.name}.{part}": v for part, v in sparse_tensor(array, False).items()}
+            else:
+                tensors[leaf.name] = array
+    settings = {"format": "sparse-bitmask", "targets": ["Linear"], "sparsity_structure": "unstructured"}
+    quantized = {"quant_method": "compressed-tensors", "sparsity_config": settings}
+    write_weights(tmp_path, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": quantized}))
+
+    def served(**options: Any) -> set[str]:
+        config = EngineConfig(model=str(tmp_path), max_model_len=64, quantization=INT8, **options)
+        return {line.kernel for line in start(config).receipt()}
+
+    assert {"merged_linear_int8_sparse", "gated_linear_int8_sparse", "linear_int8"} <= served()
+    assert not any("sparse" in kernel for kernel in served(sparse_weights=None))
 
 
 def test_the_flags(cli: Cli, tmp_path: Path) -> None:
