@@ -148,4 +148,4 @@ def _is_norm(graph: Graph, name: str) -> bool:
 def _floats(
     graph: Graph, source: WeightSource, name: str
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return np.asarray(evaluate(graph.weights[name].expr, source), np.float32)
+    return np.array(evaluate(graph.weights[name].expr, source), np.float32)

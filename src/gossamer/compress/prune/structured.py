@@ -29,7 +29,7 @@ from gossamer.checkpoint.model_writer import (
 )
 from gossamer.checkpoint.safetensors import DTYPES, Checkpoint
 from gossamer.checkpoint.safetensors_writer import LazyTensor
-from gossamer.checkpoint.weights import ModelSource, evaluate, gather, invert
+from gossamer.checkpoint.weights import ModelSource, Part, evaluate, gather, invert
 from gossamer.compress.blocks import Blocks
 from gossamer.compress.model import calibration, check_floats, open_model
 from gossamer.compress.prune.axes import Kept, cut, layer_of, weight_kinds
@@ -43,7 +43,7 @@ from gossamer.config.compression import Structured
 from gossamer.errors import CheckpointError
 from gossamer.graph.families import build_graph
 from gossamer.graph.families.names import fit_names
-from gossamer.graph.ir import Graph
+from gossamer.graph.ir import Graph, Node
 from gossamer.graph.part import part
 from gossamer.graph.weights import Constant, leaves
 
@@ -149,7 +149,7 @@ def _narrow(
 ) -> dict[str, LazyTensor]:
     """The tensors with fewer layers and hidden columns."""
     results = _results(job, "narrow-blocks")
-    layers = list(chosen["layers"])
+    layers, factors = list(chosen["layers"]), _factors(graph, new, chosen["scales"])
     kept = {} if chosen["hidden"] is None else {"hidden": np.asarray(chosen["hidden"], np.int64)}
     for index, (scope, names) in enumerate(_pieces(graph).items()):
         layer = layer_of(scope)
@@ -160,9 +160,29 @@ def _narrow(
         arrays = {}
         for name in names:
             array = np.asarray(evaluate(graph.weights[name].expr, source), np.float32)
-            arrays[name] = array * np.float32(chosen["scales"].get(name, 1.0))
+            arrays[name] = array * np.float32(factors.get(name, 1.0))
         _save(results, scope, graph, new, layers, arrays, kept, source)
-    return _written(new, results, source)
+    return _written(new, results)
+
+
+def _factors(graph: Graph, new: Graph, scales: Mapping[str, float]) -> dict[str, float]:
+    """What weights are multiplied with: norms, since the columns that stay have another mean square than all
+    had; embeddings, where the family scales them by the width, and then the norm before a tied head."""
+    factors = dict(scales)
+    for before, after in zip(_embeds(graph), _embeds(new), strict=True):
+        ratio = before.attrs["scale"] / after.attrs["scale"]
+        if ratio != 1:
+            (table,) = before.weights
+            factors[table] = ratio
+            for node in graph.nodes:
+                if node.op == "linear" and node.weights[0] == table:
+                    norm = graph.producers()[node.inputs[0]].weights[0]
+                    factors[norm] = factors.get(norm, 1.0) / ratio
+    return factors
+
+
+def _embeds(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "embed"]
 
 
 def _thin(
@@ -192,7 +212,7 @@ def _thin(
             _save(results, block.scope, graph, new, same, arrays, kept, source)
         after = part(new, blocks[block.scope].nodes, {"out": blocks[block.scope].outputs[0]})
         block.model = ReferenceModel.load(after, Changed(source, results))
-    return _written(new, results, source)
+    return _written(new, results)
 
 
 def _pieces(graph: Graph) -> dict[str, list[str]]:
@@ -226,29 +246,34 @@ def _save(
 ) -> None:
     """Weights of the old graph, cut, as tensors of the new one."""
     kinds = weight_kinds(graph)
-    parts = (
-        piece
-        for name, array in arrays.items()
-        for piece in invert(new.weights[_moved(name, layers)].expr, cut(array, kinds[name], kept))
-    )
+    parts: list[Part] = []
+    dtypes: dict[str, str] = {}
+    for name, array in arrays.items():
+        expr = new.weights[_moved(name, layers)].expr
+        parts += invert(expr, cut(array, kinds[name], kept))
+        for before, after in zip(leaves(graph.weights[name].expr), leaves(expr), strict=True):
+            dtypes[after.name] = source.info(before.name).dtype
     tensors = {}
-    for name, array in gather(parts).items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
-        tensors[name] = array.astype(DTYPES[source.info(name).dtype])
+    for name, array in gather(iter(parts)).items():
+        tensors[name] = array.astype(DTYPES[dtypes[name]])
+        if not np.isfinite(tensors[name].astype(np.float32)).all():
+            raise CheckpointError(
+                f"tensor {name} would hold NaN or infinity; the checkpoint is damaged, or its {dtypes[name]} "
+                "is too narrow: convert it to BF16 or F32"
+            )
     results.save(_moved(scope, layers), tensors)
 
 
-def _written(new: Graph, results: BlockResults, source: ModelSource) -> dict[str, LazyTensor]:
-    """What the results hold, in the checkpoint's order."""
+def _written(new: Graph, results: BlockResults) -> dict[str, LazyTensor]:
+    """What the results hold, in the graph's order."""
     found: dict[str, LazyTensor] = {}
     for scope in results.scopes():
         file = results.open(scope)
         for name in file.names():
             info = file.info(name)
             found[name] = LazyTensor(info.dtype, info.shape, partial(file.read, name))
-    wanted = {leaf.name for weight in new.weights.values() for leaf in leaves(weight.expr)}
-    return {name: found[name] for name in source.names() if name in wanted}
+    wanted = dict.fromkeys(leaf.name for weight in new.weights.values() for leaf in leaves(weight.expr))
+    return {name: found[name] for name in wanted}
 
 
 def _results(job: Job, name: str) -> BlockResults:
