@@ -57,7 +57,7 @@ _MODULES: dict[type, str] = {
     Magnitude: "prune.magnitude", Wanda: "prune.wanda", SparseGPT: "prune.sparsegpt",
     Structured: "prune.structured", Recover: "distill.step", Distil: "distill.step", RTN: "quantize.rtn",
     GPTQ: "quantize.gptq", AWQ: "quantize.awq", SmoothQuant: "quantize.smoothquant",
-    MixedBits: "quantize.mixed_bits", KVCalibration: "quantize.kv",
+    MixedBits: "quantize.mixed_bits", KVCalibration: "quantize.kv_calibration",
 }  # fmt: skip
 """Step -> the module whose `estimate` and `run` it is."""
 _HELD_BACK = 0.05  # of the text, at most _HELD_TOKENS: what quality is measured on
