@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gossamer.checkpoint.hub import resolve_model
+from gossamer.compress.recipe import find_recipe
+from gossamer.compress.run import Compression, compress
 from gossamer.quality import measure
 from gossamer.quality.certificate import write_certificate
 from tests.cli.conftest import Cli
@@ -88,6 +90,21 @@ def test_the_model_that_it_was_made_from_is_named(cli: Cli, text: Path, tmp_path
     assert "--reference owner/name says" in cli(*say).out
     path.write_text("{}")  # a hint is not worth an error
     assert "--reference fp32 (or" in cli(*say).out
+
+
+def test_a_reference_that_is_quantized_itself_is_said(cli: Cli, text: Path, tmp_path: Path) -> None:
+    """In fp32 it has the values of its integers, so that what those lost is in no figure."""
+    made = tmp_path / "made"
+    compress(Compression(model=POCKET, recipe=find_recipe("int4-rtn"), out=made, threads=1, measure=False))
+    say = ("eval", made, "--text", text, "-n", 60, "--no-beside", "-t", 1, "--reference")
+    found = cli(*say, "fp32", "--json").json
+    assert found["execution"]["stored"] == found["reference"]["execution"]["stored"] == ["int4"]
+    assert found["reference"]["execution"]["formats"] == {"f32": 1.0}
+    own, lost = cli(*say, "fp32").out, cli(*say, POCKET)
+    assert f"stored int4 weights: what those lost is not in these figures; --reference {POCKET}" in own
+    assert "stored" not in lost.out
+    against = cli(*say, POCKET, "--json").json["reference"]
+    assert against["divergence"]["kl_mean"] > 5 * found["reference"]["divergence"]["kl_mean"]
 
 
 def test_a_certificate_is_shown(cli: Cli, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def evaluate(
     if json:
         emit_json(asdict(quality))
     else:
-        show_quality(quality, made_from=None if reference else _original(config))
+        show_quality(quality, made_from=_original(config))
 
 
 def _original(config: EngineConfig) -> str | None:

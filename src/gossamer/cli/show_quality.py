@@ -27,7 +27,7 @@ def show_quality(quality: Quality, made_from: str | None = None) -> None:
     if quality.total is not None:
         console.print(_texts(quality))
     if quality.reference is not None:
-        _against(console, quality.reference)
+        _against(console, quality.reference, made_from)
     if quality.beside is not None:
         _beside(console, quality.beside)
     if quality.tasks:
@@ -96,7 +96,7 @@ def _texts(quality: Quality) -> Table:
     return table
 
 
-def _against(console: Console, found: Comparison) -> None:
+def _against(console: Console, found: Comparison, made_from: str | None) -> None:
     d = found.divergence
     table = _table("against the reference", "mean", "95 %", "99 %")
     table.add_row(
@@ -112,6 +112,13 @@ def _against(console: Console, found: Comparison) -> None:
         f"[bold]{d.top1:.2%}[/] of {d.tokens:,}",
         soft_wrap=True,
     )
+    if found.execution.stored:
+        other = "the model that it was made from" if made_from is None else _safe(made_from)
+        console.print(
+            f"[yellow]the reference keeps the values of its stored {' and '.join(found.execution.stored)} "
+            f"weights: what those lost is not in these figures; --reference {other} says it[/]",
+            soft_wrap=True,
+        )
 
 
 def _beside(console: Console, found: Beside) -> None:

@@ -45,7 +45,8 @@ class Divergence:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
     """What was run. backend: cpu or reference; formats: of matrices -> their share of all matrices' numbers;
-    kernels: of the native backend's receipt, those that ran."""
+    kernels: of the native backend's receipt, those that ran; stored: quantized formats that the checkpoint
+    itself holds matrices in, whose values they have in any format."""
 
     model: str
     backend: str
@@ -53,6 +54,7 @@ class Execution:
     formats: dict[str, Share]
     kv: str
     kernels: tuple[str, ...]
+    stored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from gossamer.config import EngineConfig
 from gossamer.engine.step import Executor, Span, StepPlan
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.graph.ir import Graph
+from gossamer.graph.weights import stored_format
 from gossamer.passes.weight_formats import matrices
 from gossamer.quality.report import Execution
 from gossamer.quality.windows import Window
@@ -117,6 +118,7 @@ class ModelScorer:
         """What ran, and how."""
         s = self.started
         kernels = {line.kernel for line in self.receipt() if line.calls}
+        stored = {stored_format(weight.expr)[0] for weight in matrices(s.graph).values()} - {"f32"}
         return Execution(
             model=s.config.model,
             backend=s.config.backend,
@@ -124,6 +126,7 @@ class ModelScorer:
             formats=_formats(s.graph),
             kv=s.config.kv_dtype,
             kernels=tuple(sorted(kernels)),
+            stored=tuple(sorted(stored)),
         )
 
     def receipt(self) -> list[ReceiptLine]:
