@@ -92,7 +92,7 @@ def test_graph(cli: Cli, stories: Path) -> None:
     assert "int8[" in text and "[layers.0.mlp]" in text and "attention(" not in text
     report = cli("graph", stories, "--after", "all", "-q", "int4", "--json").json
     assert (
-        report["passes"] == ["quantization", "operator_fusion", "layer_fusion"]
+        report["passes"] == ["quantization", "sparse_weights", "operator_fusion", "layer_fusion"]
         and report["family"] == "llama"
     )
     assert report["flops"]["T"] > 0 and report["bytes"]["C"] > 0

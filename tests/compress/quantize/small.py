@@ -10,13 +10,15 @@ import numpy as np
 import transformers
 
 from gossamer.backends.reference import ReferenceModel, export_tensors
-from gossamer.checkpoint.hub import read_config
+from gossamer.checkpoint.hub import read_quantization
 from gossamer.checkpoint.model_writer import write_config, write_weights
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import DummySource
 from gossamer.compress.step import Job
 from gossamer.graph.families import build_graph
-from tests.checkpoint.coded import SIZES
+from tests.checkpoint.coded import SIZES as ONE_LAYER
+
+SIZES = {**ONE_LAYER, "num_hidden_layers": 2}  # so that a second one sees what became of the first
 
 CONFIGS: dict[str, tuple[str, Callable[[], Any]]] = {
     "llama": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**SIZES)),
@@ -57,7 +59,9 @@ def make_job(model: Path, place: Path, **fields: Any) -> Job:
 def floats_of(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a compressed-tensors checkpoint as floats, by its documented layout."""
     checkpoint = Checkpoint(directory)
-    groups = read_config(directory)["quantization_config"]["config_groups"].values()
+    settings = read_quantization(directory)
+    assert settings is not None
+    groups = settings["config_groups"].values()
     schemes = {target: group["weights"] for group in groups for target in group["targets"]}
     out = {}
     for name in checkpoint.names():
