@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.compress.quantize import rounding
-from gossamer.compress.quantize.rounding import LEVELS, grid_of, round_to_nearest, stored_bytes
+from gossamer.compress.quantize.rounding import LEVELS, grid_of, round_to_nearest, searched_grid, stored_bytes
 from gossamer.config.quantization import GROUPS
 from gossamer.graph.ops.formats import round_weight
 
@@ -42,6 +42,21 @@ def test_a_grid_gives_back_what_lies_on_it(format: str, group: int) -> None:
     codes = grid.codes(weight)
     assert torch.equal(grid.codes(grid.values(codes)), codes)
     np.testing.assert_array_equal(grid.stored(codes).floats(), grid.values(codes).numpy())
+
+
+@pytest.mark.parametrize(("format", "group"), WRITTEN)
+def test_searched_scales_lose_no_more_in_any_group(format: str, group: int) -> None:
+    weight = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+
+    def losses(grid: rounding.Grid) -> torch.Tensor:
+        error = (weight - grid.values(grid.codes(weight))).abs().pow(2.4)
+        return error.reshape(20, -1, group or 256).sum(-1)
+
+    plain, searched = grid_of(weight, format, group), searched_grid(weight, format, group)
+    assert (losses(searched) <= losses(plain)).all()
+    assert torch.equal(searched.scales, searched.scales.half().float()) or not group
+    if format in ("int4", "uint4"):
+        assert losses(searched).sum() < 0.97 * losses(plain).sum()
 
 
 def test_bytes_of_what_is_stored() -> None:

@@ -84,9 +84,7 @@ def gptq_block(
             together.setdefault((plan[name].format, plan[name].group), []).append(name)
         for (format, group), same in together.items():
             weights = [block.matrix(name, site.plane) for name in same]
-            codes = gptq(
-                torch.cat(weights), mean, format, group, act_order=config.act_order, damping=config.damping
-            )
+            codes = _solved(torch.cat(weights), mean, format, group, config)
             start = 0
             for name, weight in zip(same, weights, strict=True):
                 made.setdefault(name, []).append(codes.rows(start, start + len(weight)))
@@ -116,14 +114,17 @@ def gptq_outside(step: Step, walk: Blocks, plan: Plan, config: GPTQ) -> None:
                 hessian.add(model(ids, ids, ids, state, ("x",), {hidden: rows})["x"])
             weight = model.weight(head)
         choice = plan[head]
-        made[head] = [
-            gptq(
-                weight,
-                hessian.mean(),
-                choice.format,
-                choice.group,
-                act_order=config.act_order,
-                damping=config.damping,
-            )
-        ]
+        made[head] = [_solved(weight, hessian.mean(), choice.format, choice.group, config)]
     keep(step, OUTSIDE, made)
+
+
+def _solved(weight: torch.Tensor, hessian: torch.Tensor, format: str, group: int, config: GPTQ) -> Codes:
+    return gptq(
+        weight,
+        hessian,
+        format,
+        group,
+        act_order=config.act_order,
+        damping=config.damping,
+        search=config.search,
+    )

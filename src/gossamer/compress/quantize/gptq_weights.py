@@ -13,7 +13,7 @@ import torch
 
 from gossamer.checkpoint.codes import Codes
 from gossamer.compress.hessian import inverse_cholesky
-from gossamer.compress.quantize.rounding import LEVELS, Grid, grid_of, nearest
+from gossamer.compress.quantize.rounding import LEVELS, Grid, grid_of, nearest, searched_grid
 
 __all__ = ["ActOrder", "gptq", "output_error"]
 
@@ -30,9 +30,10 @@ def gptq(
     *,
     act_order: ActOrder = "weight",
     damping: float = 0.01,
+    search: bool = True,
 ) -> Codes:
     """Weights [N, K] as codes. hessian: mean of x xT [K, K]; damping: of the mean of its diagonal, added to
-    it (more where that leaves it without an inverse).
+    it (more where that leaves it without an inverse); search: choose scales of groups by their error.
 
     act_order "weight" takes the columns of the largest inputs first, on grids chosen beforehand; "group"
     takes whole groups so, and columns within them; "none" the order of the matrix. The latter two choose a
@@ -44,7 +45,8 @@ def gptq(
     inverse_KK = inverse_cholesky(hessian[order][:, order], damping)
     w_KN = weight.float().T[order].contiguous()
     groups_K = (order // group if group else torch.zeros_like(order)).tolist()
-    grid = grid_of(weight.float(), format, group)
+    choose = searched_grid if search else grid_of
+    grid = choose(weight.float(), format, group)
     scales_GN = grid.scales.T.contiguous()
     zeros_GN = None if grid.zeros is None else grid.zeros.T.contiguous()
     low, high = LEVELS[format]
@@ -56,7 +58,7 @@ def gptq(
         for i in range(stop - start):
             g = groups_K[start + i]
             if group and act_order != "weight" and (start + i == 0 or groups_K[start + i - 1] != g):
-                fresh = grid_of(w_KN[start + i : start + i + group].T, format, group)
+                fresh = choose(w_KN[start + i : start + i + group].T, format, group)
                 scales_GN[g] = fresh.scales[:, 0]
                 if zeros_GN is not None and fresh.zeros is not None:
                     zeros_GN[g] = fresh.zeros[:, 0]

@@ -41,6 +41,8 @@ class GPTQ:
     one."""
     damping: float = 0.01
     """Of the mean of the Hessian's diagonal, added to it."""
+    search: bool = True
+    """Whether a group's scale is the one that loses least, rather than what its largest weight asks for."""
 
     def __post_init__(self) -> None:
         check_written("quantize.format", self.format)
