@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.checkpoint.hub import POCKET, read_config, resolve_model
+from gossamer.checkpoint.hub import POCKET, POCKET_HALF, read_config, resolve_model
 from gossamer.errors import CheckpointError
 
 
@@ -56,15 +56,19 @@ def test_files_are_not_models(tmp_path: Path) -> None:
             resolve_model(str(tmp_path / name))
 
 
-def test_pocket_is_found_in_the_package_or_said_to_be_missing(monkeypatch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [POCKET, POCKET_HALF])
+def test_pocket_is_found_in_the_package_or_said_to_be_missing(
+    monkeypatch: Any, tmp_path: Path, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert (resolve_model(POCKET) / "model.safetensors").is_file()  # as it is installed here
+    assert (resolve_model(name) / "model.safetensors").is_file()  # as it is installed here
     monkeypatch.setattr("gossamer.checkpoint.hub._PACKAGE", tmp_path)
-    with pytest.raises(CheckpointError, match="install gossamer again"):
-        resolve_model(POCKET)
-    (tmp_path / "models" / "pocket").mkdir(parents=True)
-    (tmp_path / "models" / "pocket" / "config.json").write_text("{}")
-    assert resolve_model(POCKET) == tmp_path / "models" / "pocket"
+    with pytest.raises(CheckpointError, match=f"{name} is missing.*install gossamer again"):
+        resolve_model(name)
+    directory = tmp_path / "models" / name.removeprefix("gossamer/")
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    assert resolve_model(name) == directory
 
 
 @pytest.fixture
@@ -93,6 +97,9 @@ def test_offline_and_not_cached_says_what_to_do(cache: Path) -> None:
         resolve_model("someone/other")
     with pytest.raises(CheckpointError, match="revision 'v9'"):
         resolve_model("someone/tiny", "v9")
+    for typed, meant in (("gossamer/pockt", POCKET), ("pocket_half", POCKET_HALF), ("Pocket", POCKET)):
+        with pytest.raises(CheckpointError, match=f"did you mean {meant}\\?"):
+            resolve_model(typed)
 
 
 def test_hub_errors_become_ours(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.errors import CheckpointError, ConfigError
 
-__all__ = ["POCKET", "read_config", "read_quantization", "resolve_model"]
+__all__ = ["POCKET", "POCKET_HALF", "read_config", "read_quantization", "resolve_model"]
 
 POCKET = "gossamer/pocket"
+POCKET_HALF = "gossamer/pocket-half"
+_SHIPPED = {POCKET: "pocket", POCKET_HALF: "pocket-half"}  # folders of gossamer/models
 # Not importlib.resources: under an editable install its path is of two directories at once.
 _PACKAGE = Path(__file__).resolve().parents[1]
 MAX_CONFIG = 4 << 20  # bytes; real ones have a few kilobytes
@@ -28,11 +30,11 @@ _UNWANTED = ["*/*", "consolidated*"]
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """The local directory of a model.
 
-    model: a directory, a .gguf file (or a directory with one and no other model), "gossamer/pocket" (the
-    model shipped in the package), or a hub id such as "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on
-    the hub. Without a network (or with HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises
-    CheckpointError when there is no such model, ConfigError for a revision of a directory or file, and what
-    `gguf_directory` raises.
+    model: a directory, a .gguf file (or a directory with one and no other model), "gossamer/pocket" or
+    "gossamer/pocket-half" (shipped in the package: a model and its smaller student), or a hub id such as
+    "Qwen/Qwen2.5-0.5B"; revision: branch, tag or commit on the hub. Without a network (or with
+    HF_HUB_OFFLINE=1) a hub id comes from the local cache. Raises CheckpointError when there is no such model,
+    ConfigError for a revision of a directory or file, and what `gguf_directory` raises.
     """
     path = Path(os.path.expanduser(model))  # Path's own raises where there is no such user
     try:
@@ -45,8 +47,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             return _local(path)
     except OSError as error:  # a name beyond what file systems take, or a folder closed to us
         raise CheckpointError(f"cannot look at {model[:80]!r}: {error.strerror}; check the path") from None
-    if model == POCKET:
-        return _pocket()
+    if model in _SHIPPED:
+        return _shipped(model)
     if _looks_local(model):
         raise CheckpointError(
             f"no model directory at {model!r}; check the path, or pass a hub id (owner/name)"
@@ -112,17 +114,19 @@ def _local(path: Path) -> Path:
     )
 
 
-def _pocket() -> Path:
-    directory = _PACKAGE / "models" / "pocket"
+def _shipped(model: str) -> Path:
+    directory = _PACKAGE / "models" / _SHIPPED[model]
     if not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{POCKET} is missing from this installation (looked in {directory}); install gossamer again"
+            f"{model} is missing from this installation (looked in {directory}); install gossamer again"
         )
     return directory
 
 
-def _close_to_pocket(model: str) -> bool:
-    return bool(get_close_matches(model.lower(), (POCKET, "pocket"), 1, 0.75))
+def _close_to_shipped(model: str) -> str | None:
+    short = {name.partition("/")[2]: name for name in _SHIPPED}
+    close = get_close_matches(model.lower(), (*_SHIPPED, *short), 1, 0.75)
+    return short.get(close[0], close[0]) if close else None
 
 
 def _looks_local(model: str) -> bool:
@@ -157,9 +161,10 @@ def _from_hub(model: str, revision: str | None) -> Path:
             "(or it is private: `hf auth login`)"
         ) from None
     except LocalEntryNotFoundError:
+        meant = _close_to_shipped(model)
         raise CheckpointError(
             f"{name} is not a directory here, is not in the local cache and the hub cannot be reached; "
-            + (f"did you mean {POCKET}? Else " if _close_to_pocket(model) else "")
+            + (f"did you mean {meant}? Else " if meant else "")
             + f"connect{' (and unset HF_HUB_OFFLINE)' if os.environ.get('HF_HUB_OFFLINE') else ''}, or "
             f"download it elsewhere with `hf download {model}` and pass its directory"
         ) from None

@@ -140,6 +140,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         run(DISTIL, job(tmp_path, at, original=other))
     with pytest.raises(ConfigError, match="text has 20 tokens"):
         run(RECOVER, job(tmp_path, at, text=text(20)))
+    with pytest.raises(ConfigError, match=r"token 500.*vocabulary has 101"):
+        run(RECOVER, job(tmp_path, at, text=text() + 400))
     with pytest.raises(CheckpointError, match=r"no config\.json at .*absent"):
         run(replace(DISTIL, student=str(tmp_path / "absent")), job(tmp_path, at))
     bad = directory(tmp_path / "bad", lambda name, a: a * np.nan if "down" in name else a)

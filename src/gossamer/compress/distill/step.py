@@ -64,6 +64,7 @@ def estimate(config: Recover | Distil, graph: Graph, tokens: int, flops: float) 
 def run(config: Recover | Distil, job: Job) -> dict[str, Any]:
     """As StepRunner's: trains job.model on job.text and writes it, with loss.png and losses.json."""
     torch.set_num_threads(job.threads)
+    _check_text(job)
     windows = Windows(job.text, config.context, job.seed)
     made = _Distilling(config, job, windows) if isinstance(config, Distil) else _Recovering(config, job)
     trainer = Trainer(made.model, made.objective, windows, config, key=made.key)
@@ -199,6 +200,15 @@ class _Clock:
             f"training: loss {loss:.3f}, {per_step / seconds:.0f} tokens/s, {math.ceil(left / 60)} min left"
         )
         self._job.progress(what, trainer.step, config.steps)
+
+
+def _check_text(job: Job) -> None:
+    vocab = build_graph(read_config(job.model)).vocab
+    if len(job.text) and job.text.max() >= vocab:
+        raise ConfigError(
+            f"the text has token {job.text.max()}, and the model's vocabulary has {vocab}; the tokenizer "
+            "beside the model is another model's"
+        )
 
 
 def _check_context(config: Training, graph: Graph, who: str) -> None:

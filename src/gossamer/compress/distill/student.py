@@ -11,7 +11,8 @@ import torch
 from gossamer.backends.reference import ReferenceModel, export_tensors
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.checkpoint.model_writer import copy_beside, write_config, write_weights
-from gossamer.checkpoint.safetensors import DTYPES, Checkpoint
+from gossamer.checkpoint.opening import open_checkpoint
+from gossamer.checkpoint.safetensors import DTYPES
 from gossamer.checkpoint.safetensors_writer import LazyTensor
 from gossamer.checkpoint.weights import ModelSource
 from gossamer.errors import CheckpointError
@@ -65,12 +66,12 @@ def begin(graph: Graph, config: dict[str, Any], seed: int) -> ReferenceModel:
 def write_model(model: ReferenceModel, config: dict[str, Any], like: Path, directory: Path) -> int:
     """Fills a model's directory: weights in the dtype they have in `like` (that of most weights there for
     tensors that it lacks), its tokenizer, and config; gives the bytes of all tensors."""
-    source = Checkpoint(like)
+    source = open_checkpoint(like)
     names = source.names()
     usual = max((source.info(name).dtype for name in names), key=[source.info(n).dtype for n in names].count)
     tensors = {}
     for name, array in export_tensors(model).items():
-        dtype = source.info(name).dtype if name in source else usual
+        dtype = source.info(name).dtype if name in names else usual
         tensors[name] = LazyTensor(
             dtype,
             array.shape,
