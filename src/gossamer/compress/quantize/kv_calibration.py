@@ -118,7 +118,7 @@ def candidates(x_TC: torch.Tensor, scaling: Scaling) -> Iterator[torch.Tensor]:
     index = torch.arange(scaling.size) if place is None else torch.tensor(place)
     index = index.repeat(x_TC.shape[1] // len(index))  # a norm's weight is that of all heads
     for size_C in (x_TC.square().mean(0).sqrt(), x_TC.abs().amax(0)):
-        size_F = torch.zeros(scaling.size).index_reduce(0, index, size_C, "amax")
+        size_F = torch.zeros(scaling.size).scatter_reduce(0, index, size_C, "amax")
         size_F = size_F.clamp(min=max(1e-4 * float(size_F.max()), 1e-30))
         for strength in _STRENGTHS:
             factors_F = size_F**strength

@@ -69,8 +69,8 @@ def smoothed(
     index = torch.arange(size) if factor is None else torch.tensor(factor)
     x_F, w_F = torch.zeros(size), torch.zeros(size)
     for reader in readers:
-        x_F.index_reduce_(0, index, reader.sample.largest_K, "amax")
-        w_F.index_reduce_(0, index, reader.weight.abs().amax(0), "amax")
+        x_F.scatter_reduce_(0, index, reader.sample.largest_K, "amax")
+        w_F.scatter_reduce_(0, index, reader.weight.abs().amax(0), "amax")
     best: tuple[float, torch.Tensor, float | None] = (float("inf"), torch.ones(size), None)
     if alpha is None:
         best = (_error(readers, torch.ones(size), factor), torch.ones(size), None)
