@@ -39,8 +39,14 @@ def test_export_mistakes(cli: Cli, stories: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (("-o", path), "is there already; --force replaces it"),
         (("-o", path, "--force", "--type", "q3_k"), "choose bf16, q8_0, q4_0"),
-        (("-o", path, "--force", "--format", "onnx"), "onnx is not built yet; there is gguf"),
-        (("-o", path, "--force", "--format", "zip"), "'zip' is unknown; there is gguf"),
+        (
+            ("-o", path, "--force", "--format", "onnx"),
+            "onnx is not built yet; there is gguf, gptq",
+        ),
+        (
+            ("-o", path, "--force", "--format", "zip"),
+            "'zip' is unknown; there is gguf, gptq",
+        ),
         (("-o", tmp_path / "s.bin"), "does not end in .gguf"),
         ((), "Missing option"),
     ):

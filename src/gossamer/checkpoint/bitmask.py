@@ -18,7 +18,7 @@ from gossamer.checkpoint.packed import Settings, TensorFile
 from gossamer.checkpoint.safetensors import DTYPES, TensorInfo, element_count
 from gossamer.errors import CheckpointError
 
-__all__ = ["BitmaskFile", "open_bitmask"]
+__all__ = ["BitmaskFile", "open_bitmask", "packed_bits"]
 
 Array = npt.NDArray[Any]
 _FORMATS = ("dense", "sparse-bitmask", "sparse-24-bitmask")
@@ -35,6 +35,11 @@ def open_bitmask(file: TensorFile, sparsity: Mapping[str, Any], settings: Settin
     names = ("targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass")
     read.finish(*(f"sparsity_config.{name}" for name in names))
     return file if format == "dense" else BitmaskFile(file)
+
+
+def packed_bits(mask_NK: Array) -> npt.NDArray[np.uint8]:
+    """A mask [n, k] as the format has it, [n, ceil(k/8)]."""
+    return np.packbits(mask_NK, axis=1, bitorder="little")
 
 
 class BitmaskFile:

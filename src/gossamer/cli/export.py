@@ -18,10 +18,15 @@ __all__ = ["export"]
 
 def export(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub id.")],
-    out: Annotated[Path, flag("--out", "-o", metavar="FILE", help="The file to write.")],
-    format: Annotated[str, flag("--format", help="gguf.")] = "gguf",
+    out: Annotated[Path, flag("--out", "-o", metavar="PATH", help="The file or directory to write.")],
+    format: Annotated[str, flag("--format", help="gguf, or directories: gptq, compressed-tensors.")] = "gguf",
     type: Annotated[
-        str | None, flag("--type", help="How numbers are stored; of gguf: bf16, q8_0 (the default) or q4_0.")
+        str | None,
+        flag(
+            "--type",
+            help="How numbers are stored; of gguf: bf16, q8_0 (the default) or q4_0; of gptq: stored, the "
+            "model's own integers; of compressed-tensors: bitmask, without the zeros of pruned matrices.",
+        ),
     ] = None,
     revision: Annotated[str | None, flag("--revision", help="Branch, tag or commit on the hub.")] = None,
     force: Annotated[bool, flag("--force", help="Replace what is there.")] = False,
@@ -36,6 +41,8 @@ def export(
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is unknown; there is {', '.join(FORMATS)}")
     chosen = FORMATS[format]
+    if type is not None and type not in chosen.types:
+        raise ConfigError(f"{format} of the type {type!r} is not written; choose {', '.join(chosen.types)}")
     directory = resolve_model(model, revision)
     with byte_bar(not json, "writing") as progress:
         made = chosen.write(
@@ -62,5 +69,6 @@ def export(
     for note in made.notes:
         stderr().print(f"note: {note}", soft_wrap=True, markup=False)
     kinds = ", ".join(f"{count} {kind}" for kind, count in made.tensors.items())
-    kept = f"; {made.kept} with the model's own integers" if made.kept else ""
+    own = "without their zeros" if format == "compressed-tensors" else "with the model's own integers"
+    kept = f"; {made.kept} matrices {own}" if made.kept else ""
     print(f"{made.path}: {format_size(made.bytes)}, tensors: {kinds}{kept}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from gossamer.export.directories import write_bitmask_directory, write_gptq_directory
+from gossamer.export.exported import Exported
 from gossamer.export.gguf import TYPES as GGUF_TYPES
-from gossamer.export.gguf import Exported, write_gguf
+from gossamer.export.gguf import write_gguf
 
 __all__ = ["FORMATS", "PLANNED", "Format"]
 
@@ -20,7 +22,11 @@ class Format:
     write: Callable[..., Exported]
 
 
-FORMATS: Mapping[str, Format] = {"gguf": Format(types=GGUF_TYPES, default="q8_0", write=write_gguf)}
+FORMATS: Mapping[str, Format] = {
+    "gguf": Format(types=GGUF_TYPES, default="q8_0", write=write_gguf),
+    "gptq": Format(types=("stored",), default="stored", write=write_gptq_directory),
+    "compressed-tensors": Format(types=("bitmask",), default="bitmask", write=write_bitmask_directory),
+}
 """Name -> what writes it."""
-PLANNED = ("onnx", "openvino", "compressed-tensors", "gptq", "awq")
+PLANNED = ("onnx", "openvino", "awq")
 """Names that are known and not built yet."""

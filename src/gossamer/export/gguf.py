@@ -33,6 +33,7 @@ from gossamer.checkpoint.hub import read_config
 from gossamer.checkpoint.opening import open_checkpoint
 from gossamer.checkpoint.weights import ModelSource, check_tensors
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedModelError
+from gossamer.export.exported import Exported
 from gossamer.export.gguf_metadata import check_metadata, factor_tensors, model_metadata
 from gossamer.export.gguf_vocabulary import vocabulary
 from gossamer.graph.families import build_graph
@@ -41,7 +42,7 @@ from gossamer.graph.ir import Graph
 from gossamer.graph.ops.formats import NF4
 from gossamer.graph.weights import leaves
 
-__all__ = ["TYPES", "Exported", "write_gguf"]
+__all__ = ["TYPES", "write_gguf"]
 
 TYPES = ("bf16", "q8_0", "q4_0")
 _FILE_TYPE = {"bf16": 32, "q8_0": 7, "q4_0": 2}  # llama.cpp's enum llama_ftype
@@ -50,18 +51,6 @@ _ROWS = 16 << 20  # bytes of float32 rows in memory at a time
 _GROUP = 32
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exported:
-    """What was written. tensors: how many of each type; kept: matrices whose integers are the model's own;
-    notes: what a user should know of the file."""
-
-    path: Path
-    bytes: int
-    tensors: dict[str, int]
-    kept: int
-    notes: list[str]
 
 
 @dataclass(frozen=True, slots=True)
