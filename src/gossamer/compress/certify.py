@@ -42,7 +42,11 @@ def measure_loss(
     config = serving_config(str(made), threads)
     text = Tokenizer.load(made).decode(held.tolist())
     quality = measure(
-        config, [Text("held-out text", text)], reference=reference_config(name, config), progress=progress
+        config,
+        [Text("held-out text", text)],
+        reference=reference_config(name, config),
+        beside=True,
+        progress=progress,
     )
     return replace(quality, execution=replace(quality.execution, model=called))
 

@@ -56,7 +56,8 @@ class AWQ:
     """Input channels that matter are scaled up before rounding, and the layer before scaled down
     (Lin et al., AWQ, 2024)."""
 
-    format: str = "uint4-g128"
+    format: str = "int4-g128"
+    """As --quantization spells it. uint4 loses a little less, but transformers cannot load its zero points."""
     overrides: WeightFormats = ()
     grid: int = 20
     """How many exponents of the scales are tried for each layer."""
