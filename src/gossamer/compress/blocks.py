@@ -28,10 +28,18 @@ from gossamer.graph.ops.elementwise import activate
 from gossamer.graph.part import part
 from gossamer.graph.weights import Constant, leaves
 
-__all__ = ["BlockAt", "Blocks", "Site"]
+__all__ = ["BlockAt", "Blocks", "Site", "walk_memory"]
 
 Observe = Callable[["Site", torch.Tensor], None]
 _CHUNK_TOKENS = 4096
+
+
+def walk_memory(graph: Graph, tokens: int) -> int:
+    """Bytes of a walk over so many tokens beside the weights, roughly: torch itself, hidden states (old, new
+    and being joined), and a chunk's attention scores for windows as long as the model takes, at most 2048."""
+    heads = max((node.attrs["heads"] for node in graph.nodes if node.op == "attention"), default=1)
+    scores = 12 * heads * min(tokens, _CHUNK_TOKENS) * min(graph.max_positions, 2048)
+    return (600 << 20) + 12 * tokens * graph.hidden + scores
 
 
 @dataclass(frozen=True, slots=True)

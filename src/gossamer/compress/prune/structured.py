@@ -30,7 +30,7 @@ from gossamer.checkpoint.model_writer import (
 from gossamer.checkpoint.safetensors import DTYPES, Checkpoint
 from gossamer.checkpoint.safetensors_writer import LazyTensor
 from gossamer.checkpoint.weights import ModelSource, Part, evaluate, gather, invert
-from gossamer.compress.blocks import Blocks
+from gossamer.compress.blocks import Blocks, walk_memory
 from gossamer.compress.model import calibration, check_floats, open_model
 from gossamer.compress.prune.axes import Kept, cut, layer_of, weight_kinds
 from gossamer.compress.prune.changed import Changed
@@ -62,7 +62,7 @@ def estimate(config: Structured, graph: Graph, tokens: int, flops: float) -> Est
     taylor = config.importance == "taylor"
     squares = sum(w.shape[-1] ** 2 for w in graph.weights.values() if len(w.shape) > 1)
     seconds = (2.0 * sum(sizes) * tokens * (10 if taylor else 4) + 2.0 * squares * tokens) / flops
-    memory = 4 * (3 * tokens * graph.hidden + 3 * widest) + (8 * sum(sizes) if taylor else 0)
+    memory = walk_memory(graph, tokens) + 12 * widest + (8 * sum(sizes) if taylor else 0)
     return Estimate(seconds=seconds, memory=memory, disk=8 * sum(sizes))
 
 

@@ -18,7 +18,7 @@ import torch
 from gossamer.checkpoint.model_writer import copy_beside, write_weights
 from gossamer.checkpoint.safetensors import DTYPES
 from gossamer.checkpoint.weights import ModelSource, evaluate
-from gossamer.compress.blocks import BlockAt, Blocks
+from gossamer.compress.blocks import BlockAt, Blocks, walk_memory
 from gossamer.compress.hessian import Hessian, collect
 from gossamer.compress.model import calibration, check_floats, open_model
 from gossamer.compress.prune.changed import Changed
@@ -52,7 +52,7 @@ def estimate_pruning(
         work += squares * 2.0 * tokens + (2.0 * sum(s[-1] ** 3 for s in matrices) if moments else 0.0)
         total, largest = total + size, max(largest, 4 * (3 * size + 3 * squares))
     seconds = work / flops + 5e-9 * total
-    return Estimate(seconds=seconds, memory=largest + 8 * tokens * graph.hidden, disk=4 * total)
+    return Estimate(seconds=seconds, memory=largest + walk_memory(graph, tokens), disk=4 * total)
 
 
 def prune_weights(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gossamer.checkpoint.codes import Codes
-from gossamer.compress.blocks import BlockAt, Blocks, Site
+from gossamer.compress.blocks import BlockAt, Blocks, Site, walk_memory
 from gossamer.compress.hessian import collect
 from gossamer.compress.model import calibration
 from gossamer.compress.quantize.awq_weights import Reader, best_factors, clipped_grid, spread
@@ -43,7 +43,7 @@ def estimate(config: AWQ, graph: Graph, tokens: int, flops: float) -> Estimate:
     largest = max(sum(math.prod(graph.weights[n].shape) for n in names) for names in blocks.values())
     return Estimate(
         seconds=1.5 * (tokens * passes + config.grid * 2.0 * searched * widest + ranges) / flops,
-        memory=(400 << 20) + 12 * tokens * graph.hidden + 24 * largest + 40 * widest**2,
+        memory=walk_memory(graph, tokens) + 24 * largest + 40 * widest**2,
         disk=sum(math.prod(w.shape) for w in graph.weights.values()),
     )
 

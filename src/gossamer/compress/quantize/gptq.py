@@ -10,7 +10,7 @@ import torch
 
 from gossamer.backends.reference import ReferenceModel
 from gossamer.checkpoint.codes import Codes
-from gossamer.compress.blocks import BlockAt, Blocks, Site
+from gossamer.compress.blocks import BlockAt, Blocks, Site, walk_memory
 from gossamer.compress.hessian import Hessian, collect
 from gossamer.compress.quantize.gptq_weights import gptq
 from gossamer.compress.quantize.life import OUTSIDE, Step, keep, open_step, put_back, write
@@ -41,7 +41,7 @@ def estimate(config: GPTQ, graph: Graph, tokens: int, flops: float) -> Estimate:
     largest = max(sum(math.prod(graph.weights[n].shape) for n in names) for names in blocks.values())
     return Estimate(
         seconds=1.3 * (tokens * passes + solving) / flops + columns * _COLUMN,
-        memory=(400 << 20) + 12 * tokens * graph.hidden + 12 * largest + 40 * widest**2,
+        memory=walk_memory(graph, tokens) + 12 * largest + 40 * widest**2,
         disk=sum(math.prod(w.shape) for w in graph.weights.values()),
     )
 

@@ -18,7 +18,7 @@ import torch
 
 from gossamer.checkpoint.hub import read_config
 from gossamer.checkpoint.model_writer import copy_beside, from_checkpoint, write_config, write_weights
-from gossamer.compress.blocks import BlockAt, Blocks
+from gossamer.compress.blocks import BlockAt, Blocks, walk_memory
 from gossamer.compress.model import calibration
 from gossamer.compress.quantize.life import FLOAT, Step, open_step
 from gossamer.compress.quantize.moved import changed_floats, put_floats_back
@@ -44,7 +44,7 @@ def estimate(config: KVCalibration, graph: Graph, tokens: int, flops: float) -> 
     judged = min(tokens, _TOKENS) * 2 * 2 * len(_STRENGTHS)
     return Estimate(
         seconds=1.5 * (2.0 * tokens * everything + 2.0 * judged * tried) / flops,
-        memory=(400 << 20) + 12 * tokens * graph.hidden + 24 * everything // max(1, graph.layers),
+        memory=walk_memory(graph, tokens) + 24 * everything // max(1, graph.layers),
         disk=8 * tried,
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gossamer.checkpoint.codes import Codes
-from gossamer.compress.blocks import BlockAt, Blocks, Site
+from gossamer.compress.blocks import BlockAt, Blocks, Site, walk_memory
 from gossamer.compress.model import calibration
 from gossamer.compress.quantize.life import Step, keep, open_step, put_back, write
 from gossamer.compress.quantize.moved import changed_floats, put_floats_back, readers_of
@@ -50,7 +50,7 @@ def estimate(config: SmoothQuant, graph: Graph, tokens: int, flops: float) -> Es
     widest = max(shape[-1] for shape in shapes)
     return Estimate(
         seconds=1.5 * (2.0 * passes * tokens + 2.0 * tried * min(tokens, _TOKENS)) * weights / flops,
-        memory=(400 << 20) + 12 * tokens * graph.hidden + 20 * largest + 64 * _TOKENS * widest,
+        memory=walk_memory(graph, tokens) + 20 * largest + 64 * _TOKENS * widest,
         disk=sum(math.prod(w.shape) for w in graph.weights.values()),
     )
 

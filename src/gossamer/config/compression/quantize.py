@@ -57,7 +57,7 @@ class AWQ:
     (Lin et al., AWQ, 2024)."""
 
     format: str = "int4-g128"
-    """As --quantization spells it. uint4 loses a little less, but transformers cannot load its zero points."""
+    """As --quantization spells it. uint4 loses a little less; transformers cannot load it."""
     overrides: WeightFormats = ()
     grid: int = 20
     """How many exponents of the scales are tried for each layer."""
