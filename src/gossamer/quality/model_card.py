@@ -172,7 +172,8 @@ def _making(c: Certificate) -> list[str]:
     if c.data is not None:
         files = ", ".join(f"`{file.name}`" for file in c.data.files) or "no files"
         lines += [
-            f"Calibration and training saw {c.data.tokens:,} tokens of {files} (SHA-256 {c.data.sha256}).", ""
+            f"Calibration and training drew on {c.data.tokens:,} tokens of {files} (SHA-256 of the tokens: "
+            f"{c.data.sha256}).", ""
         ]  # fmt: skip
     torch = "" if c.versions.torch is None else f", torch {c.versions.torch}"
     lines += [
