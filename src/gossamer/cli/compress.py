@@ -131,7 +131,8 @@ def _result(directory: Path, json: bool) -> None:
     console.print(
         f"  size        {format_size(after.bytes)} of {format_size(before.bytes)} "
         f"({after.bytes / before.bytes:.1%}), {after.bits_per_weight:.2f} bits a weight"
-        + (f", {after.sparsity:.0%} of the blocks' weights zero" if after.sparsity > 0.01 else "")
+        + (f", {after.sparsity:.0%} of the blocks' weights zero" if after.sparsity > 0.01 else ""),
+        soft_wrap=True,
     )
     quality = certificate.quality
     if quality is None or quality.reference is None or quality.total is None:
@@ -140,12 +141,14 @@ def _result(directory: Path, json: bool) -> None:
         compared, kl = quality.reference, quality.reference.divergence
         console.print(
             f"  perplexity  {quality.total.perplexity:.3f}, {compared.ratio:.4f} times the original's "
-            f"{compared.score.perplexity:.3f} on {quality.total.tokens} held-out tokens"
+            f"{compared.score.perplexity:.3f} on {quality.total.tokens:,} held-out tokens",
+            soft_wrap=True,
         )
         console.print(
             f"  KL          {kl.kl_mean:.2e} nats a token (99% below {kl.kl_p99:.2e}"
             + (f"; noise {compared.noise.divergence.kl_mean:.0e}" if compared.noise else "")
-            + f"), same top token {kl.top1:.1%}"
+            + f"), same top token {kl.top1:.1%}",
+            soft_wrap=True,
         )
     console.print(f"  try it      gossamer generate {directory} --prompt ...")
 
