@@ -237,6 +237,7 @@ def _check_state(given: Compression, work: Path, content: str, text: Ids) -> Non
         "recipe": given.recipe.key,
         "text": hashlib.sha256(text.tobytes()).hexdigest(),
         "files": [str(path) for path in given.text or given.recipe.data.text],
+        "held-out text": [str(path) for path in given.held_out],
     }
     path = work / "state.json"
     if not path.exists():
