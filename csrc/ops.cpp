@@ -154,6 +154,17 @@ void Program::execute(const Instruction& in, const Window& w, const StepBuffers&
                       size_t(width) * sizeof(float));
       });
     }
+    case Op::take_columns: {  // in: x; out: y; weights: order; ints: width
+      const int64_t width = in.ints[0];
+      const float* order = vector(in, 0);
+      return over_rows(m, width, [&](int64_t r0, int64_t r1, int) {
+        for (int64_t r = r0; r < r1; r++) {
+          const float* x = input(in, 0, w) + r * width;
+          float* y = output(in, 0, w) + r * width;
+          for (int64_t i = 0; i < width; i++) y[i] = x[int64_t(order[i])];
+        }
+      });
+    }
     case Op::top_k_experts:  // in: logits; out: ids, weights; ints: experts, k, renormalise
       return over_rows(m, in.ints[0] * 4, [&](int64_t r0, int64_t r1, int) {
         kernels_->top_k_experts(input(in, 0, w), in.ints[0], in.ints[1], in.ints[2] != 0,

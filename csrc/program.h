@@ -28,6 +28,7 @@ enum class Op : int32_t {
   qkv_write,
   attention,
   take_rows,
+  take_columns,
   top_k_experts,
   experts,
 };

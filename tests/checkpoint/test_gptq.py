@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from gossamer.backends.reference import ReferenceModel
 from gossamer.checkpoint.codes import CodedTensor, Codes
 from gossamer.checkpoint.gptq import write_gptq
 from gossamer.checkpoint.model_writer import write_config, write_weights
@@ -17,6 +19,7 @@ from gossamer.checkpoint.opening import open_checkpoint
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoint.coded import (
+    IDS,
     SIZES,
     check_codes,
     check_served,
@@ -162,15 +165,49 @@ def test_early_files_lie_beside_config_json(tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened(tmp_path)[1].read(name), model.state_dict()[name])
 
 
-def test_groups_out_of_order_are_refused_and_trivial_ones_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "bits, zeros, format", [(4, 8, "int4-g32"), (4, None, "uint4-g32"), (8, 128, "int8-g32")]
+)
+def test_groups_out_of_order_get_their_inputs_in_order(
+    tmp_path: Path, bits: int, zeros: int | None, format: str
+) -> None:
     model = small_model(LLAMA)
-    save(
-        tmp_path, model, stored(model, 4, 32, zeros=8, order=lambda k: torch.arange(k).flip(0)), desc_act=True
-    )
-    with pytest.raises(UnsupportedModelError, match=r"g_idx.*scatters groups.*without desc_act"):
-        open_checkpoint(tmp_path)
+
+    def order(k: int) -> torch.Tensor:
+        return torch.randperm(k, generator=torch.Generator().manual_seed(k))
+
+    tensors = stored(model, bits, 32, zeros=zeros, order=order)
+    save(tmp_path, model, tensors, desc_act=True, bits=bits, sym=zeros is not None)
+    graph, source = opened(tmp_path)
+    for name in projections(model):
+        np.testing.assert_array_equal(source.read(name), model.state_dict()[name])
+        assert source.stored(name) == ("f32", 0)
+    # Projections of one input are of one order here, so that they share it and still merge.
+    assert sum(node.op == "take_columns" for node in graph.nodes) == 4
+    check_served(tmp_path, {format})
+    logits = ReferenceModel.load(graph, source).logits(IDS)
+    plain = {n: replace(w, format="f32", group=0) for n, w in graph.weights.items()}
+    exact = ReferenceModel.load(replace(graph, weights=plain), source).logits(IDS)
+    torch.testing.assert_close(exact, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_an_order_that_changes_nothing_costs_nothing(tmp_path: Path) -> None:
+    model = small_model(LLAMA)
     save(tmp_path, model, stored(model, 4, 32, zeros=8), desc_act=True)
-    assert opened(tmp_path)[1].stored(projections(model)[0]) == ("int4", 32)
+    graph, source = opened(tmp_path)
+    assert source.stored(projections(model)[0]) == ("int4", 32)
+    assert not any(node.op == "take_columns" for node in graph.nodes)
+
+
+def test_groups_that_lack_inputs_are_damage(tmp_path: Path) -> None:
+    model = small_model(LLAMA)
+    tensors = stored(model, 4, 32, zeros=8)
+    name = next(n for n in tensors if n.endswith("g_idx"))
+    tensors[name] = np.zeros_like(tensors[name])
+    save(tmp_path, model, tensors, desc_act=True)
+    with pytest.raises(CheckpointError, match="does not give every group its 32 inputs"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ CALLS: dict[str, Call] = {
     "rope": Call((H, (T,)), ((2,),), {"head_dim": 6, "magnitude": 1.1}, SAME),
     "scale": Call((H,), (), {"factor": -0.7}, SAME),
     "softcap": Call((H,), (), {"cap": 1.5}, SAME),
+    "take_columns": Call((H,), ((24,),), {}, SAME),
     "take_rows": Call((H, (R,)), (), {}, (((R, 24), "f32"),)),
     "top_k_experts": Call(((T, 5),), (), {"k": 2, "renormalise": True}, (((T, 2), "i32"), ((T, 2), "f32"))),
 }

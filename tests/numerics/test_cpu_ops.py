@@ -98,6 +98,16 @@ def test_elementwise(isa: str, op: str, attrs: dict, inputs: int, width: int) ->
     close(run_cpu(graph, g.arrays, 9, isa=isa), run_reference(graph, g.arrays, 9))
 
 
+@pytest.mark.parametrize("width", [1, 33, 500])
+def test_take_columns(isa: str, width: int) -> None:
+    g = OpGraph()
+    x = random(9, width)
+    order = np.random.default_rng(1).permutation(width)
+    graph = g.finish(g.builder.op("take_columns", g.input("x", x), weights=(g.weight("order", order),)))
+    np.testing.assert_array_equal(run_cpu(graph, g.arrays, 9, isa=isa), x[:, order])
+    np.testing.assert_array_equal(run_reference(graph, g.arrays, 9), x[:, order])
+
+
 @pytest.mark.parametrize(("heads", "size", "rotary"), [(1, 8, 8), (3, 64, 64), (2, 80, 32), (2, 96, 96)])
 def test_rope(isa: str, heads: int, size: int, rotary: int) -> None:
     g = OpGraph()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gossamer.errors import CheckpointError
 from gossamer.graph.ops.formats import NF4
 
-__all__ = ["CodedTensor", "Codes", "Floats", "joined"]
+__all__ = ["CodedTensor", "Codes", "Floats", "Scattered", "joined"]
 
 Array = npt.NDArray[Any]
 
@@ -70,6 +70,16 @@ class CodedTensor:
     activation_scale: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scattered:
+    """A quantized matrix whose groups are not of neighbouring inputs: its integers stand in the order that
+    makes them so. Column i multiplies input order[i]."""
+
+    format: str
+    group: int
+    order: tuple[int, ...]
+
+
 class Floats:
     """What a `WeightSource` of nothing but floats says of codes: base class of those."""
 
@@ -80,6 +90,10 @@ class Floats:
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         """There are none. Raises CheckpointError."""
         raise CheckpointError(f"tensor {name!r} is of floats and has no codes")
+
+    def scattered(self, name: str) -> Scattered | None:
+        """None is."""
+        return None
 
     def activation_scale(self, name: str) -> float:
         """There is none."""

@@ -25,6 +25,7 @@ from gossamer.checkpoint.packed import (
     Settings,
     TensorFile,
     expect,
+    gathered,
     half,
     kernel_format,
     spread,
@@ -228,13 +229,6 @@ def _matrix(file: TensorFile, module: str, scheme: _Scheme, notes: list[str]) ->
     def need(part: str) -> str:
         return expect(file, f"{module}.{part}", DTYPES, of=name)
 
-    if f"{module}.weight_g_idx" in file:
-        order = file.read(f"{module}.weight_g_idx")
-        if not np.array_equal(order, np.arange(order.size) // max(scheme.group, 1)):
-            raise UnsupportedModelError(
-                f"tensor {module + '.weight_g_idx'!r} scatters groups over the inputs, which no kernel "
-                "reads; quantize with actorder weight or without"
-            )
     codes_name = need("weight" if scheme.whole else "weight_packed")
     scale_name = need("weight_scale")
     held = file.info(expect(file, codes_name, ("I8" if scheme.whole else "I32",), of=name)).shape
@@ -242,6 +236,10 @@ def _matrix(file: TensorFile, module: str, scheme: _Scheme, notes: list[str]) ->
         raise CheckpointError(f"tensor {codes_name!r} has shape {held}; two axes are right")
     n, k = held if scheme.whole else _shape(file, need("weight_shape"), held, scheme.bits)
     groups = -(-k // scheme.group) if scheme.group else 1
+    g_idx = f"{module}.weight_g_idx"
+    order = None
+    if g_idx in file:
+        order = gathered(file, expect(file, g_idx, ("I32", "I64"), (k,), of=name), scheme.group or k, groups)
     one = file.info(scale_name).shape in ((), (1,), (1, 1))
     if not one:
         expect(file, scale_name, FLOATS, (n, groups), *([(n,)] if groups == 1 else []), of=name)
@@ -273,6 +271,8 @@ def _matrix(file: TensorFile, module: str, scheme: _Scheme, notes: list[str]) ->
         else:
             unsigned = unpack(file.read_rows(codes_name, start, stop), scheme.bits)[:, :k]
             integers = (unsigned.astype(np.int16) - (1 << (scheme.bits - 1))).astype(np.int8)
+        if order is not None:
+            integers = np.ascontiguousarray(integers[:, order])
         rows = file.read(scale_name).reshape(-1, groups)
         scales = np.broadcast_to(rows, (n, groups))[start:stop] if one else rows[start:stop]
         scales = spread(np.asarray(scales, np.float32), scheme.group, k, group)
@@ -293,6 +293,7 @@ def _matrix(file: TensorFile, module: str, scheme: _Scheme, notes: list[str]) ->
         parts=(codes_name, *rest, *more),
         codes=codes,
         activation_scale=scale,
+        order=None if order is None else tuple(order.tolist()),
     )
 
 

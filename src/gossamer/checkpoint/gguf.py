@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.codes import Codes
+from gossamer.checkpoint.codes import Codes, Scattered
 from gossamer.checkpoint.gguf_config import file_pieces
 from gossamer.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from gossamer.checkpoint.gguf_names import Piece
@@ -133,6 +133,10 @@ class GGUFCheckpoint:
                 "download it again"
             )
         return codes
+
+    def scattered(self, name: str) -> Scattered | None:
+        """No type scatters its groups."""
+        return None
 
     def activation_scale(self, name: str) -> float:
         """There is none in the format."""

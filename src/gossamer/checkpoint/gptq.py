@@ -27,6 +27,7 @@ from gossamer.checkpoint.packed import (
     Settings,
     TensorFile,
     expect,
+    gathered,
     half,
     kernel_format,
     spread,
@@ -49,7 +50,6 @@ _INERT = (
     "mse", "offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "quant_method",
     "static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
 )  # fmt: skip
-_NEXT = "quantize without desc_act (or with static groups), or take the unquantized model with --quantization"
 
 
 def open_gptq(
@@ -105,10 +105,7 @@ def _matrix(file: TensorFile, module: str, bits: int, group: int, symmetric: boo
     expect(file, qzeros, ("I32",), (groups, -(-n // per_word)), of=name)
     if g_idx in file:
         expect(file, g_idx, ("I32", "I64"), (k,), of=name)
-    if g_idx in file and not np.array_equal(file.read(g_idx), np.arange(k) // (group or k)):
-        raise UnsupportedModelError(
-            f"tensor {g_idx!r} scatters groups over the inputs (desc_act), which no kernel reads; {_NEXT}"
-        )
+    order = gathered(file, g_idx, group or k, groups) if g_idx in file else None
 
     def zeros() -> npt.NDArray[np.int16]:
         return unpack(file.read(qzeros), bits)[:, :n].T.astype(np.int16) + np.int16(first)
@@ -130,6 +127,8 @@ def _matrix(file: TensorFile, module: str, bits: int, group: int, symmetric: boo
     def codes(start: int, stop: int) -> Codes:
         packed = np.ascontiguousarray(file.read(qweight)[:, start:stop].T)
         integers = unpack(packed, bits)
+        if order is not None:
+            integers = np.ascontiguousarray(integers[:, order])
         own = integers if format == "uint4" else (integers.astype(np.int16) - centre).astype(np.int8)
         rows = spread(file.read(scales)[:, start:stop].T.astype(np.float32), group, k, kernel)
         zero = spread(zeros()[start:stop].astype(np.uint8), group, k, kernel) if format == "uint4" else None
@@ -142,7 +141,8 @@ def _matrix(file: TensorFile, module: str, bits: int, group: int, symmetric: boo
         )
 
     parts = (qweight, qzeros, scales, *([g_idx] if g_idx in file else []))
-    return Packed(shape=(n, k), format=format, group=kernel, parts=parts, codes=codes)
+    given = None if order is None else tuple(order.tolist())
+    return Packed(shape=(n, k), format=format, group=kernel, parts=parts, codes=codes, order=given)
 
 
 def write_gptq(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.checkpoint.codes import Codes
+from gossamer.checkpoint.codes import Codes, Scattered
 from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.weights import Array, WeightSource, check_tensors
@@ -53,6 +53,9 @@ class Joined:
 
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         return self._of(name).read_codes(name, start, stop)
+
+    def scattered(self, name: str) -> Scattered | None:
+        return self._of(name).scattered(name)
 
     def activation_scale(self, name: str) -> float:
         return self._of(name).activation_scale(name)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.codes import Codes
+from gossamer.checkpoint.codes import Codes, Scattered
 from gossamer.checkpoint.safetensors import TensorInfo
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.graph.families.fields import Fields
@@ -65,7 +65,8 @@ class Packed:
     """A matrix [n, k] of several tensors.
 
     parts: their names; format, group: how kernels hold it; codes(start, stop): its rows; activation_scale: of
-    its inputs, 0 where every token has its own.
+    its inputs, 0 where every token has its own; order: None, or which input each column
+    of the codes multiplies.
     """
 
     shape: tuple[int, int]
@@ -74,6 +75,7 @@ class Packed:
     parts: tuple[str, ...]
     codes: Callable[[int, int], Codes]
     activation_scale: float = 0.0
+    order: tuple[int, ...] | None = None
 
 
 class PackedCheckpoint:
@@ -119,7 +121,9 @@ class PackedCheckpoint:
     def read_rows(self, name: str, start: int, stop: int) -> Array:
         """Rows [start, stop) of it."""
         if name in self._matrices:
-            return self.read_codes(name, start, stop).floats()
+            floats = self.read_codes(name, start, stop).floats()
+            order = self._matrices[name].order
+            return floats if order is None else floats[:, np.argsort(order)]
         return self._file.read_rows(name, start, stop)
 
     def release(self, name: str) -> None:
@@ -136,7 +140,14 @@ class PackedCheckpoint:
     def stored(self, name: str) -> tuple[str, int]:
         """Format and group of a matrix."""
         matrix = self._matrices.get(name)
-        return ("f32", 0) if matrix is None else (matrix.format, matrix.group)
+        return ("f32", 0) if matrix is None or matrix.order is not None else (matrix.format, matrix.group)
+
+    def scattered(self, name: str) -> Scattered | None:
+        """Format, group and order of a matrix whose groups are not of neighbours."""
+        matrix = self._matrices.get(name)
+        if matrix is None or matrix.order is None:
+            return None
+        return Scattered(format=matrix.format, group=matrix.group, order=matrix.order)
 
     def activation_scale(self, name: str) -> float:
         """The one scale of a matrix's int8 inputs; 0 where every token has its own."""
@@ -244,6 +255,20 @@ def kernel_format(name: str, bits: int, symmetric: bool, group: int, k: int) -> 
         "groups of 32 or a multiple and 8 bits without zero points would work: take or make such a "
         "checkpoint (gossamer compress), or the unquantized model with --quantization"
     )
+
+
+def gathered(file: TensorFile, g_idx: str, group: int, groups: int) -> npt.NDArray[np.int64] | None:
+    """The order of inputs in which the groups that a g_idx scatters are of neighbours; None where they are.
+
+    Raises CheckpointError where a group has not the inputs that it should."""
+    of_input = file.read(g_idx).astype(np.int64)
+    counts = np.bincount(of_input[(of_input >= 0) & (of_input < groups)], minlength=groups)
+    if counts.sum() != of_input.size or (counts[:-1] != group).any() or counts[-1] > group:
+        raise CheckpointError(
+            f"tensor {g_idx!r} does not give every group its {group} inputs; download the model again"
+        )
+    order = np.argsort(of_input, kind="stable")
+    return None if np.array_equal(order, np.arange(order.size)) else order
 
 
 def spread(per_group: Array, group: int, k: int, kernel_group: int) -> Array:

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.codes import Codes, Floats, joined
+from gossamer.checkpoint.codes import Codes, Floats, Scattered, joined
 from gossamer.checkpoint.safetensors import TensorInfo
 from gossamer.config.sparse_weights import parse_sparsity
-from gossamer.errors import CheckpointError
-from gossamer.graph.ir import Graph
+from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.graph.ir import Graph, Node, Weight
 from gossamer.graph.weights import (
+    Columns,
     Concat,
     Constant,
     Shift,
@@ -62,6 +63,10 @@ class WeightSource(Protocol):
 
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         """Rows [start, stop) of a quantized tensor, as the integers that are stored."""
+
+    def scattered(self, name: str) -> Scattered | None:
+        """How a quantized tensor is stored whose integers `read_codes` gives in another order of inputs
+        (`stored` says f32 of it, and `read` gives its own order); None of all others."""
 
     def activation_scale(self, name: str) -> float:
         """The one scale of all int8 inputs of a quantized tensor; 0 where every token has its own."""
@@ -104,6 +109,8 @@ def evaluate(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int |
             return evaluate(inner, source, start, stop)[index]
         case Transpose(inner):
             return evaluate(inner, source).T[start:stop]
+        case Columns(inner, order):
+            return evaluate(inner, source, start, stop)[:, list(order)]
         case Shift(inner, value):
             return evaluate(inner, source, start, stop).astype(np.float32) + np.float32(value)
         case Concat(sources):
@@ -143,6 +150,8 @@ def invert(expr: WeightExpr, array: Array) -> Iterator[Part]:
             yield Part(inner, axis, first, last, array)
         case Transpose(inner):
             yield from invert(inner, array.T)
+        case Columns(inner, order):
+            yield from invert(inner, array[:, np.argsort(order)])
         case Shift(inner, value):
             yield from invert(inner, array - np.float32(value))
         case Concat(sources):
@@ -265,8 +274,11 @@ def as_stored(graph: Graph, source: WeightSource) -> Graph:
     """The graph with every matrix in the format that the checkpoint stores it in, where it stores codes.
 
     A matrix whose tensors differ, or whose expression computes, stays f32: its floats are quantized at load.
-    Raises CheckpointError for tensors of one matrix that want their inputs in different scales.
+    A matrix whose groups are scattered over its inputs gets them in its order (`take_columns`).
+    Raises CheckpointError for tensors of one matrix that want their inputs in different scales,
+    UnsupportedModelError for scattered groups of what is no plain matrix.
     """
+    graph = _with_columns(graph, source)
     weights = {}
     for name, weight in graph.weights.items():
         expr = _with_formats(weight.expr, source)
@@ -282,6 +294,48 @@ def as_stored(graph: Graph, source: WeightSource) -> Graph:
     return replace(graph, weights=weights)
 
 
+def _with_columns(graph: Graph, source: WeightSource) -> Graph:
+    """The graph whose scattered matrices read their inputs in the order of their integers."""
+    orders: dict[str, Scattered] = {}
+    for name, weight in graph.weights.items():
+        found = [source.scattered(leaf.name) for leaf in leaves(weight.expr)]
+        if any(found):
+            readers = [node.op for node in graph.nodes if name in node.weights]
+            if not isinstance(weight.expr, Tensor) or found[0] is None or set(readers) != {"linear"}:
+                names = ", ".join(leaf.name for leaf in leaves(weight.expr))
+                raise UnsupportedModelError(
+                    f"tensor {names[:200]} scatters its groups over the inputs (desc_act), which only plain "
+                    "linear layers can read; quantize without desc_act, or take the unquantized model with "
+                    "--quantization"
+                )
+            orders[name] = found[0]
+    if not orders:
+        return graph
+    nodes: list[Node] = []
+    values, weights = dict(graph.values), dict(graph.weights)
+    taken: dict[tuple[str, tuple[int, ...]], str] = {}
+    for node in graph.nodes:
+        stored = next((orders[w] for w in node.weights if w in orders), None)
+        if stored is not None:
+            (x,) = node.inputs
+            matrix = node.weights[0]
+            if (x, stored.order) not in taken:
+                value, order = f"{matrix}_inputs", f"{matrix}_order"
+                values[value] = replace(values[x], name=value)
+                weights[order] = Weight(
+                    order, (len(stored.order),), Constant(tuple(map(float, stored.order)))
+                )
+                nodes.append(Node("take_columns", (x,), (value,), (order,), scope=node.scope))
+                taken[x, stored.order] = value
+            expr = weights[matrix].expr
+            assert isinstance(expr, Tensor)
+            columns = Columns(expr, stored.order, stored.format, stored.group)
+            weights[matrix] = replace(weights[matrix], expr=columns)
+            node = replace(node, inputs=(taken[x, stored.order],))
+        nodes.append(node)
+    return graph.with_nodes(tuple(nodes), values, weights)
+
+
 def evaluate_codes(expr: WeightExpr, source: WeightSource, start: int = 0, stop: int | None = None) -> Codes:
     """Rows [start, stop) of a matrix whose `stored_format` is not f32, as stored."""
     stop = expr.shape[0] if stop is None else stop
@@ -294,6 +348,8 @@ def evaluate_codes(expr: WeightExpr, source: WeightSource, start: int = 0, stop:
                     f"config.json implies {(stop - start, *shape[1:])}"
                 )
             return rows
+        case Columns(inner, _):
+            return source.read_codes(inner.name, start, stop)
         case Slice(inner, 0, first, _):
             return evaluate_codes(inner, source, first + start, first + stop)
         case Concat(sources):
@@ -314,6 +370,6 @@ def _with_formats(expr: WeightExpr, source: WeightSource) -> WeightExpr:
         return replace(expr, format=format, group=group)
     if isinstance(expr, Concat | Stack):
         return replace(expr, sources=tuple(_with_formats(each, source) for each in expr.sources))
-    if isinstance(expr, Constant):
+    if isinstance(expr, Constant | Columns):
         return expr
     return replace(expr, source=_with_formats(expr.source, source))

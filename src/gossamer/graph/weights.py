@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 __all__ = [
+    "Columns",
     "Concat",
     "Constant",
     "Shift",
@@ -111,7 +112,24 @@ class Stack:
         return (len(self.sources), *self.sources[0].shape)
 
 
-WeightExpr = Tensor | Constant | Slice | Transpose | Shift | Concat | Stack
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a matrix in another order: column i is the source's order[i].
+
+    format, group: how the checkpoint stores it in this order, where it does, as in `Tensor`.
+    """
+
+    source: Tensor
+    order: tuple[int, ...]
+    format: str = "f32"
+    group: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+WeightExpr = Tensor | Constant | Slice | Transpose | Shift | Concat | Stack | Columns
 
 
 def leaves(expr: WeightExpr) -> Iterator[Tensor]:
@@ -133,6 +151,8 @@ def renamed(expr: WeightExpr, names: Mapping[str, str]) -> WeightExpr:
         return replace(expr, sources=tuple(renamed(source, names) for source in expr.sources))
     if isinstance(expr, Constant):
         return expr
+    if isinstance(expr, Columns):
+        return replace(expr, source=replace(expr.source, name=names.get(expr.source.name, expr.source.name)))
     return replace(expr, source=renamed(expr.source, names))
 
 
@@ -143,4 +163,4 @@ def stored_format(expr: WeightExpr) -> tuple[str, int]:
     if isinstance(expr, Concat | Stack):
         found = {stored_format(source) for source in expr.sources}
         return found.pop() if len(found) == 1 else ("f32", 0)
-    return (expr.format, expr.group) if isinstance(expr, Tensor) else ("f32", 0)
+    return (expr.format, expr.group) if isinstance(expr, Tensor | Columns) else ("f32", 0)

@@ -15,7 +15,7 @@ __all__ = ["Instruction", "Lowering", "lower"]
 _OPS = (
     "prepare", "linear", "linear_top1", "embed", "rms_norm", "layer_norm", "norm_prepare", "norm_add",
     "add", "scale", "softcap", "activation", "act_mul", "rope", "kv_write", "qkv_write", "attention",
-    "take_rows", "top_k_experts", "experts",
+    "take_rows", "take_columns", "top_k_experts", "experts",
 )  # fmt: skip
 _ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SOURCES = {"floats": 0, "workspace": 1, "prepared": 2}
@@ -266,6 +266,17 @@ def _take_rows(l: Lowering, node: Node) -> None:
     l.emit(node, "take_rows", ins=node.inputs[:1], outs=node.outputs, ints=(l.width(node.inputs[0]),))
 
 
+def _take_columns(l: Lowering, node: Node) -> None:
+    l.emit(
+        node,
+        "take_columns",
+        ins=node.inputs,
+        outs=node.outputs,
+        weights=(l.vectors[node.weights[0]],),
+        ints=(l.width(node.inputs[0]),),
+    )
+
+
 def _top_k_experts(l: Lowering, node: Node) -> None:
     a = node.attrs
     l.emit(
@@ -309,6 +320,7 @@ _LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "qkv_write": _qkv_write,
     "attention": _attention,
     "take_rows": _take_rows,
+    "take_columns": _take_columns,
     "top_k_experts": _top_k_experts,
     "experts": _experts,
 }

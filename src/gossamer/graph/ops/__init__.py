@@ -1,6 +1,6 @@
 """The op table: one file per family of ops."""
 
-from gossamer.graph.ops import attention, elementwise, experts, fused, linear, norm, rope, rows
+from gossamer.graph.ops import attention, columns, elementwise, experts, fused, linear, norm, rope, rows
 from gossamer.graph.ops.base import OPS, Cost, Op, get_op, node_cost, weight_bytes
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Cost",
     "Op",
     "attention",
+    "columns",
     "elementwise",
     "experts",
     "fused",
