@@ -112,6 +112,7 @@ ILLEGAL: list[tuple[str, Call]] = [
     ("rms_norm", Call((H,), ((7,),), {"eps": 1e-5})),
     ("rope", Call((H, (T,)), ((4,),), {"head_dim": 6, "magnitude": 1.0})),
     ("rope", Call((H, (T,)), ((2,),), {"head_dim": 7, "magnitude": 1.0})),
+    ("take_columns", Call((H,), ((23,),))),
     ("top_k_experts", Call(((T, 5),), (), {"k": 6, "renormalise": True})),
 ]
 
@@ -146,6 +147,8 @@ def tensors(op: str) -> tuple[list[Any], list[Any]]:
             inputs[i] = torch.arange(TOKENS, dtype=torch.int32)
     if op == "experts":
         inputs[1] = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(TOKENS)]).int()
+    if op == "take_columns":
+        weights[0] = torch.randperm(24, generator=generator).float()
     if op == "attention":
         values = make((T, 2, 6))
         inputs[1] = (make((T, 2, 6)), values)

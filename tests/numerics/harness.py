@@ -11,6 +11,7 @@ import torch
 from gossamer import _native
 from gossamer.backends.cpu.program import CpuProgram, StepShape
 from gossamer.backends.reference.module import ReferenceModel
+from gossamer.checkpoint.codes import Floats
 from gossamer.graph.builder import Builder
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.attention import KVState, SpanRows
@@ -19,7 +20,7 @@ from gossamer.graph.weights import Tensor
 ISAS = _native.isas()
 
 
-class Arrays:
+class Arrays(Floats):
     """A checkpoint of plain arrays."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
