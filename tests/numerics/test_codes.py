@@ -31,9 +31,6 @@ class Coded(Arrays):
     def stored(self, name: str) -> tuple[str, int]:
         return (self.codes[name].format, self.codes[name].group) if name in self.codes else ("f32", 0)
 
-    def activation_scale(self, name: str) -> float:
-        return 0.0
-
     def read_codes(self, name: str, start: int, stop: int) -> Codes:
         c = self.codes[name]
         zeros = None if c.zeros is None else c.zeros[start:stop]
