@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.checkpoint.codes import Codes, Scattered
+from gossamer.checkpoint.codes import Codes, Floats
 from gossamer.checkpoint.gguf_config import file_pieces
 from gossamer.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from gossamer.checkpoint.gguf_names import Piece
@@ -52,7 +52,7 @@ class _Place:
         return block.size > 1 and len(self.shape) == 2 and not (piece.shift or piece.transposed)
 
 
-class GGUFCheckpoint:
+class GGUFCheckpoint(Floats):
     """A GGUF file as a `WeightSource`: floats as stored, blocks dequantized to float32 or as integers.
 
     Q8_0, Q4_0 and Q5_0 are served to the bit. Q6_K keeps its codes and has scales rounded to fp16; Q4_1,
@@ -133,18 +133,6 @@ class GGUFCheckpoint:
                 "download it again"
             )
         return codes
-
-    def scattered(self, name: str) -> Scattered | None:
-        """No type scatters its groups."""
-        return None
-
-    def activation_scale(self, name: str) -> float:
-        """There is none in the format."""
-        return 0.0
-
-    def nonzeros(self, name: str) -> int | None:
-        """The format declares none."""
-        return None
 
     def notes(self) -> list[str]:
         """What is served otherwise than it is stored, a line for each type, with the relative error measured

@@ -31,21 +31,7 @@ from gossamer.compress.certify import certify, measure_loss
 from gossamer.compress.recipe import Recipe, method_of, needs_text
 from gossamer.compress.step import Estimate, Ids, Job, StepRunner
 from gossamer.compress.text import read_tokens
-from gossamer.config.compression import (
-    AWQ,
-    GPTQ,
-    RTN,
-    Distil,
-    KVCalibration,
-    Magnitude,
-    MixedBits,
-    Recover,
-    SmoothQuant,
-    SparseGPT,
-    StepConfig,
-    Structured,
-    Wanda,
-)  # fmt: skip
+from gossamer.config.compression import StepConfig
 from gossamer.config.compression.train import Training
 from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
@@ -53,13 +39,8 @@ from gossamer.graph.ir import Graph
 
 __all__ = ["Compression", "Watch", "compress", "estimates"]
 
-_MODULES: dict[type, str] = {
-    Magnitude: "prune.magnitude", Wanda: "prune.wanda", SparseGPT: "prune.sparsegpt",
-    Structured: "prune.structured", Recover: "distill.step", Distil: "distill.step", RTN: "quantize.rtn",
-    GPTQ: "quantize.gptq", AWQ: "quantize.awq", SmoothQuant: "quantize.smoothquant",
-    MixedBits: "quantize.mixed_bits", KVCalibration: "quantize.kv_calibration",
-}  # fmt: skip
-"""Step -> the module whose `estimate` and `run` it is."""
+_MODULES = {"prune": "prune.{}", "train": "distill.step", "quantize": "quantize.{}"}
+"""Verb -> the module whose `estimate` and `run` it is, {} being the method."""
 _HELD_BACK = 0.05  # of the text, at most _HELD_TOKENS: what quality is measured on
 _HELD_TOKENS = 32768
 
@@ -284,7 +265,8 @@ def _name(step: StepConfig) -> str:
 
 
 def _module(step: StepConfig) -> StepRunner:
-    module: Any = importlib.import_module(f"gossamer.compress.{_MODULES[type(step)]}")
+    verb, method = method_of(step)
+    module: Any = importlib.import_module(f"gossamer.compress.{_MODULES[verb].format(method)}")
     return module  # type: ignore[no-any-return]
 
 
