@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gossamer.checkpoint.safetensors import Checkpoint
@@ -124,6 +125,36 @@ def test_what_is_there_is_never_overwritten(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         compress(given(text, tmp_path / "small"))
     assert (tmp_path / "small" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["file/small", "x" * 300, "link"])
+def test_a_place_that_cannot_be_is_refused_before_any_work(text: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="choose another"):
+        compress(given(text, tmp_path / name))
+
+
+def test_text_kept_before_the_state_was_written_is_not_taken_for_another_runs(
+    made: Path, text: Path, tmp_path: Path
+) -> None:
+    job = given(text, tmp_path / "small")
+    job.work.mkdir()
+    for name in ("text.npy", "held.npy"):  # of a run killed just there, with another text
+        np.save(job.work / name, np.full(400, 7, np.int32))
+    assert tensors(compress(job)) == tensors(made)
+
+
+def test_what_another_run_made_meanwhile_is_kept(text: Path, tmp_path: Path) -> None:
+    job = given(text, tmp_path / "small")
+
+    def other(expected: object) -> None:
+        job.out.mkdir()
+        (job.out / "config.json").write_text("{}")
+
+    with pytest.raises(ConfigError, match="exists already"):
+        compress(job, Watch(estimate=other))
+    assert [path.name for path in job.out.iterdir()] == ["config.json"]
 
 
 def test_two_at_once_do_not_share_a_workplace(text: Path, tmp_path: Path) -> None:

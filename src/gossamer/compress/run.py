@@ -7,6 +7,7 @@ result appears under its name in one rename, when all of it is there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -92,8 +93,7 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
     """
     watch = watch or Watch()
     recipe, out = given.recipe, given.out
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; choose another -o, or remove it")
+    _check_out(out)
     model = resolve_model(given.model)
     graph, source = build_graph(read_config(model), name=given.model), Checkpoint(model)
     if needs_text(recipe) and not (given.text or recipe.data.text):
@@ -106,6 +106,7 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
     _check_disk(given, expected, source)
     watch.estimate(expected)
     with _workplace(given.work) as work:
+        _check_out(out)  # another run may have finished since
         text, held = _text(given, model, work)
         _check_state(given, work, source.content_key(), text)
         at, steps = model, []
@@ -121,7 +122,7 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
         if out.is_dir():
             out.rmdir()  # an empty one
         os.replace(at, out)
-    shutil.rmtree(given.work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -178,8 +179,8 @@ def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
     """The text to work with, and what is held back to measure on. Tokens are kept, so that going on does not
     depend on files that changed."""
     recipe = given.recipe
-    kept, held_kept = work / "text.npy", work / "held.npy"
-    if not (kept.exists() and held_kept.exists()):
+    kept, held_kept, state = work / "text.npy", work / "held.npy", work / "state.json"
+    if not (kept.exists() and held_kept.exists() and state.exists()):  # whose they are stands in the state
         files = given.text or recipe.data.text
         tokenizer = Tokenizer.load(model) if files or given.held_out else None
         ids = held = np.empty(0, np.int32)
@@ -235,15 +236,32 @@ def _check_state(given: Compression, work: Path, content: str, text: Ids) -> Non
 @contextmanager
 def _workplace(work: Path) -> Iterator[Path]:
     """The directory, held so that two runs cannot work in it at once."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    busy = ConfigError(f"another compression works in {work}; wait for it, or choose another -o")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    except OSError as cause:
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"cannot work in {work}: {cause.strerror}; choose another -o") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another compression works in {work}; wait for it, or choose another -o"
-            ) from None
+            if (work / "lock").stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                raise busy  # the run that held it removed the directory, and a third one has it
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
         yield work
+
+
+def _check_out(out: Path) -> None:
+    """Raises ConfigError where the result could not take its name."""
+    try:
+        taken = out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir()))
+    except OSError as cause:
+        raise ConfigError(f"-o {out} cannot be: {cause.strerror}; choose another") from None
+    if taken or out.is_mount():
+        raise ConfigError(f"{out} exists already; choose another -o, or remove it")
 
 
 def _check_disk(given: Compression, expected: Sequence[tuple[str, Estimate]], source: Checkpoint) -> None:
