@@ -122,3 +122,17 @@ def test_every_method_has_a_config_with_defaults_that_hold() -> None:
         for method, kind in methods.items():
             if method not in ("structured", "mixed_bits"):
                 kind()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        'train = "distil"\nteacher = 1',
+        'train = "distil"\nstudent = []',
+        'train = "distil"\nteacher = ""',
+        'quantize = "mixed_bits"\naverage_bits = 5\ncandidates = [1, "int8"]',
+    ],
+)
+def test_names_that_are_no_text_are_refused(step: str) -> None:
+    with pytest.raises(ConfigError, match="in quotes is right"):
+        parse_recipe(f"[[step]]\n{step}\n")

@@ -142,6 +142,8 @@ class KVCalibration:
 
 def check_written(what: str, format: str) -> None:
     """Raises ConfigError for a format that cannot be written: a float, an unknown one, or nf4."""
+    if not isinstance(format, str):
+        raise ConfigError(f'{what} is {format!r}; a format in quotes is right, such as "int8"')
     parsed = parse_stored(format)
     if not isinstance(parsed, Quantization) or parsed.format == "nf4":
         raise ConfigError(

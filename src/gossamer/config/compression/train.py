@@ -74,6 +74,10 @@ class Distil(Training):
 
     def __post_init__(self) -> None:
         Training.__post_init__(self)
+        for name in ("teacher", "student"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"distil.{name} is {value!r}; a path in quotes is right, or leave it out")
         check_choice("distil.loss", self.loss, ("ce", "forward_kl", "reverse_kl", "js"))
         check_range("distil.temperature", self.temperature, 0.1, 100.0)
         for name in ("ce", "hidden", "attention"):
