@@ -53,7 +53,8 @@ def spread_windows(tokens: Ids, length: int, count: int) -> Ids:
 
 def _pieces(path: Path) -> Iterator[str]:
     try:
-        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open("r") as file:
+        opened = lzma.open if path.suffix == ".xz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
             while lines := file.readlines(_PIECE):
                 yield "".join(lines)
     except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as cause:
