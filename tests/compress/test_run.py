@@ -157,6 +157,25 @@ def test_what_another_run_made_meanwhile_is_kept(text: Path, tmp_path: Path) -> 
     assert [path.name for path in job.out.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_the_certificate_names_the_text_that_was_read_whatever_became_of_it(
+    made: Path, text: Path, tmp_path: Path, gone: bool
+) -> None:
+    own = tmp_path / "story.txt"
+    own.write_bytes(text.read_bytes())
+    job = given(own, tmp_path / "small")
+    with pytest.raises(Stopped):
+        compress(job, Watch(stopping=lambda: True))
+    if gone:
+        own.unlink()
+    else:
+        own.write_text("another story")
+    first, second = read_certificate(made), read_certificate(compress(job))
+    assert first is not None
+    assert second is not None
+    assert first.data == second.data
+
+
 def test_two_at_once_do_not_share_a_workplace(text: Path, tmp_path: Path) -> None:
     job = given(text, tmp_path / "small")
     job.work.mkdir(parents=True)

@@ -12,6 +12,7 @@ from gossamer.compress.recipe import Recipe, method_of
 from gossamer.compress.step import Ids
 from gossamer.quality.certificate import (
     Certificate,
+    FileRecord,
     StepRecord,
     data_record,
     recipe_record,
@@ -57,7 +58,7 @@ def certify(
     made: Path,
     recipe: Recipe,
     facts: Sequence[Mapping[str, Any]],
-    files: Sequence[Path],
+    files: Sequence[FileRecord],
     text: Ids,
     quality: Quality | None,
     called: str,

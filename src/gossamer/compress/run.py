@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from gossamer.config.compression.train import Training
 from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
+from gossamer.quality.certificate import FileRecord, file_records
 
 __all__ = ["Compression", "Watch", "compress", "estimates"]
 
@@ -113,12 +114,12 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
         for index, step in enumerate(recipe.steps):
             at, facts = _step(given, index, step, work, at, model, text, watch)
             steps.append(facts)
-        quality, files = None, given.text or recipe.data.text
+        quality = None
         if given.measure:
             quality = measure_loss(
                 given.model, at, held, out.name, threads=torch.get_num_threads(), progress=watch.progress
             )
-        certify(given.model, model, at, recipe, steps, files, text, quality, out.name)
+        certify(given.model, model, at, recipe, steps, _files(work), text, quality, out.name)
         if out.is_dir():
             out.rmdir()  # an empty one
         os.replace(at, out)
@@ -177,10 +178,10 @@ def _step(
 
 def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
     """The text to work with, and what is held back to measure on. Tokens are kept, so that going on does not
-    depend on files that changed."""
+    depend on files that changed; whose they are stands in the state, written after them."""
     recipe = given.recipe
     kept, held_kept, state = work / "text.npy", work / "held.npy", work / "state.json"
-    if not (kept.exists() and held_kept.exists() and state.exists()):  # whose they are stands in the state
+    if not all(path.exists() for path in (work / "files.json", held_kept, kept, state)):
         files = given.text or recipe.data.text
         tokenizer = Tokenizer.load(model) if files or given.held_out else None
         ids = held = np.empty(0, np.int32)
@@ -190,10 +191,16 @@ def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
             ids, held = ids[: len(ids) - cut], ids[len(ids) - cut :]
         if given.held_out and tokenizer is not None:
             held = read_tokens(given.held_out, tokenizer, _HELD_TOKENS)
+        write_json(work / "files.json", [asdict(record) for record in file_records(files)])
         _save(held_kept, held)
         _save(kept, ids)
     ids, held = np.load(kept, mmap_mode="r"), np.load(held_kept)
     return ids, held
+
+
+def _files(work: Path) -> list[FileRecord]:
+    """The text's files as they were when they were read."""
+    return [FileRecord(**record) for record in json.loads((work / "files.json").read_text())]
 
 
 def _wanted(recipe: Recipe) -> int:

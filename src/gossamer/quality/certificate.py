@@ -29,7 +29,7 @@ from gossamer.quality.sizes import ModelRecord
 
 __all__ = [
     "CERTIFICATE", "SCHEMA", "Certificate", "DataRecord", "FileRecord", "RecipeRecord", "StepRecord",
-    "Versions", "data_record", "read_certificate", "recipe_record", "versions", "write_certificate",
+    "Versions", "data_record", "file_records", "read_certificate", "recipe_record", "versions", "write_certificate",
 ]  # fmt: skip
 
 CERTIFICATE = "gossamer_certificate.json"
@@ -109,13 +109,20 @@ def recipe_record(name: str, text: str, parsed: Mapping[str, Any]) -> RecipeReco
     return RecipeRecord(name=name, text=text, sha256=_sha256(text.encode()), parsed=dict(parsed))
 
 
-def data_record(files: Iterable[Path], tokens: npt.NDArray[np.int32]) -> DataRecord:
-    """The record of calibration or training text: its files, and the tokens taken from them."""
+def file_records(files: Iterable[Path]) -> tuple[FileRecord, ...]:
+    """What the files hold now."""
     records = []
     for path in files:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         records.append(FileRecord(name=path.name, bytes=path.stat().st_size, sha256=digest))
+    return tuple(records)
+
+
+def data_record(files: Iterable[Path | FileRecord], tokens: npt.NDArray[np.int32]) -> DataRecord:
+    """The record of calibration or training text: its files (as they are, or as they were read), and the
+    tokens taken from them."""
+    records = [file if isinstance(file, FileRecord) else file_records([file])[0] for file in files]
     return DataRecord(
         files=tuple(records), tokens=len(tokens), sha256=_sha256(np.asarray(tokens, "<i4").tobytes())
     )
