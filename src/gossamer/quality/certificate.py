@@ -29,7 +29,8 @@ from gossamer.quality.sizes import ModelRecord
 
 __all__ = [
     "CERTIFICATE", "SCHEMA", "Certificate", "DataRecord", "FileRecord", "RecipeRecord", "StepRecord",
-    "Versions", "data_record", "file_records", "read_certificate", "recipe_record", "versions", "write_certificate",
+    "Versions", "data_record", "file_records", "read_certificate", "recipe_record", "versions",
+    "write_certificate",
 ]  # fmt: skip
 
 CERTIFICATE = "gossamer_certificate.json"
