@@ -14,7 +14,9 @@ from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.compress.recipe import parse_recipe
 from gossamer.compress.run import Compression, Watch, compress, estimates
 from gossamer.compress.step import Stopped
+from gossamer.config.compression import RTN
 from gossamer.errors import CheckpointError, ConfigError
+from gossamer.export.gguf import write_gguf
 from gossamer.graph.families import build_graph
 from gossamer.quality.certificate import read_certificate
 from tests.compress.test_blocks import graph_of
@@ -203,3 +205,39 @@ def test_every_step_says_what_it_will_take() -> None:
     found = estimates(graph, RECIPE)
     assert [name for name, _ in found] == ["prune wanda", "train recover"]
     assert all(e.seconds > 0 and e.memory > 0 and e.disk >= 0 for _, e in found)
+
+
+def test_formats_that_the_model_cannot_take_are_refused_before_the_first_step(
+    text: Path, tmp_path: Path
+) -> None:
+    steps = (*RECIPE.steps, RTN(format="int4-g32", overrides=(("no.such.*", "int8"),)))
+    job = replace(given(text, tmp_path / "small"), recipe=replace(RECIPE, steps=steps))
+    began: list[str] = []
+    with pytest.raises(ConfigError, match="matches no matrix"):
+        compress(job, Watch(step=lambda index, name, done: began.append(name)))
+    assert not began
+    assert not job.work.exists()
+
+
+def test_a_gguf_file_of_floats_is_compressed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "pocket.gguf", POCKET, type="bf16")
+    recipe = parse_recipe('[[step]]\nquantize = "rtn"\nformat = "int8"')
+    made = {}
+    for name, model in (("a", str(tmp_path / "pocket.gguf")), ("b", "gossamer/pocket")):
+        job = Compression(model=model, recipe=recipe, out=tmp_path / name, threads=1, measure=False)
+        made[name] = Checkpoint(compress(job))
+    assert made["a"].names() == made["b"].names()
+    for name in made["a"].names():  # GGUF holds norms in f32
+        np.testing.assert_array_equal(
+            made["a"].read(name).astype(np.float32), made["b"].read(name).astype(np.float32)
+        )
+
+
+def test_a_quantized_model_is_refused_at_once(made: Path, text: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe('[[step]]\nquantize = "rtn"\nformat = "int8"')
+    first = compress(
+        Compression(model=str(made), recipe=recipe, out=tmp_path / "q", threads=1, measure=False)
+    )
+    with pytest.raises(ConfigError, match="works on floats"):
+        compress(replace(given(text, tmp_path / "again"), model=str(first)))

@@ -24,18 +24,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from gossamer.checkpoint.hub import read_config, resolve_model
+from gossamer.checkpoint.hub import resolve_model
 from gossamer.checkpoint.model_writer import write_json
-from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.checkpoint.tokenizer import Tokenizer
+from gossamer.checkpoint.weights import ModelSource
 from gossamer.compress.certify import certify, measure_loss
+from gossamer.compress.model import check_floats, open_model
+from gossamer.compress.quantize.plan import formats_of
 from gossamer.compress.recipe import Recipe, method_of, needs_text
 from gossamer.compress.step import Estimate, Ids, Job, StepRunner
 from gossamer.compress.text import read_tokens
-from gossamer.config.compression import StepConfig
+from gossamer.config.compression import (
+    AWQ,
+    GPTQ,
+    RTN,
+    Distil,
+    MixedBits,
+    SmoothQuant,
+    StepConfig,
+    Structured,
+)
 from gossamer.config.compression.train import Training
 from gossamer.errors import ConfigError
-from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
 from gossamer.quality.certificate import FileRecord, file_records
 
@@ -96,13 +106,15 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
     recipe, out = given.recipe, given.out
     _check_out(out)
     model = resolve_model(given.model)
-    graph, source = build_graph(read_config(model), name=given.model), Checkpoint(model)
+    graph, source = open_model(model)
+    check_floats(graph, "compression")
     if needs_text(recipe) and not (given.text or recipe.data.text):
         raise ConfigError(
             "the recipe calibrates or trains, and no text is given; name UTF-8 files (or .xz of them) with "
             "--text, or under [data] in the recipe"
         )
     torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))
+    _check_formats(graph, recipe)
     expected = estimates(graph, recipe)
     _check_disk(given, expected, source)
     watch.estimate(expected)
@@ -125,6 +137,23 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
         os.replace(at, out)
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def _check_formats(graph: Graph, recipe: Recipe) -> None:
+    """Raises ConfigError now for formats that the model cannot take, rather than after hours of other steps;
+    a step that changes the model's shape leaves that to the quantizing one."""
+    for step in recipe.steps:
+        if isinstance(step, Structured) or (isinstance(step, Distil) and step.student is not None):
+            return
+        if isinstance(step, MixedBits):
+            formats = step.candidates
+        elif isinstance(step, SmoothQuant):
+            formats = ("int8",)
+        else:
+            formats = (step.format,) if isinstance(step, RTN | GPTQ | AWQ) else ()
+        overrides = getattr(step, "overrides", ())
+        for format in formats:
+            formats_of(graph, format, overrides)
 
 
 def _step(
@@ -271,7 +300,7 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"{out} exists already; choose another -o, or remove it")
 
 
-def _check_disk(given: Compression, expected: Sequence[tuple[str, Estimate]], source: Checkpoint) -> None:
+def _check_disk(given: Compression, expected: Sequence[tuple[str, Estimate]], source: ModelSource) -> None:
     weights = sum(source.info(name).nbytes for name in source.names())
     need = 2 * weights + max(e.disk for _, e in expected)  # a step's model, the next one's, and its scratch
     beside = given.work if given.work.exists() else given.out.parent
