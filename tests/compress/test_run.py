@@ -227,7 +227,7 @@ def test_a_gguf_file_of_floats_is_compressed_too(tmp_path: Path, monkeypatch: py
     for name, model in (("a", str(tmp_path / "pocket.gguf")), ("b", "gossamer/pocket")):
         job = Compression(model=model, recipe=recipe, out=tmp_path / name, threads=1, measure=False)
         made[name] = Checkpoint(compress(job))
-    assert made["a"].names() == made["b"].names()
+    assert sorted(made["a"].names()) == sorted(made["b"].names())
     for name in made["a"].names():  # GGUF holds norms in f32
         np.testing.assert_array_equal(
             made["a"].read(name).astype(np.float32), made["b"].read(name).astype(np.float32)
