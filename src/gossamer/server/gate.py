@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,6 +11,9 @@ from gossamer.server.errors import ApiError, unavailable
 from gossamer.server.frontend import Frontend
 
 __all__ = ["Gate"]
+
+_LINGER_BYTES, _LINGER_SECONDS = 1 << 20, 1.0
+"""Read of a refused body before the answer: a client that still writes would see only a reset connection."""
 
 
 class Gate:
@@ -28,6 +32,7 @@ class Gate:
             return
         refusal = self._refusal(scope)
         if refusal is not None:
+            await _swallow(receive)
             await refusal.response()(scope, receive, send)
         else:
             await self._app(scope, self._capped(receive), send)
@@ -62,6 +67,8 @@ class Gate:
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
+                if message.get("more_body", False):
+                    await _swallow(receive)
                 raise self._too_large()
             return message
 
@@ -74,3 +81,17 @@ class Gate:
             code="request_too_large",
             headers={"Connection": "close"},
         )
+
+
+async def _swallow(receive: Receive) -> None:
+    """Reads the rest of a body, or as much of it as is worth reading."""
+    left = _LINGER_BYTES
+    try:
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while left > 0:
+                message = await receive()
+                if not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
+    except TimeoutError:
+        pass
