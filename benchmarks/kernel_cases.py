@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.backends.cpu.program import SAMPLE_ROW
-from gossamer.bench.costs import step_costs
 from gossamer.checkpoint.sparsity import with_nonzeros
 from gossamer.checkpoint.weights import DummySource
 from gossamer.config import EngineConfig, MixedPrecision, Quantization, SparseWeights
@@ -29,6 +28,7 @@ from gossamer.passes.mixed_precision import mixed_precision
 from gossamer.passes.pipeline import run_passes
 from gossamer.passes.quantization import quantization
 from gossamer.passes.sparse_weights import sparse_weights
+from gossamer.planner.costs import step_costs
 
 __all__ = ["Bench", "Case", "Store", "Work", "benches", "limit_of", "sparse_stores", "stores"]
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "compress": COMPRESS | {"compress"},
     "export": COMPRESS | {"export"},
     "techniques": TECHNIQUES,
-    "planner": GRAPH | {"techniques", "planner", "_native"},
+    "planner": RUNTIME | {"quality", "techniques", "planner"},
     "bench": EVERYTHING,
     "server": EVERYTHING,
     "cli": EVERYTHING,

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, get_args
 
-from gossamer.bench.costs import StepCosts, step_costs
 from gossamer.bench.measure import RecordingExecutor, Step, recording, run_step
 from gossamer.bench.memory import memory_figures
 from gossamer.config import EngineConfig
@@ -22,6 +21,7 @@ from gossamer.config.quantization import WeightFormat
 from gossamer.engine.request import SamplingParams
 from gossamer.errors import ConfigError
 from gossamer.passes.weight_formats import matrices
+from gossamer.planner.costs import StepCosts, step_costs
 from gossamer.planner.hardware import Prober, Rates, cache_bytes, median_rates
 from gossamer.runtime.start import start
 from gossamer.text_engine import TextEngine

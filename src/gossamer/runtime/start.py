@@ -31,7 +31,10 @@ from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.sizing import KVPlan, plan_kv, step_rows
 from gossamer.runtime.swap import SwapFile
 
-__all__ = ["Started", "cache_directory", "load_graph", "packed_directory", "start", "tuning_directory"]
+__all__ = [
+    "Started", "cache_directory", "load_graph", "load_planned_graph", "packed_directory", "plan_start",
+    "start", "tuning_directory",
+]  # fmt: skip
 
 _LOGGER = logging.getLogger("gossamer")
 
@@ -90,6 +93,26 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     graph = fit_names(graph, checkpoint.names())
     check_tensors(graph, {name: checkpoint.info(name).shape for name in checkpoint.names()})
     return _counted(as_stored(graph, checkpoint), checkpoint, config), directory, checkpoint
+
+
+def load_planned_graph(config: EngineConfig) -> tuple[Graph, Path, bool]:
+    """The model's graph before any pass, its directory, and whether its weights are there: without them it is
+    what config.json alone says."""
+    directory = resolve_model(config.model, config.revision)
+    if config.load_format != "dummy" and any(directory.glob("*.safetensors")):
+        graph, directory, _ = load_graph(config)
+        return graph, directory, True
+    dummy = replace(config, load_format="dummy")
+    graph, directory, _ = load_graph(dummy)
+    return graph, directory, config.load_format == "dummy"
+
+
+def plan_start(graph: Graph, config: EngineConfig, budget: int | None = None) -> tuple[MemoryReport, int]:
+    """What `start` would take and the longest sequence, without reading a weight. graph: before any pass."""
+    graph, _ = run_passes(graph, config)
+    kv = plan_kv(graph, config, available_memory() if budget is None else budget)
+    program = _program(graph, DummySource(graph), config, kv, budget or available_memory(), load=False)
+    return program.memory, kv.max_model_len
 
 
 def _counted(graph: Graph, source: WeightSource, config: EngineConfig) -> Graph:

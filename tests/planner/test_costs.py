@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.bench.costs import ExpertBytes, StepCosts, step_costs
 from gossamer.bench.latency import LatencyWorkload, fractions
 from gossamer.bench.measure import Step
 from gossamer.config import EngineConfig, Quantization
@@ -16,6 +15,7 @@ from gossamer.errors import ConfigError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
+from gossamer.planner.costs import ExpertBytes, StepCosts, step_costs
 from gossamer.planner.hardware import Rates, median_rates
 
 CONFIG = {
