@@ -81,8 +81,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """A whole run. model: quality and memory are its; speed_shape: what speed was taken on; machine, rates: as
-    `gossamer probe` says them; rounds: interleaved repetitions; seconds: of the whole run."""
+    """A whole run. model: quality and memory are its; speed_shape: what speed was taken on; machine,
+    rates: as `gossamer probe` says them; rounds: interleaved repetitions; seconds: of the whole run."""
 
     model: str
     speed_shape: str
