@@ -66,11 +66,12 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramPlan:
-    """Everything a program allocates. places: of the weights in a block of block_bytes; workspace: of all
-    workers; scratch: of each of them, all together. Bytes."""
+    """Everything a program allocates. places: of the weights in a block of block_bytes; workspace: that all
+    threads share; scratch: of each of them, all together. Bytes."""
 
     graph: Graph
     shape: StepShape
+    threads: int
     places: Places
     block_bytes: int
     arena: ArenaPlan
@@ -116,10 +117,12 @@ def plan_program(
     shared = arena if reuse else _arena(same, (shape.tokens, shape.rows, shape.spans), True, unit_rows)
     places, block_bytes = _layout(same)
     workspace, scratch = _native_bytes(same, replace(shape, pages=1), isa, unit_rows)
-    scratch *= threads or processors()
+    threads = threads or processors()
+    scratch *= threads
     return ProgramPlan(
         graph=graph,
         shape=shape,
+        threads=threads,
         places=places,
         block_bytes=block_bytes,
         arena=arena,
