@@ -74,7 +74,7 @@ _POCKET: dict[str, dict[str, Any]] = {
     "draft": {"speculative_config": _DRAFT},
     "head": {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3}},
     "n-grams, scalar, 1 thread": {
-        "speculative_config": {"method": "ngram"}, "isa": "scalar", "threads": 1, "max_num_seqs": 4,
+        "speculative_config": {"method": "ngram"}, "isa": "scalar", "threads": 1, "max_num_seqs": 2,
     },
     "swap": {"swap_bytes": 32 << 20, "kv_bytes": 8 << 20},
     "served": {"kind": "server"},

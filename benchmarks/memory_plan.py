@@ -76,7 +76,8 @@ def measure(case: Case) -> Result:
             try:
                 if case.kind == "server":
                     assert process.stdout is not None
-                    ready = json.loads(process.stdout.readline())
+                    lines = iter(process.stdout.readline, "")
+                    ready = json.loads("".join(_until_closed(lines)))
                     _http_load(ready["url"], ready["memory"], case)
                     process.send_signal(signal.SIGTERM)
                 _, said = process.communicate(timeout=300)
@@ -86,6 +87,14 @@ def measure(case: Case) -> Result:
                 process.kill()
                 watch.stop()
     return Result(case, plan.total, plan.engine.total, watch.peak, time.perf_counter() - start, error)
+
+
+def _until_closed(lines: Iterator[str]) -> Iterator[str]:
+    """The lines of one JSON object."""
+    for line in lines:
+        yield line
+        if line.startswith("}"):
+            return
 
 
 class _Watch:
@@ -214,8 +223,12 @@ def main() -> None:
             if not given.json:
                 print(_line(results[-1]), flush=True)
     ratios = sorted(result.ratio for result in results)
-    summary = {"configurations": len(ratios), "worst": ratios[-1], "least": ratios[0],
-               "median": statistics.median(ratios), "errors": [r.error for r in results if r.error]}  # fmt: skip
+    if not ratios:
+        parser.error(f"no configuration is called {given.only}; all: {', '.join(c.name for c in cases())}")
+    summary = {
+        "configurations": len(ratios), "worst": ratios[-1], "least": ratios[0],
+        "median": statistics.median(ratios), "errors": [r.error for r in results if r.error],
+    }  # fmt: skip
     if given.json:
         print(json.dumps({**summary, "runs": [_as_dict(result) for result in results]}))
     else:

@@ -21,7 +21,6 @@ from gossamer.backends.cpu.plan import ProgramPlan, processors
 from gossamer.checkpoint.cache_directory import cache_directory
 from gossamer.config import EngineConfig
 from gossamer.errors import DependencyError
-from gossamer.graph.ir import Graph
 
 __all__ = ["Kind", "growth_bytes", "resting_bytes"]
 
@@ -100,13 +99,8 @@ def growth_bytes(
         steady += _PAGE * shape.pages
     # Memory of the steps is taken after the weights are there, so that loading may use as much.
     untouched = sum(plan.memory.kv + plan.memory.arena + plan.memory.workspace for plan in plans)
-    loading = max(_loading(plan.graph) for plan in plans) - untouched
+    loading = max(plan.loading for plan in plans) - untouched
     return int(max(steady, loading) * (1 + _SLACK))
-
-
-def _loading(graph: Graph) -> int:
-    """Most bytes that loading a graph's weights holds beside them."""
-    return 64 * _MIB
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gossamer.backends.base import MemoryReport
 from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.formats import FORMATS, group_page_bytes, kv_page_bytes, require_kernels
 from gossamer.backends.cpu.lower import Instruction, Lowering, lower
-from gossamer.backends.cpu.packing import Places, layout
+from gossamer.backends.cpu.packing import Places, layout, loading_bytes
 from gossamer.errors import UnsupportedModelError
 from gossamer.graph.ir import Graph, Value
 from gossamer.passes.memory_reuse import ArenaPlan, SizeOf, plain_size, plan_arena
@@ -67,7 +67,8 @@ class StepShape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramPlan:
     """Everything a program allocates. places: of the weights in a block of block_bytes; workspace: that all
-    threads share; scratch: of each of them, all together. Bytes."""
+    threads share; scratch: of each of them, all together; loading: most that filling in the weights holds
+    beside them, before the memory of the steps is touched. Bytes."""
 
     graph: Graph
     shape: StepShape
@@ -77,6 +78,7 @@ class ProgramPlan:
     arena: ArenaPlan
     workspace: int
     scratch: int
+    loading: int
     memory: MemoryReport
 
     def require(self, budget: int, **beside: int) -> None:
@@ -115,7 +117,7 @@ def plan_program(
     same = _Same(graph)
     arena = _arena(same, (shape.tokens, shape.rows, shape.spans), reuse, unit_rows)
     shared = arena if reuse else _arena(same, (shape.tokens, shape.rows, shape.spans), True, unit_rows)
-    places, block_bytes = _layout(same)
+    places, block_bytes, loading = _layout(same)
     workspace, scratch = _native_bytes(same, replace(shape, pages=1), isa, unit_rows)
     threads = threads or processors()
     scratch *= threads
@@ -128,6 +130,7 @@ def plan_program(
         arena=arena,
         workspace=workspace,
         scratch=scratch,
+        loading=loading,
         memory=MemoryReport(
             weights=block_bytes + _vector_bytes(graph),
             kv=shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype),
@@ -228,8 +231,10 @@ def _remembered(function: Callable[..., _T]) -> Callable[..., _T]:
 
 
 @_remembered
-def _layout(same: _Same) -> tuple[Places, int]:
-    return layout(same.graph)
+def _layout(same: _Same) -> tuple[Places, int, int]:
+    """Places, bytes of the block, and what filling it takes beside."""
+    places, size = layout(same.graph)
+    return places, size, loading_bytes(same.graph, places)
 
 
 @_remembered
@@ -246,7 +251,7 @@ def _native_bytes(same: _Same, shape: StepShape, isa: str, unit_rows: int | None
         (group_page_bytes(g, shape.page_size, shape.kv_dtype) for g in graph.kv_groups),
         default=0,
     )
-    places, block_bytes = _layout(same)
+    places, block_bytes, _ = _layout(same)
     lowered(
         graph,
         shape,
