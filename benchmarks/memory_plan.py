@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,19 +137,23 @@ def _library_load(options: dict[str, Any]) -> None:
         for wanted in (StructuredOutputs(json=schema), StructuredOutputs(regex="[a-z]{1,8}")):
             ids = [rng.randrange(vocab) for _ in range(8)]
             engine.submit(engine.new_id(), ids, SamplingParams(max_tokens=8, structured_outputs=wanted))
+    # Outputs so long that the first still runs when the last place has its prompt.
+    config = engine.started.config
+    steps = 8 + places * longest // config.max_num_batched_tokens
+    output = max(8, min(steps, longest // 2))
     left, sent = int(1.1 * engine.started.memory.kv_tokens), 0
     while left > 0 or sent < min(_REQUESTS, 2 * places) or engine.has_work():
         while engine.engine.stats().waiting < 4 and (left > 0 or sent < min(_REQUESTS, 2 * places)):
-            prompt = rng.randint(longest // 3, longest - 8)
+            prompt = longest - output - rng.randint(0, longest // 8)
             params = SamplingParams(
-                max_tokens=8,
+                max_tokens=output,
                 temperature=rng.choice((0.0, 0.8)),
                 logprobs=rng.choice((None, None, None, 5)),
                 n=rng.choice((1, 1, 1, 2)),
                 ignore_eos=True,
             )
             engine.submit(engine.new_id(), [rng.randrange(vocab) for _ in range(prompt)], params)
-            left, sent = left - prompt - 8, sent + 1
+            left, sent = left - prompt - output, sent + 1
         engine.step()
     engine.close()
 

@@ -14,6 +14,8 @@ __all__ = ["anonymous_bytes", "available_memory", "cgroup_limit", "give_back"]
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _STATUS = Path("/proc/self/status")
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_KEPT = 1 << 20  # bytes at the end of an arena that may stay
 _UNLIMITED = 1 << 60  # version 1 writes "no limit" as a huge number
 
 
@@ -39,10 +41,19 @@ def anonymous_bytes() -> int:
 
 
 def give_back() -> None:
-    """Returns to the kernel what the C library keeps of freed memory, where it is one that keeps any."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Returns to the kernel what the C library keeps of freed memory, where it is glibc, which keeps much.
+
+    Its malloc_trim spares the end of every arena but the main one. That shrinks when a block before it is
+    freed and it is longer than a threshold, which follows the largest block that was ever freed: hence it is
+    fixed, and a block is freed.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free(ctypes.c_void_p(libc.malloc(_KEPT // 16)))
+    libc.malloc_trim(0)
 
 
 def cgroup_limit() -> int | None:

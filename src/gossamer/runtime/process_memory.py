@@ -22,7 +22,7 @@ from gossamer.checkpoint.cache_directory import cache_directory
 from gossamer.config import EngineConfig
 from gossamer.errors import DependencyError
 
-__all__ = ["Kind", "growth_bytes", "resting_bytes"]
+__all__ = ["Kind", "growth_bytes", "own_kind", "resting_bytes"]
 
 Kind = Literal["library", "command", "server"]
 """`LLM` in a process that imports nothing else; a verb of the command line; the HTTP server."""
@@ -36,12 +36,13 @@ _IMPORTS: dict[Kind, str] = {
 _VERSIONS = ("numpy", "tokenizers", "fastapi", "pydantic", "uvicorn", "typer", "rich")  # those that weigh
 _MEASURE = "import {}; from gossamer.memory import anonymous_bytes; print(anonymous_bytes())"
 
+_RUNNING: dict[Kind, int] = {"library": 0, "command": 3 * _MIB, "server": 6 * _MIB}  # once they do their work
 _THREAD = 64 * _KIB  # a worker's stack and locals
 _NODE = 6 * _KIB  # of a graph, with its value, weights, instruction and what passes left
 _START = 3 * _MIB  # engine, logging, the readers of config.json and of weights
-_TOKENIZER = 2 * _MIB  # the library, however small the vocabulary
-_ENTRY = 300  # of a vocabulary
-_GRAMMARS = 3 * _MIB  # the library of structured outputs
+_TOKENIZER = 5 * _MIB // 4  # the library, however small the vocabulary
+_ENTRY = 330  # of a vocabulary, with its merges
+_GRAMMARS = 11 * _MIB // 4  # the library of structured outputs
 _GRAMMAR_ENTRY = 600  # of its own vocabulary, and the bytes of every token
 _SEQUENCE = 12 * _KIB  # that runs
 _TOKEN = 90  # of prompt or output: a Python integer and where it stands, in the engine and at the caller's
@@ -49,10 +50,21 @@ _PAGE = 900  # known to the prefix cache
 _SLACK = 0.03  # what allocators lose between objects, of all that is here
 
 
+def own_kind() -> Kind:
+    """What this process is, by what it has imported."""
+    if "gossamer.server.run" in sys.modules:
+        return "server"
+    return "command" if "gossamer.cli.main" in sys.modules else "library"
+
+
 @cache
-def resting_bytes(kind: Kind = "library") -> int:
-    """What such a process holds before it starts an engine; measured on this machine and remembered in the
-    cache directory. Raises DependencyError where its libraries cannot be imported."""
+def resting_bytes(kind: Kind) -> int:
+    """What such a process holds beside an engine, measured on this machine before it starts one, and
+    remembered in the cache directory. Raises DependencyError where its libraries cannot be imported."""
+    return _measured(kind) + _RUNNING[kind]
+
+
+def _measured(kind: Kind) -> int:
     path = cache_directory() / "process-memory.json"
     key = f"{kind} {_versions()}"
     known = _read(path)

@@ -37,7 +37,7 @@ from gossamer.runtime.draft import check_draft, draft_config, has_head, head_of
 from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_options
-from gossamer.runtime.process_memory import resting_bytes
+from gossamer.runtime.process_memory import own_kind, resting_bytes
 from gossamer.runtime.sizing import KVPlan, plan_kv
 from gossamer.runtime.swap import SwapFile
 
@@ -270,7 +270,7 @@ def _start_cpu(
     plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer)
     plan.require(available_memory(), process=plan.growth)  # what the process holds is taken already
     if config.memory_budget is not None:
-        plan.require(config.memory_budget, process=resting_bytes() + plan.growth)
+        plan.require(config.memory_budget, process=resting_bytes(own_kind()) + plan.growth)
     if draft_graph is not None:
         assert plan.draft is not None
         beside = _program(draft_graph, draft_source, plan.draft.shape, config)
