@@ -80,7 +80,7 @@ def test_what_a_refusal_says_would_fit_does_fit(shared: Path, monkeypatch: pytes
     monkeypatch.setattr(starting, "available_memory", lambda: 300_000)
     small = config | {"max_num_batched_tokens": 16, "max_model_len": 16}
     with pytest.raises(
-        MemoryBudgetError, match="are there; nothing fits: .* are the least .* more than there"
+        MemoryBudgetError, match=r"are there; nothing fits: .* are the least .* more than there"
     ):
         start(EngineConfig(**small, memory_budget=1 << 40))
     with pytest.raises(MemoryBudgetError, match="--backend cpu"):
