@@ -20,7 +20,7 @@ from gossamer.config import (
     SparseWeights,
     SpeculativeDecoding,
 )
-from gossamer.errors import CheckpointError, ConfigError, MemoryBudgetError, UnsupportedModelError
+from gossamer.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError
 from gossamer.memory import anonymous_bytes
 from gossamer.planner.memory import MemoryPlan, plan_memory
 from gossamer.planner.model import open_planned
@@ -197,9 +197,8 @@ def test_of_a_hub_id_config_json_alone_is_fetched(tmp_path: Path, monkeypatch: p
     from huggingface_hub.errors import EntryNotFoundError
 
     fetched = []
-    quantized = tmp_path / "quantized"
     described(tmp_path / "plain", llama_config())
-    described(quantized, llama_config(quantization_config={"quant_method": "gptq", "bits": 4}))
+    described(tmp_path / "odd", llama_config(quantization_config={"quant_method": "hqq"}))
 
     def download(model: str, name: str, revision: str | None = None) -> str:
         fetched.append(name)
@@ -216,8 +215,8 @@ def test_of_a_hub_id_config_json_alone_is_fetched(tmp_path: Path, monkeypatch: p
     # A tokenizer will come with the weights.
     assert plan.process > planned(dummy(str(tmp_path / "plain"))).process
     assert set(fetched) == {"config.json", "quantize_config.json"}
-    with pytest.raises(ConfigError, match="hf download someone/quantized"):
-        open_planned(replace(config, model="someone/quantized"))
+    with pytest.raises(UnsupportedModelError, match=r"quant_method 'hqq'.*download it"):
+        open_planned(replace(config, model="someone/odd"))
     with pytest.raises(CheckpointError):
         open_planned(replace(config, model=str(tmp_path / "nowhere")))
 

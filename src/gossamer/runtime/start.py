@@ -13,6 +13,7 @@ from gossamer.backends.cpu.packing import Progress
 from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cpu.program import CpuProgram
 from gossamer.checkpoint.cache_directory import cache_directory
+from gossamer.checkpoint.declared import as_declared
 from gossamer.checkpoint.heads import find_head
 from gossamer.checkpoint.hub import (
     has_weights,
@@ -109,19 +110,16 @@ def _described(config: EngineConfig, directory: Path) -> Graph:
 
 
 def _shape(config: EngineConfig, directory: Path) -> tuple[Graph, WeightSource]:
-    """The graph of config.json alone, with random weights."""
+    """The graph of config.json alone, with random weights (for a plan, where it is to be quantized)."""
     graph = _described(config, directory)
-    if read_quantization(directory, config.ignore_config_fields):
-        if config.load_format == "dummy":
-            raise ConfigError(
-                f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
-                "--ignore-config-field quantization_config, and --quantization for another format"
-            )
+    settings = read_quantization(directory, config.ignore_config_fields)
+    if settings and config.load_format == "dummy":
         raise ConfigError(
-            f"{config.model} is quantized, and how it stores each matrix stands in its tensors, which are "
-            f"not here; download it (hf download {config.model}), or plan it unquantized: "
-            "--ignore-config-field quantization_config, with --quantization for a format"
+            f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
+            "--ignore-config-field quantization_config, and --quantization for another format"
         )
+    if settings:
+        graph = as_declared(graph, settings)
     dummy = DummySource(graph, config.dummy_sparsity)
     return _counted(graph, dummy, config), dummy
 
