@@ -48,22 +48,25 @@ def plan(vocab: int = 101, **shape: Any) -> ProgramPlan:
     return plan_program(llama(vocab_size=vocab), StepShape(kv_dtype="bf16", **steps), isa="scalar", threads=1)
 
 
+def growth(target: ProgramPlan, draft: ProgramPlan | None = None, **changes: Any) -> int:
+    given: dict[str, Any] = {"tokenizer": False, "kind": "library"} | changes
+    return growth_bytes(target, draft, EngineConfig(model="m"), **given)
+
+
 def test_it_grows_with_what_takes_memory() -> None:
-    config = EngineConfig(model="m")
-    least = growth_bytes(plan(), None, config, tokenizer=False)
-    assert least < growth_bytes(plan(spans=40), None, config, tokenizer=False)
-    assert least < growth_bytes(plan(pages=6400), None, config, tokenizer=False)
-    assert least < growth_bytes(plan(), plan(), config, tokenizer=False)
-    assert least < growth_bytes(plan(), None, config, tokenizer=True)
-    small, large = (growth_bytes(plan(vocab), None, config, tokenizer=True) for vocab in (32000, 152000))
+    least = growth(plan())
+    assert least < growth(plan(spans=40))
+    assert least < growth(plan(pages=6400)) < growth(plan(pages=6400), kind="server")
+    assert least < growth(plan(), plan())
+    assert least < growth(plan(), tokenizer=True)
+    small, large = (growth(plan(vocab), tokenizer=True) for vocab in (32000, 152000))
     assert 100 * MIB < large - small < 130 * MIB
 
 
 def test_loading_counts_where_it_takes_more_than_the_steps_will() -> None:
     wide = plan(150_000, pages=4)
-    assert growth_bytes(wide, None, EngineConfig(model="m"), tokenizer=False) > wide.loading - (
-        wide.memory.kv + wide.memory.arena + wide.memory.workspace
-    )
+    steps = wide.memory.kv + wide.memory.arena + wide.memory.workspace
+    assert growth(wide) > wide.loading - steps
     assert wide.loading > plan().loading
 
 

@@ -41,7 +41,7 @@ def _stored(weight: Weight, name: str, bits: int, group: int, symmetric: bool | 
 
 
 def _said(settings: Mapping[str, Any]) -> tuple[int, int, bool | None, list[str]]:
-    """Bits, group (0: whole rows), whether symmetric (None: nf4 has levels), parts of names that stay floats."""
+    """Bits, group (0: whole rows), whether symmetric (None: levels), parts of names that stay floats."""
     method = settings.get("quant_method")
     four, eight = settings.get("load_in_4bit"), settings.get("load_in_8bit")
     match method:

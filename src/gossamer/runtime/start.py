@@ -38,7 +38,7 @@ from gossamer.runtime.draft import check_draft, draft_config, has_head, head_of
 from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_options
-from gossamer.runtime.process_memory import own_kind, resting_bytes
+from gossamer.runtime.process_memory import Kind, own_kind, resting_bytes
 from gossamer.runtime.sizing import KVPlan, plan_kv
 from gossamer.runtime.swap import SwapFile
 
@@ -136,7 +136,12 @@ def load_planned_graph(config: EngineConfig) -> tuple[Graph, Path, bool]:
 
 
 def plan_start(
-    graph: Graph, config: EngineConfig, budget: int | None = None, directory: Path | None = None
+    graph: Graph,
+    config: EngineConfig,
+    budget: int | None = None,
+    directory: Path | None = None,
+    *,
+    kind: Kind = "library",
 ) -> StartPlan:
     """What `start` would take, without reading a weight. graph: before any pass, as `load_planned_graph`
     gives it with its directory. budget: bytes that there are (None: this machine's, or the configuration's).
@@ -154,7 +159,7 @@ def plan_start(
     if own is not None:
         draft, _ = passed(_planned_draft(config, own, graph, kv, directory), own)
     tokenizer = directory is None or _speaks(directory, config)
-    return plan_programs(after, config, kv, budget, draft=draft, tokenizer=tokenizer)
+    return plan_programs(after, config, kv, budget, draft=draft, tokenizer=tokenizer, kind=kind)
 
 
 _drafts: dict[tuple[object, ...], tuple[Graph, Graph]] = {}
@@ -265,10 +270,11 @@ def _start_cpu(
             check_draft(config, graph, draft_graph, kv, directory, draft_directory)
         draft_graph, _ = passed(draft_graph, own)
     tokenizer = _speaks(directory, config)
-    plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer)
+    kind = own_kind()
+    plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer, kind=kind)
     plan.require(available_memory(), process=plan.growth)  # what the process holds is taken already
     if config.memory_budget is not None:
-        plan.require(config.memory_budget, process=resting_bytes(own_kind()) + plan.growth)
+        plan.require(config.memory_budget, process=resting_bytes(kind) + plan.growth)
     if draft_graph is not None:
         assert plan.draft is not None
         beside = _program(draft_graph, draft_source, plan.draft.shape, config)
