@@ -215,8 +215,10 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     graph, passes = passed(plain, config)
     budget = _budget(config)
     kv = plan_kv(graph, config, budget)
-    executor: Executor
-    swap_bytes = 0
+    common = {
+        "config": config, "directory": directory, "graph": graph, "passes": passes,
+        "max_model_len": kv.max_model_len,
+    }  # fmt: skip
     if config.backend == "reference":
         try:
             from gossamer.runtime.reference import start_reference
@@ -226,26 +228,36 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             ) from error
 
         executor, memory, isa, threads = start_reference(graph, source, config, kv, budget)
-        receipt: Callable[[], list[ReceiptLine]] = list
-        growth = 0
-    else:
-        executor, memory, growth, isa, threads, receipt, swap_bytes = _start_cpu(
-            graph, plain, directory, source, config, kv, budget, progress
+        return Started(
+            executor=executor, memory=memory, process=held, isa=isa, threads=threads, receipt=list, **common
         )
+    made = _start_cpu(graph, plain, directory, source, config, kv, budget, progress)
     return Started(
-        config=config,
-        directory=directory,
-        graph=graph,
-        passes=passes,
-        executor=executor,
-        memory=memory,
-        process=held + growth,
-        max_model_len=kv.max_model_len,
-        isa=isa,
-        threads=threads,
-        receipt=receipt,
-        swap_bytes=swap_bytes,
+        executor=made.executor,
+        memory=made.plan.memory,
+        process=held + made.plan.growth,
+        isa=made.target.isa,
+        threads=made.target.threads,
+        receipt=made.receipt,
+        swap_bytes=made.swap.bytes if made.swap else 0,
+        **common,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the CPU backend made of a plan."""
+
+    plan: StartPlan
+    target: CpuProgram
+    draft: CpuProgram | None
+    swap: SwapFile | None
+    executor: Executor
+
+    def receipt(self) -> list[ReceiptLine]:
+        """The model's lines, then the draft's."""
+        beside = [] if self.draft is None else self.draft.receipt()
+        return self.target.receipt() + [replace(line, node=f"draft.{line.node}") for line in beside]
 
 
 def _start_cpu(
@@ -257,7 +269,7 @@ def _start_cpu(
     kv: KVPlan,
     budget: int,
     progress: Progress | None,
-) -> tuple[Executor, MemoryReport, int, str, int, Callable[[], list[ReceiptLine]], int]:
+) -> _Made:
     """The programs of the CPU backend: planned, then made, then loaded. plain: the graph before any pass."""
     beside: CpuProgram | None = None
     draft_graph: Graph | None = None
@@ -299,23 +311,7 @@ def _start_cpu(
         if beside is not None and has_head(config)
         else LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
     )
-
-    def receipt() -> list[ReceiptLine]:
-        lines = program.receipt()
-        return lines if beside is None else lines + [named(line) for line in beside.receipt()]
-
-    def named(line: ReceiptLine) -> ReceiptLine:
-        return replace(line, node=f"draft.{line.node}")
-
-    return (
-        executor,
-        program.memory,
-        plan.growth,
-        program.isa,
-        program.threads,
-        receipt,
-        swap.bytes if swap else 0,
-    )
+    return _Made(plan, program, beside, swap, executor)
 
 
 def _program(
