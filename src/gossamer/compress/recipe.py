@@ -146,8 +146,11 @@ def parse_recipe(text: str, *, name: str = "recipe", base: Path = Path()) -> Rec
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as cause:
+        repr(table)  # hexadecimal numbers are read with more digits than a message can name
+    except ValueError as cause:  # also of such numbers
         raise ConfigError(f"recipe {name!r} is not TOML: {cause}") from None
+    except RecursionError:
+        raise ConfigError(f"recipe {name!r} is not TOML that can be read: it is nested too deep") from None
     _known(table, ("name", "description", "data", "step"), f"recipe {name!r}")
     steps = table.get("step", [])
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
@@ -167,7 +170,7 @@ def _data(table: Any, name: str, base: Path) -> Data:
     given = dict(table)
     files = given.pop("text", [])
     files = [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+    if not isinstance(files, list) or not all(isinstance(file, str) and "\0" not in file for file in files):
         raise ConfigError(f"[data] of recipe {name!r}: text is {files!r}; a list of file names is right")
     for own in fields(Data):
         if own.name in given:
