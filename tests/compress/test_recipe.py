@@ -76,6 +76,7 @@ def test_shipped_recipes_are_read_and_say_what_they_do(path: Path) -> None:
         ("[[step]]\nquantize = 'gptq'\ndamping = 7", "damping is 7.*1e-06 to 1"),
         ("[[step]]\nprune = 'wanda'\npattern = '4:2'", "4:2.*n:m"),
         ("[[step]]\nprune = 'wanda'\nsparsity = 0.7\npattern = '2:4'", "agree"),
+        ("[[step]]\nprune = 'wanda'\nskip = ['head', 1]", "prune.skip has 1; patterns in quotes"),
         ("[[step]]\nprune = 'structured'", "above 0"),
         ("[[step]]\ntrain = 'recover'\nbatch = true", "batch is True; a whole number"),
         ("[[step]]\nquantize = 'mixed_bits'", "exactly one"),

@@ -54,7 +54,17 @@ from gossamer.config.compression.checks import check_range
 from gossamer.config.weight_formats import weight_formats
 from gossamer.errors import ConfigError
 
-__all__ = ["METHODS", "SHIPPED", "Data", "Recipe", "find_recipe", "method_of", "needs_text", "parse_recipe"]
+__all__ = [
+    "METHODS",
+    "SHIPPED",
+    "Data",
+    "Recipe",
+    "find_recipe",
+    "method_of",
+    "needs_text",
+    "parse_recipe",
+    "reads_text",
+]
 
 METHODS: Mapping[str, Mapping[str, type]] = {
     "prune": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "structured": Structured},
@@ -117,7 +127,12 @@ def method_of(step: StepConfig) -> tuple[str, str]:
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether any step calibrates or trains."""
-    return any(not isinstance(step, _NO_TEXT) for step in recipe.steps)
+    return any(reads_text(step) for step in recipe.steps)
+
+
+def reads_text(step: StepConfig) -> bool:
+    """Whether the step calibrates or trains."""
+    return not isinstance(step, _NO_TEXT)
 
 
 def find_recipe(given: str) -> Recipe:
