@@ -116,7 +116,8 @@ def _against(console: Console, found: Comparison, made_from: str | None) -> None
         other = "the model that it was made from" if made_from is None else _safe(made_from)
         stored = _safe(" and ".join(found.execution.stored))
         console.print(
-            f"[yellow]the reference keeps the values of its stored {stored} weights: what those lost is not in these figures; --reference {other} says it[/]",
+            f"[yellow]the reference keeps the values of its stored {stored} weights: what those lost is not "
+            f"in these figures; --reference {other} says it[/]",
             soft_wrap=True,
         )
 
