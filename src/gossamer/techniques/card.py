@@ -45,7 +45,12 @@ class Card:
     metrics: tuple[Metric, ...]
     """What it should move."""
     fields: tuple[str, ...] = ()
-    """Fields of EngineConfig that switch it; none: it is applied to a model ahead of serving."""
+    """Fields of EngineConfig that switch it, the one that is it first; none: it is applied to a model ahead
+    of serving."""
+    steps: tuple[str, ...] = ()
+    """Steps of a recipe that apply it ahead of serving: "prune wanda"."""
+    by_default: str = ""
+    """What is so where nothing is asked, in words; "" where its first field says whether it is on."""
     off: str
     """How to go without it, as one types it."""
     code: tuple[str, ...]
