@@ -232,10 +232,6 @@ class EngineFlags:
 
         if self.static_batching not in ("ragged", "padded"):
             raise ConfigError(f"static batching {self.static_batching!r} is unknown; choose ragged or padded")
-        if self.preempt_by is not None:
-            raise ConfigError("--preempt-by belongs to continuous batching; leave out --static-batching")
-        if self.prefill_chunk is not None:
-            raise ConfigError("--prefill-chunk belongs to continuous batching; leave out --static-batching")
         return {
             "continuous_batching": None,
             "static_batching": StaticBatching(

@@ -213,15 +213,6 @@ def start_reference(
             f"{need / 2**20:.0f} MiB are needed for weights, which the reference holds in float32, and "
             f"{budget / 2**20:.0f} MiB are there; use --backend cpu"
         )
-    if config.hardware_kernels is not None and config.hardware_kernels.isa is not None:
-        raise ConfigError(
-            f"--isa {config.hardware_kernels.isa} chooses native kernels, and the reference runs torch; "
-            "drop it (or $GOSSAMER_ISA), or use --backend cpu"
-        )
-    if config.memory_reuse is None:
-        raise ConfigError(
-            "the reference backend has no arena, so --no-memory-reuse means nothing to it; drop it"
-        )
     if config.flash_attention is None:
         raise ConfigError(
             "the reference backend has no FlashAttention, so --no-flash-attention means nothing to it; "
