@@ -11,6 +11,7 @@ import pytest
 
 from gossamer.compress.recipe import METHODS
 from gossamer.config import EngineConfig, StaticBatching
+from gossamer.config.rules import RULES
 from gossamer.errors import ConfigError
 from gossamer.techniques import CARDS, METRICS, Card, card
 
@@ -97,5 +98,30 @@ def test_cards_are_found_by_name_row_and_title() -> None:
             assert card(name) is each
     with pytest.raises(ConfigError, match=r"no technique 'quantisation'; did you mean 'quantization'\?"):
         card("quantisation")
+    with pytest.raises(ConfigError, match="did you mean 'continuous_batching'"):
+        card("contin")
     with pytest.raises(ConfigError, match="choose one of quantization, pruning"):
         card("7.7")
+
+
+def test_the_state_is_what_a_plain_configuration_has() -> None:
+    states = {each.name: each.state for each in CARDS}
+    assert {name for name, state in states.items() if state == "not built"} == {
+        "offloading", "sequence_parallelism",
+    }  # fmt: skip
+    assert {name for name, state in states.items() if state == "offline"} == {"pruning", "distillation"}
+    assert states["mixed_precision"] == "as stored"
+    plain = EngineConfig(model="m")
+    for each in CARDS:
+        if each.fields and not each.by_default:
+            assert (getattr(plain, each.fields[0]) is not None) == (each.state == "on")
+
+
+def test_needs_and_conflicts_come_from_the_rules() -> None:
+    assert any("mixed precision: both say" in text for text in card("quantization").conflicts)
+    assert any("quantization: both say" in text for text in card("mixed_precision").conflicts)
+    assert any("prefix cache" in text for text in card("paged_attention").needs)
+    assert any(text.startswith("continuous batching: ") for text in card("paged_attention").needed_by)
+    said = [text for each in CARDS for text in (*each.needs, *each.needed_by, *each.conflicts)]
+    for rule in RULES:
+        assert sum(text.endswith(rule.says) for text in said) == len(rule.techniques), rule.name

@@ -52,7 +52,7 @@ def card(name: str) -> Card:
         if wanted in (found.name, found.row, _plain(found.title)):
             return found
     names = [found.name for found in CARDS]
-    near = get_close_matches(wanted, names, 1)
+    near = get_close_matches(wanted, names, 1) or [each for each in names if wanted and wanted in each]
     raise ConfigError(
         f"there is no technique {name!r}; "
         + (f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}")

@@ -23,6 +23,11 @@ CARD = Card(
     baseline="the teacher",
     metrics=("weights_bytes", "total_bytes", "ttft_ms", "itl_ms", "tokens_per_s"),
     steps=("train distil", "train recover"),
+    prerequisites=(
+        "torch for the steps of a recipe (pip install 'gossamer[torch]')",
+        "text to learn from",
+        "a teacher of the same vocabulary",
+    ),
     off="serve the teacher",
     code=(
         "src/gossamer/config/compression/train.py", "src/gossamer/compress/distill",

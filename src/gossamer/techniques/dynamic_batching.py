@@ -23,6 +23,7 @@ CARD = Card(
     baseline="a fixed batch size",
     metrics=("itl_ms", "tokens_per_s"),
     fields=("dynamic_batching",),
+    prerequisites=("something to adapt to: a goal (--itl-goal-ms) or a wait (--max-wait-ms)",),
     off="leave out --itl-goal-ms and --max-wait-ms (dynamic_batching=None): a step holds what "
     "--max-num-seqs and --max-num-batched-tokens allow",
     code=(

@@ -20,6 +20,7 @@ CARD = Card(
     trade_off="kernels must hold for any size; a fixed shape has fewer to tune",
     baseline="steps padded to the maximum shape",
     metrics=("arena_bytes", "ttft_ms", "itl_ms", "tokens_per_s"),
+    by_default="on",
     off="`gossamer bench shapes MODEL` measures it against padding",
     code=("src/gossamer/graph/ir.py", "src/gossamer/bench/shapes.py", "csrc/program.cpp"),
     tests=("tests/exactness/test_bits.py", "tests/bench/test_shapes.py"),

@@ -21,6 +21,7 @@ CARD = Card(
     trade_off="a kernel of its own for every kind of attention",
     baseline="scores written out in full",
     metrics=("arena_bytes", "total_bytes", "ttft_ms", "itl_ms"),
+    by_default="on",
     off="always on",
     code=(
         "csrc/generic/attention.h", "csrc/generic/attention_tile.h", "csrc/generic/attention_kinds.h",

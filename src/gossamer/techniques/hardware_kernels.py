@@ -22,6 +22,7 @@ CARD = Card(
     baseline="the scalar kernels",
     metrics=("ttft_ms", "itl_ms", "tokens_per_s"),
     fields=("hardware_kernels",),
+    prerequisites=("a processor with the instruction set, where one is forced",),
     off="--isa scalar --no-autotune (hardware_kernels=None)",
     code=(
         "src/gossamer/config/hardware_kernels.py", "src/gossamer/backends/cpu/tuning.py",

@@ -24,6 +24,11 @@ CARD = Card(
     baseline="the dense model at the same precision",
     metrics=("weights_bytes", "total_bytes", "itl_ms"),
     steps=("prune magnitude", "prune wanda", "prune sparsegpt", "prune structured", "train recover"),
+    prerequisites=(
+        "torch for the steps of a recipe (pip install 'gossamer[torch]'), and text to calibrate on for all "
+        "but magnitude",
+        "int8 (one scale per channel) or bf16 weights for zeros to be left out of memory",
+    ),
     off="serve the model that was not pruned; --no-sparse-weights (sparse_weights=None) stores the zeros "
     "of one that was",
     code=(

@@ -31,6 +31,11 @@ CARD = Card(
         "quantize rtn", "quantize gptq", "quantize awq", "quantize smoothquant", "quantize mixed_bits",
         "quantize kv_calibration",
     ),
+    prerequisites=(
+        "torch for the steps of a recipe (pip install 'gossamer[torch]'), and text to calibrate on for all "
+        "but rtn",
+        "inputs of a layer that are whole groups, or rows are padded",
+    ),
     off="leave out --quantization (quantization=None); a checkpoint that is stored quantized stays so",
     code=(
         "src/gossamer/config/quantization.py", "src/gossamer/config/weight_formats.py",

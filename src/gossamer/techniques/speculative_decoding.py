@@ -23,6 +23,10 @@ CARD = Card(
     baseline="plain decoding",
     metrics=("itl_ms", "tokens_per_s"),
     fields=("speculative_decoding",),
+    prerequisites=(
+        "nothing for ngram; a model of the same tokenizer for draft_model; a head trained for the model "
+        "for eagle",
+    ),
     off="leave out --speculative-config (speculative_decoding=None)",
     code=(
         "src/gossamer/config/speculative_decoding.py", "src/gossamer/engine/speculative_decoding",
