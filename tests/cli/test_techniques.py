@@ -18,7 +18,7 @@ def test_the_list_has_every_technique_and_its_switch(cli: Cli, monkeypatch: pyte
             [line] = [line for line in lines if f" {card.name} " in line]
             assert line.split()[0] == card.row and card.state in line
             assert max(map(len, lines)) <= int(width)
-        assert "…" not in ran.out
+        assert "…" not in ran.out and " --no-operator-fusion" in ran.out
     assert "--no-operator-fusion" in ran.out and "not built" in ran.out and "offline" in ran.out
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["techniques"]
 
 _COLOURS = {"on": "green", "off": "yellow", "offline": "cyan", "not built": "red"}
+_NARROW = 96
 _SHORT = {
     "weights_bytes": "weights", "kv_bytes": "KV", "arena_bytes": "arena", "total_bytes": "memory",
     "ttft_ms": "first token", "itl_ms": "latency", "tokens_per_s": "throughput",
@@ -64,12 +65,14 @@ def _list(cards: Sequence[Card]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False)
+    narrow = console.width < _NARROW  # then the switches, which are to be copied, have the room
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("technique", style="bold", no_wrap=True)
     table.add_column("by default", no_wrap=True)
-    table.add_column("should move", min_width=11)
-    table.add_column("turned off by", style="dim", min_width=20)
+    table.add_column("should move", width=12 if narrow else None)
+    table.add_column("turned off by", style="dim", overflow="fold")
     chapter = cards[0].row[0]
     for card in cards:
         if card.row[0] != chapter:
@@ -78,7 +81,6 @@ def _list(cards: Sequence[Card]) -> None:
         off = card.off.partition(" (")[0].partition(";")[0]
         moves = ", ".join(_SHORT[metric] for metric in card.metrics)
         table.add_row(card.row, card.name, _state(card), moves, off if card.built else "-")
-    console = Console(highlight=False)
     console.print(table)
     console.print(
         "[dim]offline: applied to a model ahead of serving, by `gossamer compress`. All of a card: "
