@@ -39,13 +39,18 @@ class ConflictError(ConfigError):
     """Options that are right by themselves and cannot be together.
 
     reasons: every one that applies; ways: the nearest combinations that can be, each as changes that one
-    types ("with --backend cpu", "without --dtype"), the nearest first; nearest: that one, field -> value.
+    types ("with --backend cpu", "without --dtype"), the nearest first; nearest: that one, field -> value,
+    where fields of EngineConfig contradict each other.
     """
 
     def __init__(
-        self, reasons: Sequence[str], ways: Sequence[Sequence[str]], nearest: Mapping[str, object]
+        self,
+        reasons: Sequence[str],
+        ways: Sequence[Sequence[str]],
+        nearest: Mapping[str, object] | None = None,
     ) -> None:
-        self.reasons, self.ways, self.nearest = tuple(reasons), tuple(map(tuple, ways)), dict(nearest)
+        self.reasons, self.ways = tuple(reasons), tuple(map(tuple, ways))
+        self.nearest = dict(nearest or {})
         near = ", or ".join(" and ".join(way) for way in self.ways)
         super().__init__("; ".join(self.reasons) + (f". Nearest that can be: {near}" if near else ""))
 

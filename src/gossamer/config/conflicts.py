@@ -61,7 +61,6 @@ def belong(parts: Mapping[str, Any], technique: str, off: str) -> None:
         raise ConflictError(
             [f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to {technique}, which {off} turns off"],
             [[f"without {flag}" for flag in given], [f"without {off}"]],
-            {},
         )
 
 
