@@ -54,6 +54,9 @@ class ConflictError(ConfigError):
         near = ", or ".join(" and ".join(way) for way in self.ways)
         super().__init__("; ".join(self.reasons) + (f". Nearest that can be: {near}" if near else ""))
 
+    def __reduce__(self) -> tuple[type[ConflictError], tuple[object, ...]]:
+        return type(self), (self.reasons, self.ways, self.nearest)  # so that processes can hand it on
+
 
 class CheckpointError(GossamerError):
     """Files of a model that are missing, damaged, hostile or not what config.json says."""

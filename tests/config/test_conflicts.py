@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
@@ -146,6 +147,13 @@ def test_adapt_changes_what_must_change_too() -> None:
     with pytest.raises(ConflictError, match="prefix cache shares pages") as caught:
         adapt(plain, paged_attention=None, prefix_cache=PrefixCache())
     assert caught.value.ways == () and "Nearest" not in str(caught.value)
+
+
+def test_a_refusal_goes_from_process_to_process() -> None:
+    error = refused(paged_attention=None)
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, ConflictError) and str(again) == str(error)
+    assert (again.reasons, again.ways, again.nearest) == (error.reasons, error.ways, error.nearest)
 
 
 def test_values_are_checked_before_combinations() -> None:

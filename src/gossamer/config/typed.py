@@ -19,6 +19,7 @@ _OFF = {
     "paged_attention": "--no-paged-attention", "prefix_cache": "--no-enable-prefix-caching",
     "memory_reuse": "--no-memory-reuse", "operator_fusion": "--no-operator-fusion",
     "layer_fusion": "--no-layer-fusion", "sparse_weights": "--no-sparse-weights",
+    "flash_attention": "--no-flash-attention", "dynamic_shapes": "--no-dynamic-shapes",
 }  # fmt: skip
 """Techniques that are on unless a flag turns them off."""
 _PARTS = {

@@ -13,8 +13,9 @@ CARD = Card(
     "only what is being computed (70B on 24 GB).",
     memory_promise="50-90% less; one 24 GB GPU runs a 70B model",
     speed_promise="0.5-1x",
-    here="Nothing of the technique. A model that does not fit is refused before any of it is loaded, "
-    "with what would fit.",
+    here="Nothing of the technique itself: a model that does not fit is refused before any of it is "
+    "loaded, with what would fit. What there is beside it: checkpoints in shards are read and written "
+    "tensor by tensor, and KV pages of preempted requests swap to disk (PagedAttention, --swap-bytes).",
     tools=("accelerate", "bitsandbytes", "TGI"),
     applicability="little memory",
     trade_off="offloading slows down",
@@ -31,9 +32,7 @@ CARD = Card(
         "LLM in a flash: Efficient Large Language Model Inference with Limited Memory (2023), arXiv "
         "2312.11514",
     ),
-    missing="all of it: placement of weights, cold KV pages and large intermediates over device, CPU and "
-    "disk by a byte budget, with double-buffered prefetch and memory-mapped weights; sharded checkpoints "
-    "and sharded loading. What there is beside it: KV pages of preempted requests swap to disk "
-    "(PagedAttention, --swap-bytes)",
+    missing="placement of weights, cold KV pages and large intermediates over device, CPU and disk by a "
+    "byte budget, with double-buffered prefetch and memory-mapped weights",
     built=False,
 )  # fmt: skip
