@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gossamer.compress.recipe import METHODS
-from gossamer.config import EngineConfig, StaticBatching
+from gossamer.config import EngineConfig
+from gossamer.config.conflicts import adapt
 from gossamer.config.rules import RULES
 from gossamer.errors import ConfigError
 from gossamer.techniques import CARDS, METRICS, Card, card
@@ -74,10 +74,7 @@ def test_what_switches_it_exists_and_can_be_off(each: Card) -> None:
     known = {own.name for own in fields(EngineConfig)}
     assert set(each.fields) <= known
     for own in each.fields:
-        off: dict[str, Any] = dict.fromkeys(each.fields)
-        if own == "continuous_batching":  # one of the two there must be
-            off["static_batching"] = StaticBatching()
-        config = EngineConfig(model="m", **off)
+        config = adapt(EngineConfig(model="m"), **{own: None})
         assert getattr(config, own) is None
     for step in each.steps:
         verb, method = step.split()
