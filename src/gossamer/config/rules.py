@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.dynamic_batching import DynamicBatching
+from gossamer.config.dynamic_shapes import DynamicShapes
+from gossamer.config.flash_attention import FlashAttention
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.speculative_decoding import SpeculativeDecoding
@@ -252,5 +254,25 @@ RULES: tuple[Rule, ...] = (
         holds=lambda c: not _reference(c) or c.memory_reuse is not None,
         reason=lambda c: "the reference backend has no arena, so memory reuse turned off means nothing to it",
         repairs=lambda c: (_CPU, ("memory_reuse", MemoryReuse())),
+    ),
+    Rule(
+        name="the reference has no FlashAttention",
+        kind="needs",
+        techniques=("flash_attention",),
+        says="the reference backend writes scores out as it is, so FlashAttention cannot be turned off there",
+        holds=lambda c: not _reference(c) or c.flash_attention is not None,
+        reason=lambda c: (
+            "the reference backend has no FlashAttention, so FlashAttention turned off means nothing to it"
+        ),
+        repairs=lambda c: (_CPU, ("flash_attention", FlashAttention())),
+    ),
+    Rule(
+        name="the reference does not pad",
+        kind="needs",
+        techniques=("dynamic_shapes",),
+        says="the reference backend pads no steps, so dynamic shapes cannot be turned off there",
+        holds=lambda c: not _reference(c) or c.dynamic_shapes is not None,
+        reason=lambda c: "the reference backend pads no steps, and dynamic shapes are turned off",
+        repairs=lambda c: (_CPU, ("dynamic_shapes", DynamicShapes())),
     ),
 )

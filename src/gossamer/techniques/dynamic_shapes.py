@@ -20,10 +20,14 @@ CARD = Card(
     trade_off="kernels must hold for any size; a fixed shape has fewer to tune",
     baseline="steps padded to the maximum shape",
     metrics=("arena_bytes", "ttft_ms", "itl_ms", "tokens_per_s"),
-    by_default="on",
-    off="`gossamer bench shapes MODEL` measures it against padding",
-    code=("src/gossamer/graph/ir.py", "src/gossamer/bench/shapes.py", "csrc/program.cpp"),
-    tests=("tests/exactness/test_bits.py", "tests/bench/test_shapes.py"),
+    fields=("dynamic_shapes",),
+    off="--no-dynamic-shapes (dynamic_shapes=None): every step is padded to --max-num-batched-tokens; "
+    "`gossamer bench shapes MODEL` measures both",
+    code=(
+        "src/gossamer/config/dynamic_shapes.py", "src/gossamer/runtime/padded.py",
+        "src/gossamer/graph/ir.py", "src/gossamer/bench/shapes.py", "csrc/program.cpp",
+    ),
+    tests=("tests/exactness/test_bits.py", "tests/bench/test_shapes.py", "tests/runtime/test_padded.py"),
     papers=(
         "Nimble: Efficiently Compiling Dynamic Neural Networks for Model Inference (2020), arXiv 2006.03031",
         "DISC: A Dynamic Shape Compiler for Machine Learning Workloads (2021), arXiv 2103.05288",

@@ -21,13 +21,18 @@ CARD = Card(
     trade_off="a kernel of its own for every kind of attention",
     baseline="scores written out in full",
     metrics=("arena_bytes", "total_bytes", "ttft_ms", "itl_ms"),
-    by_default="on",
-    off="always on",
+    fields=("flash_attention",),
+    off="--no-flash-attention (flash_attention=None): scores are written to memory, with the memory they "
+    "need in the byte plan",
     code=(
-        "csrc/generic/attention.h", "csrc/generic/attention_tile.h", "csrc/generic/attention_kinds.h",
-        "csrc/generic/softmax.h", "csrc/generic/gemm.h", "csrc/generic/dots.h",
+        "src/gossamer/config/flash_attention.py", "csrc/generic/attention.h",
+        "csrc/generic/attention_tile.h", "csrc/generic/attention_kinds.h", "csrc/generic/softmax.h",
+        "csrc/generic/gemm.h", "csrc/generic/dots.h",
     ),
-    tests=("tests/numerics/test_attention.py", "tests/exactness/test_bits.py"),
+    tests=(
+        "tests/numerics/test_attention.py", "tests/numerics/test_attention_materialised.py",
+        "tests/exactness/test_bits.py",
+    ),
     papers=(
         "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness (2022), arXiv "
         "2205.14135",
