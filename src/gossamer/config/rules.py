@@ -252,7 +252,7 @@ RULES: tuple[Rule, ...] = (
         techniques=("memory_reuse",),
         says="the reference backend has no arena, so memory reuse cannot be turned off there",
         holds=lambda c: not _reference(c) or c.memory_reuse is not None,
-        reason=lambda c: "the reference backend has no arena, so memory reuse turned off means nothing to it",
+        reason=lambda c: "the reference backend has no arena, hence no memory reuse to turn off",
         repairs=lambda c: (_CPU, ("memory_reuse", MemoryReuse())),
     ),
     Rule(
@@ -261,9 +261,7 @@ RULES: tuple[Rule, ...] = (
         techniques=("flash_attention",),
         says="the reference backend writes scores out as it is, so FlashAttention cannot be turned off there",
         holds=lambda c: not _reference(c) or c.flash_attention is not None,
-        reason=lambda c: (
-            "the reference backend has no FlashAttention, so FlashAttention turned off means nothing to it"
-        ),
+        reason=lambda c: "the reference backend has no FlashAttention to turn off",
         repairs=lambda c: (_CPU, ("flash_attention", FlashAttention())),
     ),
     Rule(
