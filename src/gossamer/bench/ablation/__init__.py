@@ -1,0 +1,1 @@
+"""What each technique does to a model on this machine: measured, judged, proved, and shown."""
