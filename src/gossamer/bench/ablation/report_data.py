@@ -25,6 +25,7 @@ __all__ = [
     "front",
     "headline",
     "points",
+    "relative_points",
     "sorted_out",
     "steps",
 ]
@@ -129,7 +130,7 @@ class Step:
     before: float
     after: float
     verdict: Verdict
-    effect: Effect | None
+    proved: bool
 
 
 def steps(rows: Sequence[Row], metrics: tuple[str, ...]) -> list[Step]:
@@ -145,13 +146,12 @@ def steps(rows: Sequence[Row], metrics: tuple[str, ...]) -> list[Step]:
         verdict: Verdict = "no difference"
         if told:
             verdict = told[0] if len(set(told)) == 1 else "gains" if after < before else "loses"
-        effect = effects[0] if len(metrics) == 1 and effects else None
-        found.append(Step(row.technique, before, after, verdict, effect))
+        found.append(Step(row.technique, before, after, verdict, bool(row.effects)))
     return found
 
 
 def engine_memory(side: Side | None) -> tuple[float, ...] | None:
-    """Weights, KV, intermediates, and what the process holds beyond them; None without all of the first three."""
+    """Weights, KV, intermediates, and what the process holds beyond; None without all of the first three."""
     if side is None or (total := _sum(side, MEMORY)) is None:
         return None
     resident = side.figures.get("resident_bytes")
@@ -168,7 +168,8 @@ def _sum(side: Side | None, metrics: tuple[str, ...]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A configuration: bytes that the engine takes, tokens a second, nats of KL (None: not measured)."""
+    """A configuration: its memory and speed (bytes and tokens a second, or parts of its baseline's), and nats
+    of KL (None: not measured)."""
 
     name: str
     config: str
@@ -178,20 +179,35 @@ class Point:
 
 
 def points(ledger: Ledger) -> list[Point]:
-    """Every configuration of which memory and speed are known, once; medians over its measurements."""
-    sides: dict[str, list[Side]] = {}
+    """Every configuration of the cumulative and leave-one-out runs of which memory and speed are known, once.
+    They did the same work; those measured alone each had its own, see `relative_points`."""
+    sides: dict[tuple[str, float], list[Side]] = {}
     for row in ledger.rows:
         for side in (row.off, row.on):
-            if _sum(side, MEMORY) and _sum(side, (SPEED,)) and side is not None:
-                sides.setdefault(side.config, []).append(side)
+            size = _sum(side, MEMORY)
+            if row.mode != "alone" and side and size and _sum(side, (SPEED,)):
+                sides.setdefault((side.config, size), []).append(side)
     found = []
-    for config, same in sides.items():
-        memory, speed = (
-            median(total for side in same if (total := _sum(side, metrics))) for metrics in (MEMORY, (SPEED,))
-        )
+    for (config, size), same in sides.items():
+        speed = median(side.figures[SPEED].median for side in same)
         kls = [kl for side in same if (kl := _sum(side, ("kl",))) is not None]
-        found.append(Point(same[0].name, config, memory, speed, median(kls) if kls else None))
+        found.append(Point(same[0].name, config, size, speed, median(kls) if kls else None))
     return found
+
+
+def relative_points(found: Iterable[Entry]) -> list[Point]:
+    """Techniques alone, as parts of each one's own baseline; the baseline is the first."""
+    parts = [Point("baseline", "", 1.0, 1.0, None)]
+    for entry in found:
+        row = entry.rows.get("alone")
+        sizes = [_sum(side, MEMORY) for side in (row.off, row.on)] if row else []
+        if row is None or not row.on or not all(sizes):
+            continue
+        effect = next((e for e in row.effects if e.metric == SPEED and 0 < e.ratio < math.inf), None)
+        if effect and sizes[0] and sizes[1]:
+            memory = sizes[1] / sizes[0]
+            parts.append(Point(entry.title, row.on.config, memory, effect.ratio, _sum(row.on, ("kl",))))
+    return parts
 
 
 def front(found: Iterable[Point]) -> list[Point]:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from gossamer.bench.ledger import METRICS, Effect, Figure
 from gossamer.cli.sizes import format_size
 
-__all__ = ["Child", "Html", "amount", "change", "el", "gain", "joined", "number", "plain", "spread"]
+__all__ = ["TIMES", "Child", "Html", "amount", "change", "el", "gain", "joined", "number", "plain", "spread"]
 
 _ALONE = frozenset({"br", "circle", "line", "meta", "polyline", "rect"})
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
@@ -24,7 +24,7 @@ class Html(str):
     __slots__ = ()
 
 
-Child: TypeAlias = "str | None | Iterable[Child]"
+Child: TypeAlias = "str | Iterable[Child] | None"
 
 
 def el(tag: str, *children: Child, **attributes: object) -> Html:
@@ -36,7 +36,7 @@ def el(tag: str, *children: Child, **attributes: object) -> Html:
         for name, value in attributes.items()
         if value is not None and value is not False
     )
-    if tag in _ALONE:
+    if tag in _ALONE and not children:
         return Html(f"<{tag}{given}/>")
     return Html(f"<{tag}{given}>{joined(children)}</{tag}>")
 
@@ -106,7 +106,7 @@ def gain(effect: Effect) -> tuple[float, float, float] | None:
 
 
 def change(effect: Effect) -> str:
-    """What happened, short: memory and quality as a change in percent, speed as a factor (2 is twice as fast)."""
+    """What happened, short: memory and quality in percent, speed as a factor (2 is twice as fast)."""
     better = gain(effect)
     if better is None:
         return "\u2013"
