@@ -13,17 +13,10 @@ from pathlib import Path
 
 from gossamer.bench.ablation.report_data import Entry, entries
 from gossamer.bench.ablation.report_markup import Child, Html, el
-from gossamer.bench.ablation.report_page import (
-    head,
-    left_out,
-    memory,
-    method,
-    missing,
-    pareto_front,
-    summary,
-    together,
-)
+from gossamer.bench.ablation.report_page import head, method
+from gossamer.bench.ablation.report_pictures import memory, pareto_front, together
 from gossamer.bench.ablation.report_sections import Scales, group_ends, smallest_effects, technique
+from gossamer.bench.ablation.report_tables import left_out, missing, summary
 from gossamer.bench.ledger import Ledger
 from gossamer.bench.ledger_json import ledger_from_json
 from gossamer.errors import ConfigError, GossamerError
@@ -60,7 +53,8 @@ def report_html(
 
         cards = CARDS
     found = entries(ledger, cards)
-    scales = Scales(group_ends(ledger), smallest_effects(ledger), ledger.speed_shape)
+    shape = "" if ledger.speed_shape in ("own", ledger.model) else ledger.speed_shape
+    scales = Scales(group_ends(ledger), smallest_effects(ledger), shape)
     titles = {entry.name: entry.title for entry in found}
     parts: list[tuple[str, str, str, Child]] = [
         ("summary", "At a glance", "What was promised, and what happened here.",

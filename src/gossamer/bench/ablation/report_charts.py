@@ -15,6 +15,7 @@ __all__ = ["CLASS", "badge", "interval", "scale_ends", "stack", "strip", "text_c
 CLASS: dict[Verdict, str] = {"gains": "gains", "no difference": "same", "loses": "loses"}
 SIGN: dict[Verdict, str] = {"gains": "\u25b2", "no difference": "=", "loses": "\u25bc"}
 _PARTS = ("weights", "keys and values", "intermediates", "rest of the process")
+_FAR, _ROOM = 12.0, 1.5  # when a waterfall is logarithmic, and how far left of the least it begins
 _EDGE = 4.0  # percent that stay free on either side of an interval's scale
 
 
@@ -31,7 +32,7 @@ def badge(verdict: Verdict, what: Sequence[str] = ()) -> Html:
 
 def interval(effect: Effect, end: float, smallest: float | None) -> Html:
     """The effect on a logarithmic scale from 1/end to end, better to the right; the band is what counts as no
-    difference, the bar the 95 % interval, the dot the median."""
+    difference, the whisker the 95 % interval."""
     better = gain(effect)
     if better is None:
         return Html("")
@@ -42,10 +43,11 @@ def interval(effect: Effect, end: float, smallest: float | None) -> Html:
         edge = _place(1 + smallest, end) - 50
         inside.append(el("rect", x=_p(50 - edge), y=2, width=_p(2 * edge), height=14, class_="band"))
     inside.append(el("line", x1="50%", x2="50%", y1=0, y2=18, class_="zero"))
-    inside.append(
-        el("rect", x=_p(left), y=6, width=_p(max(right - left, 0.4)), height=6, rx=3, class_="range")
-    )
-    inside.append(el("circle", cx=_p(x), cy=9, r=4.5, class_="dot"))
+    start, length = min(x, 50.0), abs(x - 50)
+    inside.append(el("rect", x=_p(start), y=5, width=_p(length), height=8, class_="range"))
+    inside.append(el("line", x1=_p(left), x2=_p(right), y1=9, y2=9, class_="whisker"))
+    inside += [el("line", x1=_p(at), x2=_p(at), y1=5, y2=13, class_="whisker") for at in (left, right)]
+    inside.append(el("circle", cx=_p(x), cy=9, r=3.5, class_="dot"))
     said = (
         f"{METRICS[effect.metric][0]}: {number(point)} times as good, "
         f"95 % interval {number(low)} to {number(high)}: {effect.verdict}"
@@ -63,45 +65,51 @@ def scale_ends(end: float) -> Html:
 
 
 def waterfall(found: Sequence[Step], titles: Mapping[str, str], metric: str, lower: bool) -> Html:
-    """Where each technique took the value, from the naive start to the end; nothing for no steps.
+    """Where each technique took the value, from the naive start to the end; nothing for no steps. Where the
+    values lie far apart the scale is logarithmic, and says so.
 
     metric: whose unit the values have; lower: whether less is better.
     """
     if not found:
         return Html("")
-    most = max(max(step.before, step.after) for step in found) or 1.0
+    values = [value for step in found for value in (step.before, step.after)]
+    most, least = max(values) or 1.0, min(values)
+    far = least > 0 and most / least > _FAR
+
+    def place(value: float) -> float:
+        if not far:
+            return 100 * value / most
+        return 100 * math.log(value * _ROOM / least) / math.log(most * _ROOM / least)
+
     first, last = found[0].before, found[-1].after
-    rows = [_fall("without any", 0, first, None, most, amount(first, metric), "", "total")]
-    held = first
+    rows = [_fall("without any", 0, place(first), None, amount(first, metric), "", "total")]
+    held = place(first)
     for step in found:
+        name = titles.get(step.name, step.name) + ("" if step.proved else " (not proved)")
+        before, after = place(step.before), place(step.after)
         rows.append(
-            _fall(
-                titles.get(step.name, step.name), step.before, step.after, held, most,
-                amount(step.after, metric), _moved(step, lower), f"v-{CLASS[step.verdict]}",
-                f"#t-{step.name}", text_class(step.verdict),
-            )
+            _fall(name, before, after, held, amount(step.after, metric), _moved(step, lower),
+                  f"v-{CLASS[step.verdict]}", f"#t-{step.name}", text_class(step.verdict))
         )  # fmt: skip
-        held = step.after
+        held = after
     whole = _moved(Step("", first, last, "gains", True), lower)
-    rows.append(_fall("all together", 0, last, held, most, amount(last, metric), whole, "total"))
-    return el("div", rows, class_="rows fall")
+    rows.append(_fall("all together", 0, held, held, amount(last, metric), whole, "total"))
+    scale = el("p", "Logarithmic: equal lengths are equal factors.", class_="quiet small") if far else None
+    return el("div", scale, el("div", rows, class_="rows fall"))
 
 
 def _fall(
-    label: str, start: float, stop: float, held: float | None, most: float, value: str, moved: str, kind: str,
+    label: str, start: float, stop: float, held: float | None, value: str, moved: str, kind: str,
     link: str = "", colour: str = "",
 ) -> Html:  # fmt: skip
-    low, high = sorted((100 * start / most, 100 * stop / most))
+    """A bar from start to stop, in percent of the width, hung on the end of the bar above (held)."""
+    low, high = sorted((start, stop))
     inside = []
     if held is not None:
-        inside.append(
-            el("line", x1=_p(100 * held / most), x2=_p(100 * held / most), y1=0, y2=8, class_="join")
-        )
+        inside.append(el("line", x1=_p(held), x2=_p(held), y1=0, y2=8, class_="join"))
     inside.append(el("rect", x=_p(low), y=5, width=_p(max(high - low, 0.35)), height=20, rx=2, class_=kind))
-    if kind != "total":
-        inside.append(
-            el("line", x1=_p(100 * stop / most), x2=_p(100 * stop / most), y1=25, y2=30, class_="join")
-        )
+    if link:
+        inside.append(el("line", x1=_p(stop), x2=_p(stop), y1=25, y2=30, class_="join"))
     said = f"{label}: {value}{', ' + moved if moved else ''}"
     return el(
         "div",

@@ -20,6 +20,7 @@ __all__ = [
     "Point",
     "Step",
     "bounds",
+    "cumulative",
     "engine_memory",
     "entries",
     "front",
@@ -150,6 +151,11 @@ def steps(rows: Sequence[Row], metrics: tuple[str, ...]) -> list[Step]:
     return found
 
 
+def cumulative(ledger: Ledger) -> list[Row]:
+    """The rows of the cumulative run, in its order."""
+    return [row for row in ledger.rows if row.mode == "cumulative"]
+
+
 def engine_memory(side: Side | None) -> tuple[float, ...] | None:
     """Weights, KV, intermediates, and what the process holds beyond; None without all of the first three."""
     if side is None or (total := _sum(side, MEMORY)) is None:
@@ -177,6 +183,11 @@ class Point:
     speed: float
     kl: float | None
 
+    @property
+    def drawable(self) -> bool:
+        """Whether a logarithmic scale can hold it beside others; no machine's figures are beyond."""
+        return all(1e-9 < value < 1e18 for value in (self.memory, self.speed))
+
 
 def points(ledger: Ledger) -> list[Point]:
     """Every configuration of the cumulative and leave-one-out runs of which memory and speed are known, once.
@@ -192,7 +203,7 @@ def points(ledger: Ledger) -> list[Point]:
         speed = median(side.figures[SPEED].median for side in same)
         kls = [kl for side in same if (kl := _sum(side, ("kl",))) is not None]
         found.append(Point(same[0].name, config, size, speed, median(kls) if kls else None))
-    return found
+    return [point for point in found if point.drawable]
 
 
 def relative_points(found: Iterable[Entry]) -> list[Point]:
@@ -200,14 +211,12 @@ def relative_points(found: Iterable[Entry]) -> list[Point]:
     parts = [Point("baseline", "", 1.0, 1.0, None)]
     for entry in found:
         row = entry.rows.get("alone")
-        sizes = [_sum(side, MEMORY) for side in (row.off, row.on)] if row else []
-        if row is None or not row.on or not all(sizes):
-            continue
-        effect = next((e for e in row.effects if e.metric == SPEED and 0 < e.ratio < math.inf), None)
-        if effect and sizes[0] and sizes[1]:
-            memory = sizes[1] / sizes[0]
-            parts.append(Point(entry.title, row.on.config, memory, effect.ratio, _sum(row.on, ("kl",))))
-    return parts
+        before, after = (_sum(side, MEMORY) for side in (row.off, row.on)) if row else (None, None)
+        effect = next((e for e in row.effects if e.metric == SPEED), None) if row else None
+        if row and row.on and effect and before and after:
+            kl = _sum(row.on, ("kl",))
+            parts.append(Point(entry.title, row.on.config, after / before, effect.ratio, kl))
+    return [point for point in parts if point.drawable]
 
 
 def front(found: Iterable[Point]) -> list[Point]:

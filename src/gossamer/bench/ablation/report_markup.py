@@ -11,7 +11,22 @@ from typing import TypeAlias
 from gossamer.bench.ledger import METRICS, Effect, Figure
 from gossamer.cli.sizes import format_size
 
-__all__ = ["TIMES", "Child", "Html", "amount", "change", "el", "gain", "joined", "number", "plain", "spread"]
+__all__ = [
+    "TIMES",
+    "Child",
+    "Html",
+    "amount",
+    "change",
+    "el",
+    "gain",
+    "joined",
+    "number",
+    "pair",
+    "plain",
+    "prose",
+    "spread",
+    "trimmed",
+]
 
 _ALONE = frozenset({"br", "circle", "line", "meta", "polyline", "rect"})
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
@@ -52,6 +67,14 @@ def joined(children: Child) -> Html:
     return Html("".join(joined(child) for child in children))
 
 
+def prose(text: str) -> Html:
+    """Text with `code` in it."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a lone one is just a character
+        return joined(text)
+    return joined(el("code", part) if i % 2 else part for i, part in enumerate(parts))
+
+
 def plain(text: str) -> str:
     """Text without what no page may hold: control characters, and halves of characters as in file names
     that are no UTF-8."""
@@ -74,6 +97,12 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
+def trimmed(value: float) -> str:
+    """The same without zeros at the end, for the marks of a scale."""
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "·" not in text else text
+
+
 def amount(value: float, metric: str) -> str:
     """A value of a metric with its unit: 1.50 GiB, 12.3 ms, 410 tok/s."""
     unit = METRICS[metric][1] if metric in METRICS else ""
@@ -81,9 +110,20 @@ def amount(value: float, metric: str) -> str:
         return number(value)
     if unit == "bytes":
         return format_size(value)
+    if unit == "nats":
+        return f"{trimmed(value)} nats"
     if unit == "ms" and value >= 1000:
         return f"{number(value / 1000)} s"
     return f"{number(value)} {unit}".rstrip()
+
+
+def pair(before: float, after: float, metric: str) -> str:
+    """Two values with an arrow between, the unit once where it is the same: 9.39 -> 4.32 ms."""
+    first, second = amount(before, metric), amount(after, metric)
+    unit = first.partition(" ")[2]
+    if unit and unit == second.partition(" ")[2]:
+        first = first.removesuffix(f" {unit}")
+    return f"{first} \u2192 {second}"
 
 
 def spread(figure: Figure, metric: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from gossamer.bench.ablation.report_charts import badge, interval, strip, text_class
-from gossamer.bench.ablation.report_data import GROUPS, Entry, bounds, headline, sorted_out
-from gossamer.bench.ablation.report_markup import Child, Html, amount, change, el, gain, number
+from gossamer.bench.ablation.report_data import GROUPS, SHORT, Entry, bounds, headline, sorted_out
+from gossamer.bench.ablation.report_markup import Child, Html, amount, change, el, gain, pair, prose
 from gossamer.bench.ledger import METRICS, Effect, Ledger, Mode, Proof, Row
 
-__all__ = ["MODES", "Scales", "badges", "cell", "group_ends", "technique"]
+__all__ = ["MODES", "Scales", "badges", "cell", "group_ends", "smallest_effects", "technique"]
 
 MODES: dict[Mode, str] = {
     "alone": "alone, against its baseline",
@@ -20,18 +21,37 @@ MODES: dict[Mode, str] = {
     "without": "as the last of all",
 }
 _ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
+_WORDS = {
+    "itl_ms": "as fast between tokens",
+    "ttft_ms": "as fast to the first token",
+    "tokens_per_s": "the throughput",
+}
 _SAME = "the same tokens"  # how a proof begins to say that outputs agree
+_LONG = 150  # letters of a text that takes the whole width
 _KERNELS = 8  # shown at once; the others unfold
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """What intervals are drawn on: the end of each group's scale, the smallest effect that counts (a share;
-    None: not said), and the shape that speed was measured on first."""
+    """What intervals are drawn on: the end of each group's scale, the smallest effect that counts (a share,
+    by metric; "other" for the rest), and the shape that speed was measured on first."""
 
     ends: dict[str, float]
-    smallest: float | None
+    smallest: dict[str, float]
     shape: str
+
+    def draw(self, effect: Effect, group: str) -> Html:
+        least = self.smallest.get(effect.metric, self.smallest.get("other"))
+        return interval(effect, self.ends[group], least)
+
+
+def smallest_effects(ledger: Ledger) -> dict[str, float]:
+    """Metric -> the least change that is no "no difference", as the ledger's settings say it."""
+    said = ledger.settings.get("smallest_effect")
+    said = {"other": said} if isinstance(said, float) else said
+    if not isinstance(said, dict):
+        return {}
+    return {str(k): v for k, v in said.items() if isinstance(v, float) and 0 < v < math.inf}
 
 
 def group_ends(ledger: Ledger) -> dict[str, float]:
@@ -54,9 +74,11 @@ def technique(entry: Entry, scales: Scales, docs: Callable[[str], str | None]) -
     )
     parts: list[Child] = [
         el("header", heading, badges(entry)),
-        el("p", card.principle, class_="principle") if card else None,
+        el("p", prose(card.principle), class_="principle") if card else None,
         _promises(entry),
-        _measured(row, scales) if row else el("p", el("b", "Not measured: "), entry.why_not, class_="note"),
+        _measured(row, scales)
+        if row
+        else el("p", el("b", "Not measured: "), prose(entry.why_not), class_="note"),
         _modes(entry, scales),
         _proof(entry) if row else None,
         _links(entry, docs),
@@ -79,55 +101,61 @@ def cell(row: Row | None, group: str, entry: Entry, scales: Scales) -> Html:
     effect = headline(row, group, entry.card, scales.shape) if row else None
     if row is None or effect is None:
         # A technique that changes no number shows it by the same output, and has no other quality.
-        same = (
-            [fact for fact in row.proof.facts if fact.startswith(_SAME)] if row and group == "quality" else []
-        )
+        facts = row.proof.facts if row and group == "quality" else ()
+        same = [fact for fact in facts if fact.startswith(_SAME)]
         words = same[0] if same else "not measured"
         return el("td", el("span", words, class_="quiet"), data_label=group, data_v=int(bool(same)))
     better = gain(effect)
     return el(
         "td",
         el("div", el("b", change(effect), class_=text_class(effect.verdict)), " ", _what(effect)),
-        interval(effect, scales.ends[group], scales.smallest),
-        el("div", _values(row, effect.metric), class_="quiet small"),
+        scales.draw(effect, group),
+        el("div", _values(row, effect, scales), class_="quiet small"),
         data_label=group,
         data_v=f"{min(better[0], 1e9):.6g}" if better else 0,
     )
 
 
 def _what(effect: Effect) -> Html:
-    where = f", on {effect.shape}" if effect.shape else ""
-    return el("span", METRICS[effect.metric][0].removeprefix("memory of ") + where, class_="quiet")
+    return el("span", _WORDS.get(effect.metric, SHORT[effect.metric]), class_="quiet")
 
 
-def _values(row: Row, metric: str) -> str:
-    """Medians without and with the technique; for a quality that of the other metric too."""
+def _values(row: Row, effect: Effect, scales: Scales) -> str:
+    """Medians without and with the technique, and where they were taken if not where others were; for a
+    quality both metrics."""
+    metric = effect.metric
     metrics = {"perplexity": ("perplexity", "kl"), "kl": ("kl", "perplexity")}.get(metric, (metric,))
     found = []
     for name in metrics:
         sides = [side.figures[name].median for side in (row.off, row.on) if side and name in side.figures]
         if len(sides) == 2:
-            prefix = f"{METRICS[name][0].split(' ')[0]} " if len(metrics) == 2 else ""
-            found.append(prefix + " \u2192 ".join(amount(value, name) for value in sides))
-    return "; ".join(found)
+            found.append((f"{SHORT[name]} " if len(metrics) == 2 else "") + pair(sides[0], sides[1], name))
+    usual = scales.shape if metric in GROUPS["speed"] else ""
+    where = "" if effect.shape == usual else f", on {effect.shape or 'the model itself'}"
+    return "; ".join(found) + where
 
 
 def _promises(entry: Entry) -> Html | None:
     card = entry.card
     if card is None:
         return None
-    told: list[tuple[str, Child]] = [
+    told = [
         ("Promise: memory", card.memory_promise),
         ("Promise: speed", card.speed_promise),
         ("Measured against", card.baseline),
         ("Fits", card.applicability),
         ("Costs", card.trade_off),
+        ("Without it", card.off),
+        ("Tools that have it", ", ".join(card.tools)),
         ("What exists here", card.here),
         ("Missing", card.missing),
-        ("Without it", el("code", card.off) if card.off else ""),
-        ("Tools that have it", ", ".join(card.tools)),
     ]
-    return el("dl", (el("div", el("dt", name), el("dd", text)) for name, text in told if text), class_="told")
+    pairs = (
+        el("div", el("dt", name), el("dd", prose(text)), class_="long" if len(text) > _LONG else None)
+        for name, text in sorted(told, key=lambda item: len(item[1]) > _LONG)
+        if text
+    )
+    return el("dl", pairs, class_="told")
 
 
 def _measured(row: Row, scales: Scales) -> Html:
@@ -149,20 +177,21 @@ def _measured(row: Row, scales: Scales) -> Html:
         "div",
         el("h4", "Measured ", el("span", MODES[row.mode], class_="quiet")),
         el("div", configs, class_="configs"),
-        el("p", row.note, class_="note") if row.note else None,
+        el("p", prose(row.note), class_="note") if row.note else None,
         el("div", boxes, class_="metrics"),
     )
 
 
 def _effect(effect: Effect, group: str, scales: Scales) -> Html:
     better = gain(effect)
-    said = f"{number(better[1])} to {number(better[2])} times as good" if better else "no ratio"
+    ends = sorted((effect.low, effect.high), reverse=METRICS[effect.metric][1] == "ms") if better else ()
+    said = " to ".join(change(replace(effect, ratio=end)) for end in ends) or "no ratio"
     where = f" on {effect.shape}" if effect.shape else ""
     return el(
         "div",
         el("div", badge(effect.verdict), " ", el("b", change(effect), class_=text_class(effect.verdict)),
            el("span", where, class_="quiet")),
-        interval(effect, scales.ends[group], scales.smallest),
+        scales.draw(effect, group),
         el("div", f"95 %: {said}", class_="quiet small"),
         class_="effect",
     )  # fmt: skip
@@ -204,7 +233,7 @@ def _proof(entry: Entry) -> Html:
         rest = el("details", el("summary", f"{len(lines) - _KERNELS} more kernels"), more)
     else:
         rest = None
-    facts = el("ul", (el("li", fact) for fact in found.facts)) if found.facts else None
+    facts = el("ul", (el("li", prose(fact)) for fact in found.facts)) if found.facts else None
     what = el("span", "what of the receipt differs from the other side", class_="quiet")
     return el("div", el("h4", "Proof that it ran ", what), facts, table, rest, id=anchor)
 
