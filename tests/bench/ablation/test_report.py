@@ -193,8 +193,10 @@ def test_everything_is_escaped() -> None:
         for mode in ("alone", "cumulative", "without")
     )
     odd = ledger(rows, model=evil)
-    odd = replace(odd, speed_shape=evil, began=evil, machine={"cpu": evil, evil: [evil]}, settings={evil: {evil: evil}},
-                  versions={evil: evil}, rates={})  # fmt: skip
+    told = {evil: evil, "cpu": evil, "list": [evil]}
+    odd = replace(
+        odd, speed_shape=evil, began=evil, machine=told, settings={evil: told}, versions={evil: evil}
+    )
     cards = (
         replace(
             card("pruning"), title=evil, title_zh=evil, principle=evil, papers=(evil,), off=evil, here=evil
@@ -221,12 +223,8 @@ def test_a_step_without_proof_is_marked() -> None:
 
 def test_the_proof_is_shown() -> None:
     kernels = tuple((f"kernel{i}", i + 1, 1 << 20) for i in range(11))
-    rows = (
-        replace(
-            pair(itl_ms=2.0)[0], proof=Proof(kernels=kernels, facts=("12 of 30 guessed tokens accepted",))
-        ),
-    )
-    found = page(ledger(rows))
+    proof = Proof(kernels=kernels, facts=("12 of 30 guessed tokens accepted",))
+    found = page(ledger((replace(pair(itl_ms=2.0)[0], proof=proof),)))
     assert "kernel0" in found.text and "3 more kernels" in found.text
     assert "12 of 30 guessed tokens accepted" in found.text and "#p-quantization" in found.attributes("href")
     assert "No receipt shows that it ran." in page(ledger(pair(itl_ms=2.0))).text
@@ -273,8 +271,9 @@ def test_a_browser_lays_it_out(tmp_path: Path) -> None:
     )
     (tmp_path / "r.html").write_text(report_html(ledger(), CARDS).replace("</body>", probe), encoding="utf-8")
     for width in (380, 760, 1180, 1600):
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
-                   f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/r.html"]  # fmt: skip
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900"]
+        command += [f"file://{tmp_path}/r.html"]
         dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
         found = re.search(r"<title>(\d+) (\d+) (.*?)</title>", dom)
         assert found is not None
