@@ -108,6 +108,7 @@ def test_a_whole_run() -> None:
     assert "15 of 17" in found.text  # two are not built
     assert "AMD EPYC 9R14, 2 processors, avx512, 16.0 GiB of memory" in found.text
     assert "2026-11-30 19:40+00:00, 29 min, 9 interleaved rounds" in found.text
+    assert "engines had 98 % of their processors, the probe moved 1.04\u00d7" in found.text
     assert "3 % for others" in found.text and "1 % for perplexity" in found.text
 
 
@@ -148,6 +149,12 @@ def test_what_is_missing_says_why() -> None:
     assert "not built: one machine is all there is" in found.text  # its card says so
     assert "it was not part of this run" in found.text
     assert "Nothing was measured" in found.text and "0 of 17" in found.text
+
+
+def test_an_early_end_is_said() -> None:
+    early = replace(ledger(pair(itl_ms=2.0)), settings={"interrupted": True}, seconds=math.inf)
+    assert "ended early" in page(early).text
+    assert "ended early" not in page(ledger()).text
 
 
 def test_one_side_alone() -> None:

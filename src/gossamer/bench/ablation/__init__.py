@@ -1,1 +1,1 @@
-"""What each technique does to a model on this machine: measured, judged, proved, and shown."""
+"""The ledger made: each technique alone, added to others and left out of them, measured and proven."""

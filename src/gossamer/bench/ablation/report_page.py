@@ -56,15 +56,29 @@ def head(ledger: Ledger, found: Sequence[Entry]) -> Html:
         ("Machine", ", ".join(filter(None, where))),
         ("Probe", ", ".join(limits)),
         ("Run", f"{_when(ledger.began)}, {_lasted(ledger.seconds)}, {_rounds(ledger.rounds)}"),
+        ("Steadiness", _steadiness(ledger.settings)),
     ]
+    early = "The run was ended early: what stands here was measured until then."
     return el(
         "header",
         el("p", "Gossamer \u00b7 the ledger", class_="brand"),
         el("h1", "What each technique does to ", el("em", ledger.model)),
         el("dl", (el("div", el("dt", name), el("dd", text)) for name, text in facts if text), class_="about"),
+        el("p", early, class_="note") if ledger.settings.get("interrupted") is True else None,
         el("div", _tiles(ledger, found), class_="tiles"),
         class_="head",
     )
+
+
+def _steadiness(settings: Mapping[str, Any]) -> str:
+    """How much of its processors the run had, and how far the probe moved from its begin to its end."""
+    share, moved = settings.get("cpu_share"), settings.get("probe_moved")
+    told = []
+    if isinstance(share, float) and 0 < share < math.inf:
+        told.append(f"engines had {min(100.0, 100 * share):.0f} % of their processors")
+    if isinstance(moved, float) and 0 < moved < math.inf:
+        told.append(f"the probe moved {moved:.2f}\u00d7 from begin to end")
+    return ", ".join(told)
 
 
 def _tiles(ledger: Ledger, found: Sequence[Entry]) -> Iterator[Html]:
@@ -183,7 +197,7 @@ def _rounds(count: int) -> str:
 
 
 def _lasted(seconds: float) -> str:
-    if seconds < 60:
+    if not 60 <= seconds < math.inf:
         return f"{number(seconds, 2)} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -93,6 +93,7 @@ def _front(title: str, found: Sequence[Point], axes: Axes) -> Html | None:
         el("div", legend, line, class_="legend"),
         pareto(found, axes, Canvas(1080, 540, 14, True)),
         pareto(found, axes, Canvas(400, 420, 13, False)),
+        el("p", "The numbers are those of the list.", class_="narrow quiet small"),
         el("details", el("summary", f"All {len(found)} as a list"), table),
     )
 

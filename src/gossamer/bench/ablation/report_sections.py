@@ -185,7 +185,7 @@ def _measured(row: Row, scales: Scales) -> Html:
 def _effect(effect: Effect, group: str, scales: Scales) -> Html:
     better = gain(effect)
     ends = sorted((effect.low, effect.high), reverse=METRICS[effect.metric][1] == "ms") if better else ()
-    said = " to ".join(change(replace(effect, ratio=end)) for end in ends) or "no ratio"
+    said = " to ".join(dict.fromkeys(change(replace(effect, ratio=end)) for end in ends)) or "no ratio"
     where = f" on {effect.shape}" if effect.shape else ""
     return el(
         "div",

@@ -29,7 +29,7 @@ def summary(found: Sequence[Entry], scales: Scales) -> Html:
 def _columns(scales: Scales) -> Iterator[Html]:
     """Headings of the groups: what is drawn below each, and on what shape speed was taken."""
     for group in GROUPS:
-        where = f", on {scales.shape}" if group == "speed" and scales.shape else ""
+        where = f" on {scales.shape}" if group == "speed" and scales.shape else ""
         yield _sortable(group, el("span", where), scale_ends(scales.ends[group]))
 
 
