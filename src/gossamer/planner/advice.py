@@ -1,4 +1,4 @@
-"""What stands beside a choice: the handbook's own pick, what each technique contributes, what else there is."""
+"""What stands beside a choice: the handbook's own pick, the part of each technique, what else there is."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LINKS = (("a link of 25 GB/s (PCIe 4.0 x16)", 25.0), ("a disk of 3 GB/s (NVMe)",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handbook:
-    """The handbook's pick for an objective. says: in its words; here: what that is in this engine; missing: of
-    it that is not built. candidate: None where it is no configuration of this model."""
+    """The handbook's pick for an objective. says: in its words; here: what that is in this engine; missing:
+    what of it is not built. candidate: None where it is no configuration of this model."""
 
     says: str
     here: str
@@ -41,8 +41,8 @@ class Handbook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A technique that is on, and what going without it would take and do (None: no prediction, and why in the
-    reason). Bytes of the whole process; times in milliseconds."""
+    """A technique that is on, and what going without it would take and do (None: no prediction, and why in
+    the reason). Bytes of the whole process; times in milliseconds."""
 
     technique: str
     reason: str
@@ -54,8 +54,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
-    """Something that is never chosen, since it changes the model, needs measuring or is not built. command: to
-    type; "" where there is none."""
+    """Something that is never chosen, since it changes the model, needs measuring or is not built. command:
+    to type; "" where there is none."""
 
     what: str
     effect: str
@@ -65,8 +65,8 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offload:
-    """Weights that would stay elsewhere (not built). resident, streamed: bytes here in all, and of weights that
-    come anew in every step; seconds: (link, least seconds of a step) over each of LINKS."""
+    """Weights that would stay elsewhere (not built). resident, streamed: bytes here in all, and of weights
+    that come anew in every step; seconds: (link, least seconds of a step) over each of LINKS."""
 
     resident: int
     streamed: int
@@ -83,6 +83,7 @@ class _Pick:
     tokens: int = 512
 
 
+_FAST = "weights as stored; FlashAttention, continuous batching and this processor's kernels are always on"
 _PICKS: dict[Objective, _Pick] = {
     "memory": _Pick(
         says="4-bit/INT8 quantization, PagedAttention, offloading",
@@ -92,13 +93,13 @@ _PICKS: dict[Objective, _Pick] = {
     ),
     "latency": _Pick(
         says="FlashAttention, continuous batching, TensorRT",
-        here="weights as stored; FlashAttention, continuous batching and kernels for this processor are always on",
+        here=_FAST,
         missing="TensorRT",
         weights="as stored",
     ),
     "throughput": _Pick(
         says="FlashAttention, continuous batching, TensorRT",
-        here="weights as stored; FlashAttention, continuous batching and kernels for this processor are always on",
+        here=_FAST,
         missing="TensorRT",
         weights="as stored",
     ),
@@ -180,7 +181,7 @@ def parts(evaluator: Evaluator, space: Space, chosen: Candidate) -> list[Part]:
         ("speculative_decoding", "several tokens from one reading of the weights"),
     ):
         if getattr(config, name) is not None:
-            trial(name, reason, replace(config, **{name: None}))
+            trial(name, reason, replace(config, **{name: None}))  # type: ignore[arg-type]
     return [_part(evaluator, choice, *each) for each in trials]
 
 
@@ -210,8 +211,8 @@ def _part(evaluator: Evaluator, choice: Choice, name: str, without: EngineConfig
 
 
 def offload(memory: MemoryPlan, budget: int) -> Offload | None:
-    """What keeping a part of the weights elsewhere would take: all else stays, and what does not fit beside it
-    is read once in every step. None where everything fits, or not even the rest does."""
+    """What keeping a part of the weights elsewhere would take: all else stays, and what does not fit beside
+    it is read once in every step. None where everything fits, or not even the rest does."""
     rest = memory.total - memory.engine.weights
     streamed = memory.total - budget
     if streamed <= 0 or rest >= budget:
@@ -229,15 +230,19 @@ def offload_sentence(found: Offload | None) -> str:
         return ""
     times = " or ".join(f"{ms(1e3 * seconds)} over {link}" for link, seconds in found.seconds)
     return (
-        f"; offloading (not built yet) would keep {size(found.resident)} here and read {size(found.streamed)} of "
-        f"weights in every step, which takes at least {times}"
+        f"; offloading (not built yet) would keep {size(found.resident)} here and read "
+        f"{size(found.streamed)} of weights in every step, which takes at least {times}"
     )
 
 
 def suggestions(evaluator: Evaluator, space: Space, chosen: Candidate, budget: int) -> list[Suggestion]:
     """What else there is: recipes that change the model, guesses of tokens, and what is not built."""
     model = evaluator.model
-    found = [*_recipes(model, chosen), *_speculation(model, chosen), *_not_built(evaluator, space, chosen, budget)]
+    found = [
+        *_recipes(model, chosen),
+        *_speculation(model, chosen),
+        *_not_built(evaluator, space, chosen, budget),
+    ]
     return [replace(each, command=each.command.replace("MODEL", model.name)) for each in found]
 
 
@@ -255,24 +260,24 @@ def _recipes(model: PlannedModel, chosen: Candidate) -> list[Suggestion]:
         found.append(
             Suggestion(
                 what="quantize ahead of serving, by GPTQ, rather than at load",
-                effect=f"weights of about {size(every * 4.25 / 8)} that lose less than int4 made at load, with a "
-                "certificate of how much",
+                effect=f"weights of about {size(every * 4.25 / 8)} that lose less than int4 made at load, and
+                " "a certificate of how much",
                 command=command.format("int4-gptq"),
             )
         )
         found.append(
             Suggestion(
                 what="mixed bits, a format for each matrix by its measured sensitivity",
-                effect=f"weights of about {size(every * 4.5 / 8)}; its sensitivities also feed this plan "
-                "(--sensitivity)",
+                effect=f"weights of about {size(every * 4.5 / 8)}; made by RTN rather than GPTQ, its "
+                "sensitivities feed this plan (--sensitivity)",
                 command=command.format("mixed-4.5"),
             )
         )
     found.append(
         Suggestion(
             what="pruning, 2 of 4 weights zero, then int8",
-            effect=f"weights of about {size(blocks * 5 / 8 + every - blocks)} (a bit for each number, and a byte for "
-            "those left) after recovery training",
+            effect=f"weights of about {size(blocks * 5 / 8 + every - blocks)} (a bit for each number, and a "
+            "byte for those left) after recovery training",
             command=command.format("sparse-2of4-int8"),
         )
     )
@@ -288,10 +293,12 @@ def _recipes(model: PlannedModel, chosen: Candidate) -> list[Suggestion]:
 
 
 def _speculation(model: PlannedModel, chosen: Candidate) -> list[Suggestion]:
-    """Guesses leave outputs as they are; what they gain depends on the text, so it is measured, not predicted."""
+    """Guesses leave outputs as they are; what they gain depends on the text, so it is measured instead."""
     if chosen.config.speculative_decoding is not None or chosen.config.static_batching is not None:
         return []
-    found = [("ngram", '{"method": "ngram", "num_speculative_tokens": 4}', "where the output quotes its prompt")]
+    found = [
+        ("ngram", '{"method": "ngram", "num_speculative_tokens": 4}', "where the output quotes its prompt")
+    ]
     if model.name in _DRAFTS:
         told = f'{{"method": "draft_model", "model": "{_DRAFTS[model.name]}"}}'
         found.append(("draft_model", told, f"{_DRAFTS[model.name]} is its smaller student"))
@@ -317,7 +324,8 @@ def _not_built(evaluator: Evaluator, space: Space, chosen: Candidate, budget: in
         found.append(
             Suggestion(
                 what=f"offloading, to keep weights {_unquantized(space)}",
-                effect=f"{size(moved.resident)} here and {size(moved.streamed)} read in every step: at least {times}",
+                effect=f"{size(moved.resident)} here and {size(moved.streamed)} read in every step: at least "
+                f"{times}",
                 built=False,
             )
         )
@@ -327,8 +335,8 @@ def _not_built(evaluator: Evaluator, space: Space, chosen: Candidate, budget: in
         Suggestion(
             what="tensor parallelism over 2 processes or machines",
             effect=f"{size(memory.total - half)} for each instead of {size(memory.total)}; at best half of "
-            f"{ms(chosen.times.itl_ms)} between tokens, and two exchanges of {evaluator.model.graph.hidden:,} "
-            "numbers per token and layer on top",
+            f"{ms(chosen.times.itl_ms)} between tokens, and on top two exchanges of "
+            f"{evaluator.model.graph.hidden:,} numbers per token and layer",
             built=False,
         )
     )

@@ -30,7 +30,9 @@ def _amd() -> list[str]:
     found = []
     for node in sorted(_AMD.glob("*")):
         try:
-            facts = dict(line.split(" ", 1) for line in (node / "properties").read_text().splitlines() if " " in line)
+            facts = dict(
+                line.split(" ", 1) for line in (node / "properties").read_text().splitlines() if " " in line
+            )
             if int(facts.get("simd_count", "0")) > 0:
                 found.append(f"AMD {(node / 'name').read_text().strip() or 'GPU'}")
         except (OSError, ValueError):

@@ -46,8 +46,8 @@ class QualityLimit:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
         if match is None or len(text) > 30:
             raise ConfigError(
-                f"quality limit {text!r} is not understood; write 0.02 for a KL divergence of at most 0.02 nats "
-                "per token, or 2% for a perplexity of at most 2 % above the original's"
+                f"quality limit {text!r} is not understood; write 0.02 for a KL divergence of at most 0.02 "
+                "nats per token, or 2% for a perplexity of at most 2 % above the original's"
             )
         value = float(match[1])
         return cls(ratio=1.0 + value / 100.0) if match[2] else cls(kl=value)
@@ -103,8 +103,8 @@ class Goal:
         concurrency: int | None = None,
         most: int | None = None,
     ) -> Goal:
-        """From what people type; None takes the objective's own. most: tokens of the model's longest sequence,
-        which lengths that were not given are cut to.
+        """From what people type; None takes the objective's own. most: tokens of the longest sequence, which
+        lengths that were not given are cut to.
 
         Raises ConfigError for an objective that is unknown and a workload that cannot be.
         """
@@ -124,7 +124,8 @@ class Goal:
             if work.longest > most:
                 raise ConfigError(
                     f"requests of {work.prompt_tokens} and {work.output_tokens} tokens make sequences of "
-                    f"{work.longest}, and {most} is the longest there may be; lower --input-len or --output-len"
+                    f"{work.longest}, and {most} is the longest there may be; lower --input-len or "
+                    "--output-len"
                 )
         return cls(
             objective=objective,  # type: ignore[arg-type]

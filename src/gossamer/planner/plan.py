@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -25,21 +26,21 @@ from gossamer.planner.efficiencies import SHIPPED, Efficiencies
 from gossamer.planner.hardware import Rates
 from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal
-from gossamer.planner.quality import SensitivityFile
+from gossamer.planner.quality import UNKNOWN, SensitivityFile
 from gossamer.planner.search import Candidate, Evaluator, best, front, holds, refuse
 from gossamer.planner.space import Space, config_of, flags_of, space_of
 from gossamer.planner.units import ms, size
 
-__all__ = ["Plan", "candidate_json", "command", "make_plan"]
+__all__ = ["Plan", "candidate_json", "command", "make_plan", "toml"]
 
 Flags = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """chosen: the choice, its KV pool grown to what there is room for. keeping: the best that keeps the model as
-    it is stored, where the choice does not. flags: of the command line, without dashes, the user's own among
-    them; tried, able: how many choices there were, and how many hold the limits."""
+    """chosen: the choice, its KV pool grown to what there is room for. keeping: the best that keeps the model
+    as it is stored, where the choice does not. flags: of the command line, without dashes, the user's own
+    among them; tried, able: how many choices there were, and how many hold the limits."""
 
     model: str
     goal: Goal
@@ -95,8 +96,8 @@ def make_plan(
     notes = []
     if goal.soft_itl_ms is not None and picked.times.itl_ms > goal.soft_itl_ms:
         notes.append(
-            f"nothing here holds {goal.soft_itl_ms:g} ms between tokens; this is the quickest. --itl-limit-ms says "
-            "another limit"
+            f"nothing here holds {goal.soft_itl_ms:g} ms between tokens; this is the quickest. "
+            "--itl-limit-ms says another limit"
         )
     return Plan(
         model=model.name,
@@ -118,11 +119,52 @@ def make_plan(
     )
 
 
+def toml(plan: Plan) -> str:
+    """The configuration as a file for --config of any verb that loads a model, whose keys are long flags."""
+    times, goal = plan.chosen.times, plan.goal
+    lines = [
+        f"# A plan for {_comment(plan.model)}: {goal.objective}, {goal.work.concurrency} at once of "
+        f"{goal.work.prompt_tokens} + {goal.work.output_tokens} tokens.",
+        f"# Predicted: {size(plan.chosen.bytes)} in all, {ms(times.ttft_ms)} to the first token, "
+        f"{ms(times.itl_ms)} between tokens, {times.tokens_per_s:,.1f} output tokens/s.",
+        f"# Why: {plan.reason}.",
+        "",
+        f"model = {_string(plan.model)}",
+    ]
+    values: dict[str, list[str]] = {}
+    for name, value in plan.flags:
+        values.setdefault(name, []).append(value)
+    for name, found in values.items():
+        if name in _LISTS:
+            lines.append(f"{name} = [{', '.join(map(_string, found))}]")
+        else:
+            number = found[-1] in ("true", "false") or found[-1].isdecimal()
+            lines.append(f"{name} = {found[-1] if number else _string(found[-1])}")
+    return "\n".join(lines) + "\n"
+
+
+_LISTS = {"weight-format", "ignore-config-field", "no-fusion-rule"}
+
+
+def _string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _comment(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def command(plan: Plan, verb: str = "serve") -> str:
     """The configuration as one types it."""
     words = ["gossamer", verb, plan.model]
     for name, value in plan.flags:
-        words += [f"--{name}"] if value == "true" else [f"--no-{name}"] if value == "false" else [f"--{name}", value]
+        words += (
+            [f"--{name}"]
+            if value == "true"
+            else [f"--no-{name}"]
+            if value == "false"
+            else [f"--{name}", value]
+        )
     return " ".join(quote(word) for word in words)
 
 
@@ -131,12 +173,12 @@ def _check_quality(model: PlannedModel, goal: Goal, sensitivity: SensitivityFile
     if goal.limits.quality is None or known or sensitivity is not None:
         return
     raise ConfigError(
-        f"--quality-limit asks for {goal.limits.quality}, and nothing is known of the quality of {model.name}: it "
-        "has no certificate and no sensitivities. `gossamer compress MODEL --recipe int4-gptq --text FILE -o DIR` "
-        "makes a model with a certificate to plan for (`gossamer eval MODEL -q int4 --reference fp32 --text FILE` "
-        "measures one choice); recipe mixed-4.5 measures sensitivities, which --sensitivity FILE takes; or leave "
-        "--quality-limit out"
-    ) from None
+        f"--quality-limit asks for {goal.limits.quality}, and nothing is known of the quality of "
+        f"{model.name}: it has no certificate and no sensitivities. `gossamer compress {model.name} --recipe int4-gptq "
+        "--text FILE -o DIR` makes a model with a certificate: plan for DIR; `gossamer eval "
+        f"{model.name} -q int4 --reference fp32 --text FILE` measures one choice; a recipe of mixed_bits with
+        " 'method = "rtn" measures sensitivities, which --sensitivity FILE takes; or leave --quality-limit
+    out' )
 
 
 def _impossible(evaluator: Evaluator, space: Space) -> None:
@@ -148,7 +190,7 @@ def _impossible(evaluator: Evaluator, space: Space) -> None:
         )
     choice = space.choices[0]
     config = config_of(space.base, evaluator.model.graph, choice)
-    evaluator.times(config)
+    evaluator.candidate(choice, config, UNKNOWN)
     raise ConfigError("no combination of these flags can be; leave some of them to the plan")
 
 
@@ -185,7 +227,8 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
     """Why this one, in a sentence."""
     times, choice = picked.times, picked.choice
     figure = {
-        "memory": "the fewest bytes",
+        "memory": f"the fewest bytes, {size(picked.bytes)}, of which the process itself is "
+        f"{size(picked.memory.process)}",
         "latency": f"the shortest request, {ms(picked.request_ms(goal))}",
         "throughput": f"the most output, {times.tokens_per_s:,.0f} tokens a second",
         "production": f"the most output, {times.tokens_per_s:,.0f} tokens a second,",
@@ -195,13 +238,18 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
     if goal.objective == "easy" and not choice.keeps:
         stored = min((c for c in tried if c.choice.keeps), key=lambda c: c.bytes, default=None)
         why = "" if stored is None else f", which takes {_over(stored, goal)}"
-        return f"memory does not hold the model as it is stored{why}; {choice.weights.name} changes it least of what fits"
+        return (
+            f"memory does not hold the model as it is stored{why}; {choice.weights.name} with {choice.kv} KV "
+            "changes it least of what fits"
+        )
     which = "" if len(able) == len(tried) else f" of the {len(able)} choices that hold the limits"
     soft = goal.limits.itl_ms or goal.soft_itl_ms
     if goal.objective == "production" and soft is not None and times.itl_ms <= soft:
         figure += f" with at most {soft:g} ms between tokens"
     near = ""
-    if goal.objective not in ("memory", "easy"):
+    if goal.objective == "memory":
+        near = "; of those within 2 % of the least, the quickest"
+    elif goal.objective != "easy":
         near = "; of those within 2 % of it, what changes the model least, then the smallest"
     return figure.rstrip(",") + which + near
 
@@ -238,5 +286,9 @@ def candidate_json(candidate: Candidate | None) -> dict[str, Any] | None:
         "decode_tokens_per_s": times.decode_tokens_per_s,
         "tokens_per_s": times.tokens_per_s,
         "decode_step_ms": dict(times.parts),
-        "quality": {"kl": candidate.loss.kl, "perplexity_ratio": candidate.loss.ratio, "source": candidate.loss.source},
+        "quality": {
+            "kl": candidate.loss.kl,
+            "perplexity_ratio": candidate.loss.ratio,
+            "source": candidate.loss.source,
+        },
     }

@@ -1,8 +1,9 @@
-"""What is known of the quality of a choice: from a certificate or a file of sensitivities, and nowhere else."""
+"""What is known of the quality of a choice: from a certificate or a file of sensitivities alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,22 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from gossamer.checkpoint.json_file import read_json_object
-from gossamer.errors import CheckpointError
+from gossamer.checkpoint.opening import open_checkpoint
+from gossamer.errors import CheckpointError, ConfigError
+from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import QualityLimit
 from gossamer.quality.certificate import CERTIFICATE, Certificate
 
-__all__ = ["SENSITIVITY", "UNKNOWN", "Loss", "MatrixLosses", "Offered", "SensitivityFile", "certified", "read_sensitivity"]
+__all__ = [
+    "SENSITIVITY",
+    "UNKNOWN",
+    "Loss",
+    "MatrixLosses",
+    "Offered",
+    "SensitivityFile",
+    "certified",
+    "read_sensitivity",
+]
 
 SENSITIVITY = "gossamer_sensitivity.json"
 _MOST = 64 << 20  # bytes of a file
@@ -69,31 +81,31 @@ class MatrixLosses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityFile:
-    """What `mixed_bits` measured. method: how its formats were made; only "rtn" is what loading makes too."""
+    """What `mixed_bits` measured, its formats made as loading makes them. source: the file in words."""
 
-    path: Path
-    method: str
+    source: str
     matrices: tuple[MatrixLosses, ...]
 
     def uniform(self, format: str) -> Loss:
         """Of all matrices in one format: the sum, since to second order losses add up."""
         found = [unit.candidates.get(format) for unit in self.matrices]
-        if self.method != "rtn" or any(offer is None for offer in found):
+        if any(offer is None for offer in found):
             return UNKNOWN
-        return Loss(kl=sum(offer.kl for offer in found if offer is not None), source=self.path.name)
+        return Loss(kl=sum(offer.kl for offer in found if offer is not None), source=self.source)
 
     def front(self) -> list[tuple[tuple[str, ...], float, float]]:
         """Mixed choices that lose least for their bytes: (format of each unit, bits of a weight, KL), the
-        convex hull of the trade, most bits first. Everett 1963: for each price of a byte every unit chooses for
-        itself. Empty unless the file's method is what loading makes."""
-        if self.method != "rtn" or not self.matrices:
-            return []
+        convex hull of the trade, most bits first. Everett 1963: for each price of a byte every unit chooses
+        for itself."""
         total = sum(unit.weights for unit in self.matrices)
         found: dict[tuple[str, ...], tuple[float, float]] = {}
         for step in range(97):
             price = 10.0 ** (step / 8.0 - 12.0)  # nats per byte
             chosen = tuple(
-                min(unit.candidates, key=lambda f: (unit.candidates[f].kl + price * unit.candidates[f].bytes, f))
+                min(
+                    unit.candidates,
+                    key=lambda f: (unit.candidates[f].kl + price * unit.candidates[f].bytes, f),
+                )
                 for unit in self.matrices
             )
             offers = [unit.candidates[f] for unit, f in zip(self.matrices, chosen, strict=True)]
@@ -105,19 +117,24 @@ class SensitivityFile:
 _MATRICES = TypeAdapter(tuple[MatrixLosses, ...])
 
 
-def read_sensitivity(path: Path) -> SensitivityFile:
-    """The file that `gossamer compress` with mixed bits leaves beside its result.
+def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
+    """The file that `gossamer compress` with mixed bits leaves beside its result, for the model it was made
+    of.
 
-    Raises CheckpointError where it is absent, damaged or of another version, with the field that is wrong.
+    Raises CheckpointError where it is absent, damaged, of another version or of a model of another shape,
+    with what is wrong, and ConfigError where its formats are not those that loading makes. Other weights of the
+    same shape are said in the source.
     """
     if not path.is_file():
         raise CheckpointError(
-            f"no sensitivities at {path}; `gossamer compress MODEL --recipe mixed-4.5` measures them and leaves "
-            f"{SENSITIVITY} in its result"
+            f"no sensitivities at {path}; a recipe of mixed_bits for `gossamer compress` measures them, and "
+            f"leaves {SENSITIVITY} in its result"
         )
     raw = read_json_object(path, cap=_MOST)
     if raw.get("version") != 1:
-        raise CheckpointError(f"{path} is of version {raw.get('version')!r}, and this one reads 1; measure anew")
+        raise CheckpointError(
+            f"{path} is of version {raw.get('version')!r}, and this one reads 1; measure anew"
+        )
     try:
         matrices = _MATRICES.validate_python(raw.get("matrices"))
     except ValidationError as error:
@@ -126,7 +143,25 @@ def read_sensitivity(path: Path) -> SensitivityFile:
         raise CheckpointError(f"{path}: matrices.{where} is {first['input']!r:.60}: {first['msg']}") from None
     if any(not unit.candidates or not unit.names for unit in matrices):
         raise CheckpointError(f"{path}: a matrix without names or candidates; measure anew")
-    return SensitivityFile(path=path, method=str(raw.get("method")), matrices=matrices)
+    if raw.get("method") != "rtn":
+        raise ConfigError(
+            f"{path} knows what formats lose that were made by {str(raw.get('method'))[:20]!r}, and loading makes
+            " 'them by rounding; a recipe of mixed_bits with method = "rtn" measures those'
+        )
+    weights = model.graph.weights
+    for unit in matrices:
+        there = sum(prod(weights[name].shape) for name in unit.names if name in weights)
+        if there != unit.weights:
+            raise CheckpointError(
+                f"{path} is of another model: {unit.names[0][:80]!r} has {unit.weights:,} numbers there, and "
+                f"{there:,} in {model.name}"
+            )
+    source = path.name
+    if not model.complete:
+        source += " (of weights that are not here)"
+    elif open_checkpoint(model.directory, ()).content_key() != raw.get("model"):
+        source += " (of other weights, or of a copy)"
+    return SensitivityFile(source=source, matrices=matrices)
 
 
 def certified(certificate: Certificate | None, kv: str) -> Loss:

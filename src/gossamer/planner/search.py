@@ -1,4 +1,4 @@
-"""Trying every choice on paper: bytes and times of each, what holds the limits, and the best for an objective."""
+"""Trying every choice on paper: bytes and times of each, what holds the limits, the best for an objective."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal
 from gossamer.planner.quality import Loss
 from gossamer.planner.roofline import Prediction, predict
-from gossamer.planner.units import ms, size
 from gossamer.planner.space import Choice, Space, config_of, loss_of
+from gossamer.planner.units import ms, size
 
 __all__ = ["Candidate", "Evaluator", "best", "front", "holds", "refuse", "speed"]
 
@@ -66,21 +66,19 @@ class Evaluator:
             try:
                 config = config_of(space.base, self.model.graph, choice)
                 found.append(self.candidate(choice, config, loss_of(self.model, choice, space.stored)))
-            except ConfigError:
+            except (ConfigError, MemoryBudgetError):
                 continue
         return found
 
     def candidate(self, choice: Choice, config: EngineConfig, loss: Loss) -> Candidate:
         """One choice as a whole. Raises ConfigError where the configuration cannot be."""
         memory = plan_memory(self.model, config, _WHOLE)
-        return Candidate(
-            choice=choice, config=config, memory=memory, times=self.times(config), loss=loss
-        )
+        return Candidate(choice=choice, config=config, memory=memory, times=self.times(config), loss=loss)
 
     def times(self, config: EngineConfig) -> Prediction:
         """What a configuration would do."""
         running = min(config.max_num_seqs, self.goal.work.concurrency)
-        key = (replace(config, max_num_seqs=running, kv_bytes=None, max_model_len=None, memory_budget=None))
+        key = replace(config, max_num_seqs=running, kv_bytes=None, max_model_len=None, memory_budget=None)
         if key not in self._times:
             graph = self._graph(config)
             self._times[key] = predict(graph, config, self.goal.work, self.rates, self.efficiencies)
@@ -124,7 +122,9 @@ def best(candidates: Sequence[Candidate], goal: Goal) -> Candidate:
     near = [c for c in candidates if score[id(c)] <= least * _NEAR]
     if goal.objective == "memory":
         return min(near, key=lambda c: (c.request_ms(goal), c.bytes))
-    return min(near, key=lambda c: (not c.choice.keeps, -c.choice.weights.bits, c.choice.kv == "int4", c.bytes))
+    return min(
+        near, key=lambda c: (not c.choice.keeps, -c.choice.weights.bits, c.choice.kv == "int4", c.bytes)
+    )
 
 
 def _score(candidate: Candidate, goal: Goal) -> float:
@@ -146,8 +146,11 @@ def _easiest(candidates: Sequence[Candidate], goal: Goal) -> Candidate:
     others promise more than 5 %."""
 
     def change(c: Candidate) -> tuple[bool, float, bool, bool]:
-        return not c.choice.weights.keeps, -c.choice.weights.bits, c.choice.kv not in ("bf16", "f16", "f32"), (
-            c.choice.kv == "int4"
+        return (
+            not c.choice.weights.keeps,
+            -c.choice.weights.bits,
+            c.choice.kv not in ("bf16", "f16", "f32"),
+            (c.choice.kv == "int4"),
         )
 
     keeping = [c for c in candidates if c.choice.keeps and not c.choice.weights.dtype] or [
@@ -162,8 +165,8 @@ def _easiest(candidates: Sequence[Candidate], goal: Goal) -> Candidate:
 
 def front(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
     """Those that no other beats in memory, speed and quality together, fewest bytes first; of those that are
-    within 1 % of each other in memory the fastest stands for all. A choice that keeps the model beats one that
-    changes it; where quality is unknown on both sides it does not count."""
+    within 1 % of each other in memory the fastest stands for all. A choice that keeps the model beats one
+    that changes it; where quality is unknown on both sides it does not count."""
 
     def figures(c: Candidate) -> tuple[float, float, float]:
         loss = 0.0 if c.choice.keeps else math.inf if c.loss.kl is None else c.loss.kl
@@ -180,8 +183,8 @@ def front(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
 
 
 def speed(candidate: Candidate, goal: Goal) -> float:
-    """The figure of speed that an objective is about, less is better: a request's milliseconds, or seconds for
-    an output token of all requests together."""
+    """The figure of speed that an objective is about, less is better: a request's milliseconds, or seconds
+    for an output token of all requests together."""
     if goal.objective in ("throughput", "production"):
         return 1.0 / candidate.times.tokens_per_s
     return candidate.request_ms(goal)
@@ -213,7 +216,10 @@ def refuse(tried: Sequence[Candidate], goal: Goal, advice: str = "") -> ConfigEr
         )
     fitting = [c for c in able if c.bytes <= limits.memory]
     reasons = []
-    for name, most, flag in (("itl_ms", limits.itl_ms, "--itl-limit-ms"), ("ttft_ms", limits.ttft_ms, "--ttft-limit-ms")):
+    for name, most, flag in (
+        ("itl_ms", limits.itl_ms, "--itl-limit-ms"),
+        ("ttft_ms", limits.ttft_ms, "--ttft-limit-ms"),
+    ):
         quick = min(fitting, key=lambda c: getattr(c.times, name))
         value = getattr(quick.times, name)
         if most is not None and value > most:
@@ -224,4 +230,6 @@ def refuse(tried: Sequence[Candidate], goal: Goal, advice: str = "") -> ConfigEr
             )
     if not reasons:
         reasons = ["each limit can be held, and no choice holds all of them together; raise one"]
-    return ConfigError(f"nothing holds the limits for {at} in {size(limits.memory)}: {'; '.join(reasons)}{advice}")
+    return ConfigError(
+        f"nothing holds the limits for {at} in {size(limits.memory)}: {'; '.join(reasons)}{advice}"
+    )

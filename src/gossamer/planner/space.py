@@ -18,7 +18,14 @@ from gossamer.planner.objectives import Goal
 from gossamer.planner.quality import UNKNOWN, Loss, SensitivityFile, certified
 
 __all__ = [
-    "DECIDED", "KEEPING_KV", "Choice", "WeightOption", "Space", "config_of", "space_of", "stored_weights",
+    "DECIDED",
+    "KEEPING_KV",
+    "Choice",
+    "Space",
+    "WeightOption",
+    "config_of",
+    "space_of",
+    "stored_weights",
 ]  # fmt: skip
 
 DECIDED = ("weights", "kv", "seqs", "tokens", "context", "kv_bytes", "speculation")
@@ -143,7 +150,11 @@ def stored_weights(model: PlannedModel, base: EngineConfig) -> WeightOption:
     """The option that changes nothing: as the checkpoint (and, of floats, its config.json) has them."""
     formats = {stored_format(w.expr)[0] for w in matrices(model.graph).values()}
     integers = sorted(formats - {"f32"})
-    name = "+".join(integers) if integers else ("f32" if base.mixed_precision is None else base.mixed_precision.dtype)
+    name = (
+        "+".join(integers)
+        if integers
+        else ("f32" if base.mixed_precision is None else base.mixed_precision.dtype)
+    )
     bits = 4.5 if integers else 32.0 if base.mixed_precision is None else 16.0
     return WeightOption(name=f"as stored ({name})", keeps=True, bits=bits)
 
@@ -157,8 +168,8 @@ def space_of(
     sensitivity: SensitivityFile | None = None,
     full: bool = False,
 ) -> Space:
-    """What is tried for a goal. given: which of DECIDED the user's flags in `base` have decided already; full:
-    every format and limit there is, not the usual ones alone."""
+    """What is tried for a goal. given: which of DECIDED the user's flags in `base` have decided already;
+    full: every format and limit there is, not the usual ones alone."""
     stored = stored_weights(model, base)
     weights = _weights(model, base, stored, given, sensitivity, full)
     if "kv" in given:
@@ -173,11 +184,11 @@ def space_of(
         if token < seq:
             continue
         context = _context(model, base, goal, given)
-        room = max(context, min(seq, goal.work.concurrency) * _ceil(goal.work.longest, _PAGE))
+        room = _room(model, base, goal, given, kv, seq, context)
         choices.append(
             Choice(
                 weights=weight, kv=kv, seqs=seq, tokens=token, context=context, speculation=guesses,
-                kv_tokens=_ceil(room, _PAGE),
+                kv_tokens=room,
             )
         )  # fmt: skip
     return Space(base=base, choices=tuple(choices), stored=stored, given=frozenset(given))
@@ -210,7 +221,9 @@ def _weights(
     if base.mixed_precision is None:
         options.append(WeightOption(name="bf16", keeps=False, bits=16.0, dtype="bfloat16"))
     elif full:
-        options.append(WeightOption(name="f32", keeps=base.mixed_precision.dtype == "bf16", bits=32.0, dtype="float32"))
+        options.append(
+            WeightOption(name="f32", keeps=base.mixed_precision.dtype == "bf16", bits=32.0, dtype="float32")
+        )
     inputs = [w.shape[-1] for w in held.values()]
     names = ["int8", *(f"int4-g{g}" for g in dict.fromkeys((largest_group("int4", inputs), 32)))]
     if full:
@@ -222,24 +235,24 @@ def _weights(
                 name=name, keeps=False, bits=_bits(name), quantization=Quantization.parse(name), loss=loss
             )
         )
-    return options + ([] if sensitivity is None else _mixed(model, sensitivity))
+    return options + ([] if sensitivity is None else _mixed(sensitivity))
 
 
-def _mixed(model: PlannedModel, sensitivity: SensitivityFile) -> list[WeightOption]:
+def _mixed(sensitivity: SensitivityFile) -> list[WeightOption]:
     """Some of the front, evenly. Matrices that the file does not know stay as they are."""
-    if any(name not in model.graph.weights for unit in sensitivity.matrices for name in unit.names):
-        return []
     front = sensitivity.front()
     steps = sorted({round(i * (len(front) - 1) / max(_MIXED - 1, 1)) for i in range(_MIXED)}) if front else []
     options = []
     for chosen, bits, kl in (front[i] for i in steps):
         pairs = tuple(
-            (name, stored) for unit, stored in zip(sensitivity.matrices, chosen, strict=True) for name in unit.names
+            (name, stored)
+            for unit, stored in zip(sensitivity.matrices, chosen, strict=True)
+            for name in unit.names
         )
         options.append(
             WeightOption(
                 name=f"mixed, {bits:.2f} bits", keeps=False, bits=bits, formats=pairs,
-                loss=Loss(kl=kl, source=sensitivity.path.name),
+                loss=Loss(kl=kl, source=sensitivity.source),
             )
         )  # fmt: skip
     return options
@@ -264,6 +277,21 @@ def _context(model: PlannedModel, base: EngineConfig, goal: Goal, given: Collect
     if "context" in given and base.max_model_len is not None:
         return base.max_model_len
     return min(_ceil(goal.work.longest, _PAGE), model.graph.reach)
+
+
+def _room(
+    model: PlannedModel,
+    base: EngineConfig,
+    goal: Goal,
+    given: Collection[str],
+    kv: KVType,
+    seqs: int,
+    context: int,
+) -> int:
+    """Tokens of the KV pool: what was given, else a longest sequence, or the workload's requests together."""
+    if "kv_bytes" in given and base.kv_bytes is not None:
+        return base.kv_bytes // kv_page_bytes(model.graph, _PAGE, kv) * _PAGE
+    return max(_ceil(context, _PAGE), min(seqs, goal.work.concurrency) * _ceil(goal.work.longest, _PAGE))
 
 
 def _bits(name: str) -> float:
