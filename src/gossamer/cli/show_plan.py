@@ -83,8 +83,9 @@ def show_plan(plan: Plan, machine: Hardware, there: int) -> None:
     say(f"[dim]{escape(_machine(plan, machine))}[/]")
     say(
         f"[dim]for {work.concurrency} request{'s' if work.concurrency > 1 else ''} at once of "
-        f"{work.prompt_tokens} + {work.output_tokens} tokens, in
-    {size(goal.limits.memory)}{_limits(plan)}[/]\n" )
+        f"{work.prompt_tokens} + {work.output_tokens} tokens, in "
+        f"{size(goal.limits.memory)}{_limits(plan)}[/]\n"
+    )
     if goal.limits.memory > there:
         say(f"[yellow]this machine has {size(there)} left: the plan is for another[/]\n")
     say(f"  [bold cyan]{escape(_short(command(plan)))}[/]\n")
@@ -183,7 +184,8 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
     choice, times = candidate.choice, candidate.times
     quality = "as stored" if choice.keeps and not candidate.loss.known else str(candidate.loss)
     return (
-        choice.weights.name.replace("as stored (", "stored ("), choice.kv, f"{choice.seqs} x {choice.tokens}", size(candidate.bytes),
+        choice.weights.name.replace("as stored (", "stored ("), choice.kv,
+        f"{choice.seqs} x {choice.tokens}", size(candidate.bytes),
         ms(times.ttft_ms), ms(times.itl_ms), _rate(times.tokens_per_s), quality,
     )  # fmt: skip
 

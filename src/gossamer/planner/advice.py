@@ -260,8 +260,8 @@ def _recipes(model: PlannedModel, chosen: Candidate) -> list[Suggestion]:
         found.append(
             Suggestion(
                 what="quantize ahead of serving, by GPTQ, rather than at load",
-                effect=f"weights of about {size(every * 4.25 / 8)} that lose less than int4 made at load, and
-                " "a certificate of how much",
+                effect=f"weights of about {size(every * 4.25 / 8)} that lose less than int4 made at load, "
+                "and a certificate of how much",
                 command=command.format("int4-gptq"),
             )
         )

@@ -174,11 +174,12 @@ def _check_quality(model: PlannedModel, goal: Goal, sensitivity: SensitivityFile
         return
     raise ConfigError(
         f"--quality-limit asks for {goal.limits.quality}, and nothing is known of the quality of "
-        f"{model.name}: it has no certificate and no sensitivities. `gossamer compress {model.name} --recipe int4-gptq "
-        "--text FILE -o DIR` makes a model with a certificate: plan for DIR; `gossamer eval "
-        f"{model.name} -q int4 --reference fp32 --text FILE` measures one choice; a recipe of mixed_bits with
-        " 'method = "rtn" measures sensitivities, which --sensitivity FILE takes; or leave --quality-limit
-    out' )
+        f"{model.name}: it has no certificate and no sensitivities. "
+        f"`gossamer compress {model.name} --recipe int4-gptq --text FILE -o DIR` makes a model with a "
+        f"certificate: plan for DIR; `gossamer eval {model.name} -q int4 --reference fp32 --text FILE` measures "
+        'one choice; a recipe of mixed_bits with method = "rtn" measures sensitivities, which --sensitivity '
+        "FILE takes; or leave --quality-limit out"
+    )
 
 
 def _impossible(evaluator: Evaluator, space: Space) -> None:

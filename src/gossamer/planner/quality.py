@@ -122,8 +122,8 @@ def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
     of.
 
     Raises CheckpointError where it is absent, damaged, of another version or of a model of another shape,
-    with what is wrong, and ConfigError where its formats are not those that loading makes. Other weights of the
-    same shape are said in the source.
+    with what is wrong, and ConfigError where its formats are not those that loading makes. Other weights of
+    the same shape are said in the source.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -145,8 +145,8 @@ def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
         raise CheckpointError(f"{path}: a matrix without names or candidates; measure anew")
     if raw.get("method") != "rtn":
         raise ConfigError(
-            f"{path} knows what formats lose that were made by {str(raw.get('method'))[:20]!r}, and loading makes
-            " 'them by rounding; a recipe of mixed_bits with method = "rtn" measures those'
+            f"{path} knows what formats lose that were made by {str(raw.get('method'))[:20]!r}, and loading "
+            'makes them by rounding; a recipe of mixed_bits with method = "rtn" measures those'
         )
     weights = model.graph.weights
     for unit in matrices:
