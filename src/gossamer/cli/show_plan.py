@@ -140,16 +140,16 @@ def _short(text: str, most: int = 600) -> str:
     return text if len(text) <= most else f"{text[:most]} ... (-o FILE writes all of it)"
 
 
-def _table(*columns: str, title: str | None = None, words: tuple[int, ...] = (0,)) -> Table:
+def _table(*columns: str, title: str | None = None, words: tuple[int, ...] = (0,), gap: int = 1) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0)
+    )
     for index, name in enumerate(columns):
-        left = index in words
-        table.add_column(
-            name, justify="left" if left else "right", no_wrap=not left, overflow="fold" if left else "ignore"
-        )
+        last = index == len(columns) - 1  # words wrap there, and nowhere else
+        table.add_column(name, justify="left" if index in words else "right", no_wrap=not last)
     return table
 
 
@@ -198,7 +198,7 @@ def _rate(value: float) -> str:
 
 
 def _compared(plan: Plan) -> Table:
-    table = _table("", *_COLUMNS, words=(0, 1, 2, 8))
+    table = _table("", *_COLUMNS, words=(0, 1, 2, 8), gap=0)  # 80 columns hold it
     table.add_row("chosen", *_row(plan.chosen), style="bold")
     if plan.keeping is not None:
         table.add_row("unchanged", *_row(plan.keeping))

@@ -176,8 +176,9 @@ def _check_quality(model: PlannedModel, goal: Goal, sensitivity: SensitivityFile
         f"--quality-limit asks for {goal.limits.quality}, and nothing is known of the quality of "
         f"{model.name}: it has no certificate and no sensitivities. "
         f"`gossamer compress {model.name} --recipe int4-gptq --text FILE -o DIR` makes a model with a "
-        f"certificate: plan for DIR; `gossamer eval {model.name} -q int4 --reference fp32 --text FILE` measures "
-        'one choice; a recipe of mixed_bits with method = "rtn" measures sensitivities, which --sensitivity '
+        "certificate: plan for DIR; "
+        f"`gossamer eval {model.name} -q int4 --reference fp32 --text FILE` "
+        'measures one choice; a recipe of mixed_bits with method = "rtn" measures sensitivities, which --sensitivity '
         "FILE takes; or leave --quality-limit out"
     )
 
@@ -234,9 +235,10 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
         "throughput": f"the most output, {times.tokens_per_s:,.0f} tokens a second",
         "production": f"the most output, {times.tokens_per_s:,.0f} tokens a second,",
         "production-latency": f"the shortest time between tokens, {ms(times.itl_ms)},",
-        "easy": "the model as it is stored, and the engine's usual limits",
+        "easy": ("weights as asked" if choice.weights.given else "the model as it is stored")
+        + ", and the engine's usual limits",
     }[goal.objective]
-    if goal.objective == "easy" and not choice.keeps:
+    if goal.objective == "easy" and not (choice.keeps or choice.weights.given):
         stored = min((c for c in tried if c.choice.keeps), key=lambda c: c.bytes, default=None)
         why = "" if stored is None else f", which takes {_over(stored, goal)}"
         return (
