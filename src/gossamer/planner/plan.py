@@ -28,7 +28,7 @@ from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal
 from gossamer.planner.quality import UNKNOWN, SensitivityFile
 from gossamer.planner.search import Candidate, Evaluator, best, front, holds, refuse
-from gossamer.planner.space import Space, config_of, flags_of, space_of
+from gossamer.planner.space import KEEPING_KV, Choice, Space, config_of, flags_of, space_of
 from gossamer.planner.units import ms, size
 
 __all__ = ["Plan", "candidate_json", "command", "make_plan", "toml"]
@@ -178,8 +178,8 @@ def _check_quality(model: PlannedModel, goal: Goal, sensitivity: SensitivityFile
         f"`gossamer compress {model.name} --recipe int4-gptq --text FILE -o DIR` makes a model with a "
         "certificate: plan for DIR; "
         f"`gossamer eval {model.name} -q int4 --reference fp32 --text FILE` "
-        'measures one choice; a recipe of mixed_bits with method = "rtn" measures sensitivities, which --sensitivity '
-        "FILE takes; or leave --quality-limit out"
+        'measures one choice; a recipe of mixed_bits with method = "rtn" measures sensitivities, which '
+        "--sensitivity FILE takes; or leave --quality-limit out"
     )
 
 
@@ -238,7 +238,7 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
         "easy": ("weights as asked" if choice.weights.given else "the model as it is stored")
         + ", and the engine's usual limits",
     }[goal.objective]
-    if goal.objective == "easy" and not (choice.keeps or choice.weights.given):
+    if goal.objective == "easy" and not _unchanged(choice):
         stored = min((c for c in tried if c.choice.keeps), key=lambda c: c.bytes, default=None)
         why = "" if stored is None else f", which takes {_over(stored, goal)}"
         return (
@@ -255,6 +255,11 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
     elif goal.objective != "easy":
         near = "; of those within 2 % of it, what changes the model least, then the smallest"
     return figure.rstrip(",") + which + near
+
+
+def _unchanged(choice: Choice) -> bool:
+    """Whether nothing but the user's own flags changes the model."""
+    return (choice.weights.keeps or choice.weights.given) and choice.kv in KEEPING_KV
 
 
 def _over(candidate: Candidate, goal: Goal) -> str:
