@@ -230,9 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def evaluate(goal: Goal) -> list[Candidate]:
         evaluator = Evaluator(model, goal, rates, _efficiencies())
-        return evaluator.try_choices(
-            Space(base=base, choices=tuple(choices), stored=space.stored, given=frozenset())
-        )
+        return evaluator.try_choices(replace(space, choices=tuple(choices)))
 
     lines = verdicts(evaluate, choices, found, work, given.itl_limit_ms)
     if given.json:
