@@ -260,8 +260,8 @@ def _print(model: str, combinations: int, rounds: int, lines: Sequence[dict[str,
             continue
         broken = "" if line["keeps_limit"] else "  (over the limit)"
         print(
-            f"  {line['objective']:<19} {line['over_best']:.3f} of the best{broken}: chosen {line['chosen']}; "
-            f"best {line['best']}"
+            f"  {line['objective']:<19} {line['over_best']:.3f} of the best{broken}: chosen "
+            f"{line['chosen']}; best {line['best']}"
         )
 
 
