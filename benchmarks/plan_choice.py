@@ -33,6 +33,7 @@ from gossamer.config import EngineConfig
 from gossamer.config.engine import KVType
 from gossamer.errors import GossamerError
 from gossamer.llm import engine_config
+from gossamer.planner.efficiencies import current_efficiencies
 from gossamer.planner.hardware import Prober, Rates, median_rates
 from gossamer.planner.model import open_planned
 from gossamer.planner.objectives import OBJECTIVES, Goal, Limits
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = median_rates([Rates(**f.rates) for f in found])
 
     def evaluate(goal: Goal) -> list[Candidate]:
-        evaluator = Evaluator(model, goal, rates, _efficiencies())
+        evaluator = Evaluator(model, goal, rates, current_efficiencies())
         return evaluator.try_choices(replace(space, choices=tuple(choices)))
 
     lines = verdicts(evaluate, choices, found, work, given.itl_limit_ms)
@@ -238,12 +239,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _print(given.model, len(choices), given.rounds, lines)
     return 0
-
-
-def _efficiencies() -> Any:
-    from gossamer.planner.efficiencies import SHIPPED
-
-    return SHIPPED
 
 
 def _read(path: Path) -> list[Measured]:

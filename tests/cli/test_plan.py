@@ -48,6 +48,14 @@ def test_json(cli: Cli, quick: None, objective: str) -> None:
     json.dumps(report, allow_nan=False)
 
 
+def test_drafts_of_pocket(cli: Cli, quick: None) -> None:
+    rates = ("--acceptance", "draft_model=0.95", "--acceptance", "eagle=0.9", "--acceptance", "ngram=0.1")
+    report = cli("plan", "gossamer/pocket", "-O", "latency", *rates, "--json").json
+    assert report["tried"] == 4 * 24
+    with_eagle = cli("plan", "gossamer/pocket", "-O", "latency", "--acceptance", "eagle=1", "--json").json
+    assert "eagle" in with_eagle["command"]
+
+
 def test_for_people(cli: Cli, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     ran = cli("plan", "gossamer/pocket", "-O", "memory", "--memory-budget", "64GiB")
@@ -180,6 +188,8 @@ def test_serve_never_changes_the_model_unsaid(quick: None) -> None:
         (("--memory-budget", "20MiB"), "more than the 20.0 MiB there are"),
         (("--itl-limit-ms", "0.0001"), "above --itl-limit-ms"),
         (("--input-len", "600"), "--input-len"),
+        (("--acceptance", "ngram"), "METHOD=RATE"),
+        (("--acceptance", "guess=0.3"), "METHOD=RATE"),
         (("--concurrency", "0"), "concurrency 0 must be at least 1"),
         (("--sensitivity", "nowhere.json"), "no sensitivities at nowhere.json"),
         (("--max-model-len", "100000"), "positions"),

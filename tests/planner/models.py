@@ -13,12 +13,12 @@ from gossamer.planner.model import PlannedModel
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 320,
+    "vocab_size": 2048,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,20 @@ def test_parts_are_predictions_without() -> None:
     for name in ("quantization", "kv_quantization", "memory_reuse"):
         without = parts[name].bytes_without
         assert without is not None and without > found.chosen.bytes
-    assert parts["quantization"].itl_ms_without is not None
-    assert parts["quantization"].itl_ms_without > found.chosen.times.itl_ms
+    one = parts["parallel_computing"]
+    assert one.itl_ms_without is not None and one.itl_ms_without > found.chosen.times.itl_ms
+
+
+def test_speculation_is_planned_where_its_acceptance_is_known() -> None:
+    assert all(c.choice.speculation is None for c in plan("latency", full=True).front)
+    found = plan("latency", acceptance={"ngram": 0.9})
+    assert found.chosen.config.speculative_decoding is not None
+    assert found.chosen.times.itl_ms < plan("latency").chosen.times.itl_ms
+    assert json.loads(dict(found.flags)["speculative-config"])["method"] == "ngram"
+    assert "speculative_decoding" in [part.technique for part in found.parts]
+    assert plan("latency", acceptance={"ngram": 0.01}).chosen.config.speculative_decoding is None
+    with pytest.raises(ConfigError, match="nothing that drafts by eagle"):
+        plan("latency", acceptance={"eagle": 0.9})
 
 
 def test_suggestions_are_never_chosen() -> None:

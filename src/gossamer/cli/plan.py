@@ -73,6 +73,16 @@ def plan(
             help="gossamer_sensitivity.json, as mixed bits leaves it; one in the model's folder is found.",
         ),
     ] = None,
+    acceptance: Annotated[
+        list[str] | None,
+        flag(
+            "--acceptance",
+            panel=_GOAL,
+            metavar="METHOD=RATE",
+            help="How likely a guess is right that follows right ones, so that speculation is planned for: "
+            "ngram=0.6. `gossamer bench speculation` measures it. Repeatable.",
+        ),
+    ] = None,
     full: Annotated[
         bool, flag("--full", help="Try every format and limit, not the usual ones alone.")
     ] = False,
@@ -94,12 +104,14 @@ def plan(
         show_accuracy(json)
         return
     from gossamer.memory import available_memory
+    from gossamer.planner.drafts import parse_acceptance
     from gossamer.planner.hardware import hardware
     from gossamer.planner.model import open_planned
     from gossamer.planner.objectives import Goal, Limits, QualityLimit
     from gossamer.planner.plan import make_plan, toml
     from gossamer.planner.remembered import measure
 
+    accepted = parse_acceptance(acceptance or ())
     config = engine.config()
     there = available_memory()
     limits = Limits(
@@ -128,6 +140,7 @@ def plan(
         given=decided(ctx, config),
         said=said_flags(ctx),
         sensitivity=_sensitivities(sensitivity, model),
+        acceptance=accepted,
         full=full,
     )
     if out is not None:

@@ -145,11 +145,18 @@ def _table(*columns: str, title: str | None = None, words: tuple[int, ...] = (0,
     from rich.table import Table
 
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, gap, 0, 0),
     )
     for index, name in enumerate(columns):
         last = index == len(columns) - 1  # words wrap there, and nowhere else
-        table.add_column(name, justify="left" if index in words else "right", no_wrap=not last)
+        table.add_column(
+            name, justify="left" if index in words else "right", no_wrap=not last, overflow="fold"
+        )
     return table
 
 
@@ -182,9 +189,10 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
     from gossamer.planner.units import ms, size
 
     choice, times = candidate.choice, candidate.times
+    guesses = "" if choice.speculation is None else f" + {choice.speculation.method}"
     quality = "as stored" if choice.keeps and not candidate.loss.known else str(candidate.loss)
     return (
-        choice.weights.name.replace("as stored (", "stored ("), choice.kv,
+        choice.weights.name.replace("as stored (", "stored (") + guesses, choice.kv,
         f"{choice.seqs} x {choice.tokens}", size(candidate.bytes),
         ms(times.ttft_ms), ms(times.itl_ms), _rate(times.tokens_per_s), quality,
     )  # fmt: skip

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from gossamer.checkpoint.heads import HEAD_FOLDER
-from gossamer.checkpoint.hub import POCKET, POCKET_HALF
 from gossamer.config import EngineConfig, MixedPrecision
 from gossamer.errors import GossamerError
 from gossamer.graph.weights import stored_format
 from gossamer.passes.weight_formats import matrices
+from gossamer.planner.drafts import known_methods
 from gossamer.planner.memory import MemoryPlan
 from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal, Objective
 from gossamer.planner.quality import UNKNOWN
 from gossamer.planner.search import Candidate, Evaluator
-from gossamer.planner.space import KEEPING_KV, Choice, Space, config_of, loss_of
+from gossamer.planner.space import KEEPING_KV, Choice, Space, config_of, loss_of, speculative_json
 from gossamer.planner.units import ms, size
 
 __all__ = [
@@ -293,25 +292,25 @@ def _recipes(model: PlannedModel, chosen: Candidate) -> list[Suggestion]:
 
 
 def _speculation(model: PlannedModel, chosen: Candidate) -> list[Suggestion]:
-    """Guesses leave outputs as they are; what they gain depends on the text, so it is measured instead."""
+    """Guesses leave outputs as they are; what they gain depends on the text, so it is measured first."""
     if chosen.config.speculative_decoding is not None or chosen.config.static_batching is not None:
         return []
-    found = [
-        ("ngram", '{"method": "ngram", "num_speculative_tokens": 4}', "where the output quotes its prompt")
-    ]
-    if model.name in _DRAFTS:
-        told = f'{{"method": "draft_model", "model": "{_DRAFTS[model.name]}"}}'
-        found.append(("draft_model", told, f"{_DRAFTS[model.name]} is its smaller student"))
-    if (model.directory / HEAD_FOLDER / "config.json").is_file():
-        found.append(("eagle", '{"method": "eagle"}', "a trained head lies in the model's folder"))
     return [
         Suggestion(
             what=f"speculative decoding, {method}",
-            effect=f"the same tokens, perhaps sooner: {why}; how many guesses stand is a matter of the text",
-            command=f"gossamer bench speculation MODEL --speculative-config '{told}'",
+            effect=f"the same tokens, perhaps sooner: {_WHY[method]}; once it is known how many guesses "
+            f"stand, --acceptance {method}=RATE makes it a part of the plan",
+            command=f"gossamer bench speculation MODEL --speculative-config '{speculative_json(guesses)}'",
         )
-        for method, told, why in found
+        for method, guesses in known_methods(model).items()
     ]
+
+
+_WHY = {
+    "ngram": "where the output quotes its prompt",
+    "draft_model": "its smaller student guesses",
+    "eagle": "a trained head lies in the model's folder",
+}
 
 
 def _not_built(evaluator: Evaluator, space: Space, chosen: Candidate, budget: int) -> list[Suggestion]:
@@ -341,6 +340,3 @@ def _not_built(evaluator: Evaluator, space: Space, chosen: Candidate, budget: in
         )
     )
     return found
-
-
-_DRAFTS = {POCKET: POCKET_HALF}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
 from typing import Any
@@ -22,7 +22,7 @@ from gossamer.planner.advice import (
     parts,
     suggestions,
 )
-from gossamer.planner.efficiencies import SHIPPED, Efficiencies
+from gossamer.planner.efficiencies import Efficiencies, current_efficiencies
 from gossamer.planner.hardware import Rates
 from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal
@@ -66,23 +66,28 @@ def make_plan(
     goal: Goal,
     rates: Rates,
     *,
-    efficiencies: Efficiencies = SHIPPED,
+    efficiencies: Efficiencies | None = None,
     given: Collection[str] = (),
     said: Flags = (),
     sensitivity: SensitivityFile | None = None,
+    acceptance: Mapping[str, float] | None = None,
     full: bool = False,
     brief: bool = False,
 ) -> Plan:
     """Searches. base: what the user's flags say; given: which of `space.DECIDED` they decide; said: the flags
-    themselves, for the command. brief: the choice alone, without what stands beside it.
+    themselves, for the command. efficiencies: None takes this machine's. acceptance: of guesses, by method.
+    brief: the choice alone, without what stands beside it.
 
     Raises ConfigError or MemoryBudgetError where nothing holds the limits (by how much, and the least there
     is), and ConfigError where a limit on quality meets a model of which nothing is known.
     """
     begun = time.perf_counter()
     _check_quality(model, goal, sensitivity)
-    evaluator = Evaluator(model, goal, rates, efficiencies)
-    space = space_of(model, base, goal, given=given, sensitivity=sensitivity, full=full)
+    efficiencies = current_efficiencies() if efficiencies is None else efficiencies
+    evaluator = Evaluator(model, goal, rates, efficiencies, acceptance or {})
+    space = space_of(
+        model, base, goal, given=given, sensitivity=sensitivity, acceptance=acceptance, full=full
+    )
     tried = evaluator.try_choices(space)
     if not tried:
         _impossible(evaluator, space)
@@ -251,7 +256,7 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
         figure += f" with at most {soft:g} ms between tokens"
     near = ""
     if goal.objective == "memory":
-        near = "; of those within 2 % of the least, the quickest"
+        near = "; of those within 2 % of the engine's part, the quickest"
     elif goal.objective != "easy":
         near = "; of those within 2 % of it, what changes the model least, then the smallest"
     return figure.rstrip(",") + which + near

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
+from gossamer.planner.drafts import speculation_of
 from gossamer.planner.efficiencies import Efficiencies
 from gossamer.planner.hardware import Rates
 from gossamer.planner.memory import MemoryPlan, plan_memory
 from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal
 from gossamer.planner.quality import Loss
-from gossamer.planner.roofline import Prediction, predict
+from gossamer.planner.roofline import Prediction, Speculation, predict
 from gossamer.planner.space import Choice, Space, config_of, loss_of
 from gossamer.planner.units import ms, size
 
@@ -56,7 +57,9 @@ class Evaluator:
     goal: Goal
     rates: Rates
     efficiencies: Efficiencies
+    acceptance: Mapping[str, float] = field(default_factory=dict)
     _graphs: dict[object, Graph] = field(default_factory=dict)
+    _drafts: dict[object, Speculation] = field(default_factory=dict)
     _times: dict[object, Prediction] = field(default_factory=dict)
 
     def try_choices(self, space: Space) -> list[Candidate]:
@@ -81,8 +84,24 @@ class Evaluator:
         key = replace(config, max_num_seqs=running, kv_bytes=None, max_model_len=None, memory_budget=None)
         if key not in self._times:
             graph = self._graph(config)
-            self._times[key] = predict(graph, config, self.goal.work, self.rates, self.efficiencies)
+            self._times[key] = predict(
+                graph,
+                config,
+                self.goal.work,
+                self.rates,
+                self.efficiencies,
+                speculation=self._speculation(config),
+            )
         return self._times[key]
+
+    def _speculation(self, config: EngineConfig) -> Speculation | None:
+        guesses = config.speculative_decoding
+        if guesses is None or guesses.method not in self.acceptance:
+            return None
+        key = (guesses, config.quantization, config.mixed_precision)
+        if key not in self._drafts:
+            self._drafts[key] = speculation_of(self.model, config, self.acceptance[guesses.method])
+        return self._drafts[key]
 
     def _graph(self, config: EngineConfig) -> Graph:
         key = (
@@ -117,11 +136,13 @@ def best(candidates: Sequence[Candidate], goal: Goal) -> Candidate:
         if not within:
             return min(candidates, key=lambda c: (c.times.itl_ms, c.bytes))
         candidates = within
-    score = {id(c): _score(c, goal) for c in candidates}
-    least = min(score.values())
-    near = [c for c in candidates if score[id(c)] <= least * _NEAR]
     if goal.objective == "memory":
-        return min(near, key=lambda c: (c.request_ms(goal), c.bytes))
+        least = min(candidates, key=lambda c: c.bytes)
+        room = least.bytes + (_NEAR - 1) * least.memory.engine.total  # the process is what it is
+        return min((c for c in candidates if c.bytes <= room), key=lambda c: (c.request_ms(goal), c.bytes))
+    score = {id(c): _score(c, goal) for c in candidates}
+    top = min(score.values())
+    near = [c for c in candidates if score[id(c)] <= top * _NEAR]
     return min(
         near, key=lambda c: (not c.choice.keeps, -c.choice.weights.bits, c.choice.kv == "int4", c.bytes)
     )
@@ -130,8 +151,6 @@ def best(candidates: Sequence[Candidate], goal: Goal) -> Candidate:
 def _score(candidate: Candidate, goal: Goal) -> float:
     """The figure of an objective; less is better."""
     times = candidate.times
-    if goal.objective == "memory":
-        return float(candidate.bytes)
     if goal.objective in ("throughput", "production"):
         return 1.0 / times.tokens_per_s
     if goal.objective == "production-latency":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from gossamer.backends.cpu.formats import kv_page_bytes
@@ -13,6 +14,7 @@ from gossamer.config.weight_formats import WeightFormats, parse_stored
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import stored_format
 from gossamer.passes.weight_formats import largest_group, matrices
+from gossamer.planner.drafts import speculations
 from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import Goal
 from gossamer.planner.quality import UNKNOWN, Loss, SensitivityFile, certified
@@ -25,6 +27,7 @@ __all__ = [
     "WeightOption",
     "config_of",
     "space_of",
+    "speculative_json",
     "stored_weights",
 ]  # fmt: skip
 
@@ -142,7 +145,7 @@ def flags_of(base: EngineConfig, graph: Graph, choice: Choice) -> tuple[tuple[st
         ("max-num-batched-tokens", str(choice.tokens)),
     ]
     if choice.speculation is not None:
-        flags.append(("speculative-config", _speculative_json(choice.speculation)))
+        flags.append(("speculative-config", speculative_json(choice.speculation)))
     return tuple(flags)
 
 
@@ -166,10 +169,12 @@ def space_of(
     *,
     given: Collection[str] = (),
     sensitivity: SensitivityFile | None = None,
+    acceptance: Mapping[str, float] | None = None,
     full: bool = False,
 ) -> Space:
     """What is tried for a goal. given: which of DECIDED the user's flags in `base` have decided already;
-    full: every format and limit there is, not the usual ones alone."""
+    acceptance: of guesses, by method, as far as it is known; without it none are tried. full: every format
+    and limit there is, not the usual ones alone."""
     stored = stored_weights(model, base)
     weights = _weights(model, base, stored, given, sensitivity, full)
     if "kv" in given:
@@ -178,9 +183,11 @@ def space_of(
         kvs = ("bf16", "int8", "int4") if full or goal.objective == "memory" else ("bf16", "int8")
     seqs = [base.max_num_seqs] if "seqs" in given else _seqs(goal, full)
     tokens = [base.max_num_batched_tokens] if "tokens" in given else _tokens(full)
-    speculations = (base.speculative_decoding,)
+    guesses_of: Sequence[SpeculativeDecoding | None] = [base.speculative_decoding]
+    if "speculation" not in given and acceptance and base.static_batching is None:
+        guesses_of = speculations(model, acceptance, (2, 4, 8) if full else (4,))
     choices = []
-    for weight, kv, seq, token, guesses in product(weights, kvs, seqs, tokens, speculations):
+    for weight, kv, seq, token, guesses in product(weights, kvs, seqs, tokens, guesses_of):
         if token < seq:
             continue
         context = _context(model, base, goal, given)
@@ -298,10 +305,8 @@ def _bits(name: str) -> float:
     return {"f32": 32.0, "bf16": 16.0, "f16": 16.0}.get(name, 8.0 if name.startswith("int8") else 4.5)
 
 
-def _speculative_json(speculation: SpeculativeDecoding) -> str:
-    import json
-    from dataclasses import asdict
-
+def speculative_json(speculation: SpeculativeDecoding) -> str:
+    """As --speculative-config takes it."""
     usual = SpeculativeDecoding(method=speculation.method, model=speculation.model)
     said = {key: value for key, value in asdict(speculation).items() if value != getattr(usual, key)}
     if speculation.quantization is not None:
