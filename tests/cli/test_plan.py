@@ -17,7 +17,9 @@ from gossamer.cli.options import verb
 from gossamer.config import EngineConfig
 from gossamer.planner import remembered
 from tests.cli.conftest import Cli
-from tests.planner.models import RATES
+from tests.planner.models import CONFIG, RATES
+from tests.planner.test_quality import MODEL as DEEP
+from tests.planner.test_quality import units
 
 OBJECTIVES = ("memory", "latency", "throughput", "easy", "production", "production-latency")
 
@@ -111,20 +113,16 @@ def test_the_file_runs(cli: Cli, quick: None, tmp_path: Path, objective: str) ->
 
 
 def test_mixed_formats_go_through_the_file(cli: Cli, quick: None, tmp_path: Path) -> None:
-    from tests.planner.test_quality import units
-
-    shape = tmp_path / "m"
+    shape, file = tmp_path / "m", tmp_path / "plan.toml"
     shape.mkdir()
-    from tests.planner.models import CONFIG
-
-    (shape / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": "bfloat16"}))
+    config = CONFIG | {"torch_dtype": "bfloat16", "num_hidden_layers": DEEP.graph.layers}
+    (shape / "config.json").write_text(json.dumps(config))
     record = {"version": 1, "model": "x", "method": "rtn", "matrices": units()}
     (shape / "gossamer_sensitivity.json").write_text(json.dumps(record))
-    file = tmp_path / "plan.toml"
-    report = cli(
-        "plan", shape, "-O", "memory", "--quality-limit", "0.012", "--json", "-o", file
-    ).json  # fmt: skip
-    assert report["chosen"]["weights"].startswith("mixed") and 0 < report["chosen"]["quality"]["kl"] <= 0.012
+    limit = 1e-3 * len(units())
+    flags = ("-O", "memory", "--quality-limit", f"{limit:.4f}", "--json", "-o", file)
+    chosen = cli("plan", shape, *flags).json["chosen"]
+    assert chosen["weights"].startswith("mixed") and 0 < chosen["quality"]["kl"] <= limit
     assert len(flags_config(file).weight_formats) == len(units())
 
 

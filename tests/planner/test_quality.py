@@ -10,32 +10,30 @@ from typing import Any
 import pytest
 
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
+from gossamer.passes.weight_formats import matrices
 from gossamer.planner.objectives import QualityLimit
 from gossamer.planner.quality import UNKNOWN, Loss, read_sensitivity
 from tests.planner.models import planned
 
-MODEL = planned()
+MODEL = planned(num_hidden_layers=8)
 
 
 def units() -> list[dict[str, Any]]:
-    """Each matrix of a linear layer alone; int8 loses 1e-4, int4-g32 ten or twenty times that."""
+    """Each matrix alone; int8 loses 1e-4, int4-g32 ten or twenty times that."""
     found = []
-    for index, node in enumerate(n for n in MODEL.graph.nodes if n.op in LINEAR_OPS):
-        for name in matrix_weights(node):
-            shape = MODEL.graph.weights[name].shape
-            size = shape[0] * shape[1]
-            found.append(
-                {
-                    "names": [name],
-                    "weights": size,
-                    "chosen": "int8",
-                    "candidates": {
-                        "int8": {"bytes": size, "kl": 1e-4},
-                        "int4-g32": {"bytes": size * 9 // 16, "kl": 1e-3 * (1 + index % 2)},
-                    },
-                }
-            )
+    for index, (name, weight) in enumerate(matrices(MODEL.graph).items()):
+        size = weight.shape[0] * weight.shape[1]
+        found.append(
+            {
+                "names": [name],
+                "weights": size,
+                "chosen": "int8",
+                "candidates": {
+                    "int8": {"bytes": size, "kl": 1e-4},
+                    "int4-g32": {"bytes": size * 9 // 16, "kl": 1e-3 * (1 + index % 2)},
+                },
+            }
+        )
     return found
 
 
@@ -54,6 +52,11 @@ def test_losses_add_up(tmp_path: Path) -> None:
     assert found.uniform("int8").kl == pytest.approx(1e-4 * len(found.matrices))
     assert found.uniform("int8").source == "gossamer_sensitivity.json (of weights that are not here)"
     assert found.uniform("nf4") == UNKNOWN and not UNKNOWN.known
+
+
+def test_a_file_that_knows_some_matrices_says_nothing_of_all(tmp_path: Path) -> None:
+    found = read_sensitivity(written(tmp_path, matrices=units()[1:]), MODEL)
+    assert found.uniform("int8") == UNKNOWN and found.front()
 
 
 def test_the_front_is_no_worse_than_any_uniform_choice(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as checked
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.checkpoint.opening import open_checkpoint
 from gossamer.errors import CheckpointError, ConfigError
+from gossamer.passes.weight_formats import matrices as held
 from gossamer.planner.model import PlannedModel
 from gossamer.planner.objectives import QualityLimit
 from gossamer.quality.certificate import CERTIFICATE, Certificate
@@ -81,15 +82,17 @@ class MatrixLosses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityFile:
-    """What `mixed_bits` measured, its formats made as loading makes them. source: the file in words."""
+    """What `mixed_bits` measured, its formats made as loading makes them. source: the file in words; covers:
+    whether it knows every matrix of the model."""
 
     source: str
+    covers: bool
     matrices: tuple[MatrixLosses, ...]
 
     def uniform(self, format: str) -> Loss:
         """Of all matrices in one format: the sum, since to second order losses add up."""
         found = [unit.candidates.get(format) for unit in self.matrices]
-        if any(offer is None for offer in found):
+        if not self.covers or any(offer is None for offer in found):
             return UNKNOWN
         return Loss(kl=sum(offer.kl for offer in found if offer is not None), source=self.source)
 
@@ -161,7 +164,9 @@ def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
         source += " (of weights that are not here)"
     elif open_checkpoint(model.directory, ()).content_key() != raw.get("model"):
         source += " (of other weights, or of a copy)"
-    return SensitivityFile(source=source, matrices=matrices)
+    known = {name for unit in matrices for name in unit.names}
+    covers = known >= held(model.graph).keys()
+    return SensitivityFile(source=source, covers=covers, matrices=matrices)
 
 
 def certified(certificate: Certificate | None, kv: str) -> Loss:

@@ -106,10 +106,10 @@ def config_of(base: EngineConfig, graph: Graph, choice: Choice) -> EngineConfig:
     """
     weights = choice.weights
     config = base
-    if not weights.given and (weights.formats or weights.quantization is not None):
-        config = replace(
-            base, mixed_precision=None, quantization=weights.quantization, weight_formats=weights.formats
-        )
+    if not weights.given and weights.formats:  # what they do not name stays as it is
+        config = replace(base, quantization=None, weight_formats=weights.formats)
+    elif not weights.given and weights.quantization is not None:
+        config = replace(base, mixed_precision=None, quantization=weights.quantization, weight_formats=())
     elif not weights.given and weights.dtype is not None:
         dtype = parse_stored(weights.dtype)
         assert not isinstance(dtype, Quantization)
