@@ -36,6 +36,7 @@ VERBS = (
     "export",
     "probe",
     "graph",
+    "techniques",
     "cache list",
     "cache clear",
     "demo",

@@ -21,7 +21,6 @@ _INSTEAD = {
     "--pipeline-parallel-size": "pipeline parallelism is not built yet",
     "--device": "other devices than the CPU are not built yet",
     "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
-    "techniques": "the list of techniques is not built yet; ARCHITECTURE.md has the map",
     # from vLLM
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
     "--kv-bytes the KV pool",

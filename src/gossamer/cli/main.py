@@ -28,6 +28,7 @@ from gossamer.cli import (
     plan,
     probe,
     serve,
+    techniques,
 )
 from gossamer.cli.later import known_elsewhere
 from gossamer.cli.options import quiet_output, verb
@@ -58,6 +59,7 @@ app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
 app.command(name="eval", rich_help_panel=_LOOK)(verb(evaluate.evaluate))
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))
 app.command(rich_help_panel=_LOOK)(verb(graph.graph))
+app.command(rich_help_panel=_LOOK)(verb(techniques.techniques))
 app.add_typer(cache.app, name="cache", rich_help_panel=_LOOK)
 
 

@@ -103,8 +103,8 @@ def show_plan(plan: Plan, machine: Hardware, there: int) -> None:
         console.print(_front(plan))
     console.print(_parts(plan))
     say(
-        "[dim]always on, with the same bits, and worth what the requests make of them: FlashAttention, "
-        "prefix cache, continuous batching; `gossamer ablate` measures each[/]"
+        "[dim]always on, with the same bits, and worth what the requests make of them: prefix cache, "
+        "continuous batching; `gossamer ablate` measures each[/]"
     )
     _suggestions(plan)
     say(
@@ -236,24 +236,24 @@ def _parts(plan: Plan) -> Table:
     times = plan.chosen.times
     for part in plan.parts:
         name = part.technique.replace("_", " ")
-        if part.bytes_without is None:
-            table.add_row(name, "-", "-", "-", "-", part.reason)
-            continue
-        assert part.ttft_ms_without and part.itl_ms_without and part.tokens_per_s_without
-        saved = plan.chosen.bytes - part.bytes_without
+        saved = None if part.bytes_without is None else plan.chosen.bytes - part.bytes_without
+        memory = "-" if saved is None else f"{'-' if saved < 0 else '+'}{size(abs(saved))}" if saved else "="
         table.add_row(
             name,
-            f"{'-' if saved < 0 else '+'}{size(abs(saved))}" if saved else "=",
-            _factor(part.ttft_ms_without / times.ttft_ms),
-            _factor(part.itl_ms_without / times.itl_ms),
-            _factor(times.tokens_per_s / part.tokens_per_s_without),
+            memory,
+            _factor(part.ttft_ms_without, times.ttft_ms),
+            _factor(part.itl_ms_without, times.itl_ms),
+            _factor(times.tokens_per_s, part.tokens_per_s_without),
             part.reason,
         )
     return table
 
 
-def _factor(value: float) -> str:
-    """How many times faster."""
+def _factor(slow: float | None, quick: float | None) -> str:
+    """How many times faster; "-" where it is not predicted."""
+    if slow is None or quick is None:
+        return "-"
+    value = slow / quick
     return "=" if abs(value - 1) < 0.005 else f"[red]{value:.2f}x[/]" if value < 1 else f"{value:.2f}x"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from gossamer.config import EngineConfig, MixedPrecision
+from gossamer.config.conflicts import adapt
 from gossamer.errors import GossamerError
 from gossamer.graph.weights import stored_format
 from gossamer.passes.weight_formats import matrices
@@ -169,19 +170,24 @@ def parts(evaluator: Evaluator, space: Space, chosen: Candidate) -> list[Part]:
         wide = config_of(space.base, graph, replace(choice, kv="bf16"))
         trial("kv_quantization", f"keys and values in {choice.kv} instead of bf16", wide)
     if space.base.paged_attention is not None:
-        slots = config_of(replace(space.base, paged_attention=None, prefix_cache=None), graph, choice)
+        contiguous = adapt(space.base, paged_attention=None)
         reason = f"pages on demand instead of {choice.seqs} x {choice.context} tokens reserved"
-        trial("paged_attention", reason, replace(slots, quantization=config.quantization))
+        trial("paged_attention", reason, config_of(contiguous, graph, choice))
     for name, reason in (
         ("memory_reuse", "one arena instead of a buffer for each intermediate"),
         ("operator_fusion", "fewer passes over the activations"),
         ("layer_fusion", "a tile of tokens stays in the cache through a whole block"),
+        ("flash_attention", "scores stay in a tile instead of memory"),
+        ("dynamic_shapes", "steps as large as their tokens instead of padded"),
         ("parallel_computing", "all processors instead of one"),
         ("speculative_decoding", "several tokens from one reading of the weights"),
     ):
         if getattr(config, name) is not None:
-            trial(name, reason, replace(config, **{name: None}))  # type: ignore[arg-type]
+            trial(name, reason, adapt(config, **{name: None}))
     return [_part(evaluator, choice, *each) for each in trials]
+
+
+_UNTIMED = {"flash_attention", "dynamic_shapes"}  # the time model is of kernels that nobody would go without
 
 
 def _unset(base: EngineConfig) -> EngineConfig:
@@ -199,6 +205,8 @@ def _part(evaluator: Evaluator, choice: Choice, name: str, without: EngineConfig
         other = evaluator.candidate(choice, without, UNKNOWN)
     except GossamerError as error:
         return Part(technique=name, reason=f"{reason} (without it: {str(error).partition(';')[0][:120]})")
+    if name in _UNTIMED:
+        return Part(technique=name, reason=reason, bytes_without=other.bytes)
     return Part(
         technique=name,
         reason=reason,
