@@ -92,16 +92,17 @@ def show_plan(plan: Plan, machine: Hardware, there: int) -> None:
     say(f"{escape(plan.reason)}.")
     for note in plan.notes:
         say(f"[yellow]{escape(note)}[/]")
-    console.print(_bytes_and_times(plan))
-    console.print(_compared(plan))
+    for table in (_bytes_and_times(plan), _compared(plan)):
+        console.print()
+        console.print(table)
     say(
         f"[dim]the handbook says: {escape(plan.handbook.says)}; here: {escape(plan.handbook.here)}"
         + (f"; not built: {plan.handbook.missing}" if plan.handbook.missing else "")
         + "[/]"
     )
-    if plan.front:
-        console.print(_front(plan))
-    console.print(_parts(plan))
+    for table in (_front(plan), _parts(plan)):
+        console.print()
+        console.print(table)
     say(
         "[dim]always on, with the same bits, and worth what the requests make of them: prefix cache, "
         "continuous batching; `gossamer ablate` measures each[/]"
