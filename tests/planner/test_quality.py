@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.passes.weight_formats import matrices
 from gossamer.planner.objectives import QualityLimit
-from gossamer.planner.quality import UNKNOWN, Loss, read_sensitivity
+from gossamer.planner.quality import UNKNOWN, Loss, certified, read_sensitivity
 from tests.planner.models import planned
+from tests.quality.records import certificate
 
 MODEL = planned(num_hidden_layers=8)
 
@@ -97,3 +99,14 @@ def test_a_limit_holds_only_where_the_loss_is_known() -> None:
     assert Loss(kl=0.01).within(QualityLimit(kl=0.02)) and not Loss(kl=0.03).within(QualityLimit(kl=0.02))
     assert not Loss(kl=0.01).within(QualityLimit(ratio=1.5)) and not UNKNOWN.within(QualityLimit(kl=9.0))
     assert str(UNKNOWN) == "unknown" and "1.01" in str(Loss(ratio=1.01))
+
+
+def test_a_certificate_speaks_of_the_model_as_it_was_measured() -> None:
+    known = certificate()
+    assert known.quality is not None and known.quality.reference is not None
+    loss = certified(known, "bf16")
+    assert (
+        loss.kl == known.quality.reference.divergence.kl_mean and loss.ratio == known.quality.reference.ratio
+    )
+    assert certified(known, "int8") == certified(None, "bf16") == UNKNOWN
+    assert certified(replace(known, quality=None), "bf16") == UNKNOWN

@@ -19,6 +19,7 @@ from gossamer.planner.space import config_of, space_of
 from tests.planner.models import BASE, RATES, planned
 from tests.planner.test_quality import MODEL as DEEP
 from tests.planner.test_quality import written
+from tests.quality.records import certificate
 
 MODEL = planned()
 WHOLE = 8 << 30
@@ -145,6 +146,16 @@ def test_quality_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ConfigError, match="gossamer eval m -q int4") as raised:
         plan("memory", quality=QualityLimit(kl=0.1))
     assert "gossamer compress m" in str(raised.value)
+
+
+def test_a_certified_model_is_known_as_it_is_stored() -> None:
+    known = replace(MODEL, certificate=certificate())
+    limits = Limits(memory=WHOLE, quality=QualityLimit(ratio=2.0))
+    found = make_plan(known, BASE, Goal.of("memory", limits, most=1024), RATES, brief=True)
+    assert found.chosen.choice.keeps and found.chosen.choice.kv == "bf16" and found.chosen.loss.known
+    strict = replace(limits, quality=QualityLimit(kl=1e-9))
+    with pytest.raises(ConfigError, match="the least known loss is KL"):
+        make_plan(known, BASE, Goal.of("memory", strict, most=1024), RATES)
 
 
 def test_sensitivities_open_mixed_formats_and_a_limit(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, MemoryBudgetError
-from gossamer.graph.ir import Graph
-from gossamer.passes.pipeline import run_passes
 from gossamer.planner.drafts import speculation_of
 from gossamer.planner.efficiencies import Efficiencies
 from gossamer.planner.hardware import Rates
@@ -20,6 +18,7 @@ from gossamer.planner.quality import Loss
 from gossamer.planner.roofline import Prediction, Speculation, predict
 from gossamer.planner.space import Choice, Space, config_of, loss_of
 from gossamer.planner.units import ms, size
+from gossamer.runtime.planning import passed
 
 __all__ = ["Candidate", "Evaluator", "best", "front", "holds", "refuse", "speed"]
 
@@ -51,14 +50,13 @@ class Candidate:
 
 @dataclass(slots=True)
 class Evaluator:
-    """Bytes and times of configurations of one model on one machine; graphs after their passes are kept."""
+    """Bytes and times of configurations of one model on one machine."""
 
     model: PlannedModel
     goal: Goal
     rates: Rates
     efficiencies: Efficiencies
     acceptance: Mapping[str, float] = field(default_factory=dict)
-    _graphs: dict[object, Graph] = field(default_factory=dict)
     _drafts: dict[object, Speculation] = field(default_factory=dict)
     _times: dict[object, Prediction] = field(default_factory=dict)
 
@@ -83,7 +81,7 @@ class Evaluator:
         running = min(config.max_num_seqs, self.goal.work.concurrency)
         key = replace(config, max_num_seqs=running, kv_bytes=None, max_model_len=None, memory_budget=None)
         if key not in self._times:
-            graph = self._graph(config)
+            graph, _ = passed(self.model.graph, config)
             self._times[key] = predict(
                 graph,
                 config,
@@ -102,15 +100,6 @@ class Evaluator:
         if key not in self._drafts:
             self._drafts[key] = speculation_of(self.model, config, self.acceptance[guesses.method])
         return self._drafts[key]
-
-    def _graph(self, config: EngineConfig) -> Graph:
-        key = (
-            config.quantization, config.mixed_precision, config.weight_formats, config.sparse_weights,
-            config.operator_fusion, config.layer_fusion,
-        )  # fmt: skip
-        if key not in self._graphs:
-            self._graphs[key] = run_passes(self.model.graph, config)[0]
-        return self._graphs[key]
 
 
 def holds(candidate: Candidate, goal: Goal) -> bool:
