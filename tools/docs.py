@@ -23,6 +23,7 @@ VERBS = (
     "generate",
     "chat",
     "serve",
+    "plan",
     "bench latency",
     "bench throughput",
     "bench shapes",
