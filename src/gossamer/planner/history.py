@@ -133,7 +133,9 @@ def record(run: Run, path: Path | None = None) -> bool:
                 ),
             )
     except (OSError, sqlite3.Error) as error:
-        _LOGGER.warning("the history %s cannot be written (%s): nothing is learned", path or history_file(), error)
+        _LOGGER.warning(
+            "the history %s cannot be written (%s): nothing is learned", path or history_file(), error
+        )
         return False
     return True
 
@@ -146,8 +148,8 @@ def runs(path: Path | None = None) -> list[Run]:
     try:
         with _opened(file) as base:
             found = base.execute(
-                "SELECT kind, model, stored, config, workload, rates, predicted, actual, origin, corrections, "
-                "cpu_share, probe_spread, versions, at FROM runs WHERE machine = ? ORDER BY id",
+                "SELECT kind, model, stored, config, workload, rates, predicted, actual, origin, "
+                "corrections, cpu_share, probe_spread, versions, at FROM runs WHERE machine = ? ORDER BY id",
                 (processor_signature(),),
             ).fetchall()
     except (OSError, sqlite3.Error) as error:
@@ -260,7 +262,9 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
         file.replace(aside)
         for end in ("-wal", "-shm"):
             file.with_name(file.name + end).unlink(missing_ok=True)
-        _LOGGER.warning("the history %s is damaged (%s): set aside as %s, begun anew", file, error, aside.name)
+        _LOGGER.warning(
+            "the history %s is damaged (%s): set aside as %s, begun anew", file, error, aside.name
+        )
         base = _connected(file)
     with closing(base):
         yield base
