@@ -106,14 +106,7 @@ class Table:
         """Of a format, or its nearest: same kind of number, nearest group."""
         if stored in self.linear:
             return self.linear[stored]
-        kind, _, rest = stored.partition("-")
-        near = [name for name in self.linear if name.partition("-")[0] == kind]
-        if not near and kind == "uint4":
-            near = [name for name in self.linear if name.startswith("int4")]
-        group = int(rest[1:]) if rest[1:].isdigit() else 0
-        return self.linear[
-            min(near or self.linear, key=lambda name: abs(_group(name) - group)) if near else min(self.linear)
-        ]
+        return self.linear[min(self.linear, key=lambda name: _distance(name, stored))]
 
     def vector_of(self, op: str) -> VectorRate:
         """Of an op, of another format of it, or the median of all."""
@@ -253,9 +246,16 @@ def scaled_peaks(rates: Rates, isa: str, threads: int, found: Efficiencies) -> d
     return {name: gmacs * share for name, gmacs in probed.items()}
 
 
-def _group(name: str) -> int:
-    digits = name.partition("-g")[2].partition("-")[0]
-    return int(digits) if digits.isdigit() else 0
+def _distance(name: str, stored: str) -> tuple[bool, bool, bool, int]:
+    """How unlike two formats are: sparse or not, whether the numbers are alike, groups or none, group sizes."""
+    (kind, group, sparse), (other, wanted, wanted_sparse) = map(_split, (name, stored))
+    alike = kind == other or {kind, other} == {"int4", "uint4"}
+    return sparse != wanted_sparse, not alike, (group > 0) != (wanted > 0), abs(group - wanted)
+
+
+def _split(stored: str) -> tuple[str, int, bool]:
+    kind, *rest = stored.split("-")
+    return kind, next((int(part[1:]) for part in rest if part[1:].isdigit()), 0), "sparse" in rest
 
 
 def _plain(found: Efficiencies) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from typing import Any
 
 from gossamer.checkpoint.cache_directory import cache_directory
 from gossamer.planner.efficiencies import Efficiencies, current_efficiencies, save_fitted
+from gossamer.planner.hardware import Rates
 from gossamer.processor import processor_signature
 
-__all__ = ["METRICS", "ErrorSummary", "Run", "error_history", "history_file", "record", "refit", "runs"]
+__all__ = ["METRICS", "ErrorSummary", "Run", "error_history", "history_file", "newest_rates", "plain_config", "record", "refit", "runs"]
 
 _LOGGER = logging.getLogger("gossamer")
 
@@ -167,6 +168,19 @@ def error_history(found: Sequence[Run]) -> list[ErrorSummary]:
                 errors[metric, stored].append(error)
     order = sorted(errors, key=lambda key: (METRICS.index(key[0]), key[1] != "all", key[1]))
     return [_summary(*key, errors[key]) for key in order]
+
+
+def newest_rates(isa: str, threads: int, path: Path | None = None) -> Rates | None:
+    """What the newest probe of this machine found with so many threads of an instruction set; None: there was
+    none."""
+    for run in reversed(runs(path)):
+        try:
+            rates = Rates(**run.rates)
+        except TypeError:
+            continue
+        if (rates.isa, rates.threads) == (isa, threads):
+            return rates
+    return None
 
 
 def refit(path: Path | None = None) -> dict[str, float]:
