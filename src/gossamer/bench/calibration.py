@@ -27,8 +27,8 @@ _PROMPT, _OUTPUT = 64, 24
 def calibrate_machine(
     isas: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Efficiencies:
-    """Measures this machine (about a minute for each instruction set; None: the best one), keeps what it found
-    in the cache directory and gives it. What the history taught of older measurements is begun anew.
+    """Measures this machine (about a minute for each instruction set; None: the best one), keeps what it
+    found in the cache directory and gives it. What the history taught of older measurements is begun anew.
 
     Raises ConfigError for an instruction set that this machine lacks.
     """
@@ -56,7 +56,9 @@ def python_costs() -> PythonCosts:
             prompts += [s for s in steps if not s.decode]
     step, sequence = np.maximum(np.linalg.lstsq(np.asarray(lines), np.asarray(taken), rcond=None)[0], 1e-7)
     tokens = [
-        max(0.0, s.wall - s.inside - step - sequence * len(s.contexts)) / s.tokens for s in prompts if s.tokens
+        max(0.0, s.wall - s.inside - step - sequence * len(s.contexts)) / s.tokens
+        for s in prompts
+        if s.tokens
     ]
     return PythonCosts(
         step_us=1e6 * float(step),
