@@ -1,0 +1,375 @@
+"""The life of an ablation: arms one after the other, their rounds interleaved, rows as they are done.
+
+Memory and quality are the given model's; speed is that of a shape. Every engine runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gossamer.backends.cpu.formats import kv_page_bytes
+from gossamer.bench.ablation.arms import LIMITS, NAMES, Arm, Setting, alone, base, check_name, cumulative, typed, without
+from gossamer.bench.ablation.mix import SLOW, STACKED, USUAL, Measured
+from gossamer.bench.ablation.proof import Evidence, prove
+from gossamer.bench.ablation.quality import Qualities, Score, quality_effects, quality_figures
+from gossamer.bench.ablation.shapes import OWN, check_shape, write_shape
+from gossamer.bench.ablation.sides import Pool, Worker, WorkerError
+from gossamer.bench.ablation.verdict import effect, exact, figure
+from gossamer.bench.ledger import Effect, Figure, Ledger, Mode, Proof, Row, Side
+from gossamer.checkpoint.hub import POCKET, POCKET_HALF, read_config, resolve_model
+from gossamer.config import EngineConfig
+from gossamer.errors import ConfigError, GossamerError
+from gossamer.graph.families import build_graph
+from gossamer.graph.ir import Graph
+from gossamer.planner.hardware import Prober, Rates, hardware, median_rates
+from gossamer.quality.windows import Text
+
+__all__ = ["MODES", "Now", "Request", "Watch", "ablate"]
+
+MODES: tuple[Mode, ...] = ("alone", "cumulative", "without")
+SPEED = ("ttft_ms", "itl_ms", "tokens_per_s")
+_LEAST_ROUNDS = 3
+_SLOW_ROUND = 15.0  # seconds of a pair after which two rounds are enough
+_STUDENTS = {POCKET: POCKET_HALF}
+_GOAL = 2.0  # times what a step takes that decodes a few sequences: what dynamic batching is to hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be measured. techniques: () is all; seconds: of the whole run (None: no end); arm_seconds:
+    most of one arm's rounds; tokens: of text that quality is measured on; student: a model distilled from
+    this one (the shipped one where there is one)."""
+
+    model: str
+    techniques: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = MODES
+    speed_shape: str = "135m"
+    texts: tuple[Text, ...] = ()
+    rounds: int = 10
+    seconds: float | None = None
+    arm_seconds: float = 60.0
+    tokens: int = 8192
+    student: str | None = None
+
+    def __post_init__(self) -> None:
+        check_shape(self.speed_shape)
+        for name in self.techniques:
+            check_name(name)
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ConfigError(f"mode {mode!r} is unknown; choose {', '.join(MODES)}")
+        if self.rounds < 2:
+            raise ConfigError(f"rounds {self.rounds} must be at least 2: one says nothing of how much it varies")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """What is going on. medians: speed metric -> (off, on) so far."""
+
+    technique: str
+    mode: str
+    what: str
+    done: int
+    arms: int
+    medians: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """What a front end wants to hear."""
+
+    now: Callable[[Now], None] = field(default=lambda now: None)
+    row: Callable[[Row], None] = field(default=lambda row: None)
+
+
+def ablate(request: Request, watch: Watch | None = None) -> Ledger:
+    """Measures and gives the ledger. Ctrl-C ends it early: the ledger then holds what was measured, and
+    settings["interrupted"] says so.
+
+    Raises GossamerError for a model that cannot be read; what one technique cannot do stands in its row.
+    """
+    with tempfile.TemporaryDirectory(prefix="gossamer-ablate-") as folder, Pool() as pool:
+        return _Ablation(request, watch or Watch(), pool, Path(folder)).run()
+
+
+class _Ablation:
+    def __init__(self, request: Request, watch: Watch, pool: Pool, folder: Path) -> None:
+        self._request, self._watch, self._pool = request, watch, pool
+        self._own = _read(request.model)
+        self._length = _length(self._own)
+        own = request.speed_shape == OWN
+        self._shape_dir = None if own else str(write_shape(request.speed_shape, folder))
+        self._shape = self._own if self._shape_dir is None else _read(self._shape_dir)
+        self._qualities = Qualities(request.model, request.texts, request.tokens)
+        self._done = self._arms = 0
+        self._rows: list[Row] = []
+        self._cpu: list[float] = []
+        self._began = time.monotonic()
+
+    def run(self) -> Ledger:
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        prober = Prober()
+        rates, interrupted = [prober.measure()], False
+        try:
+            arms = self._plan()
+            self._arms = len(arms)
+            for arm in arms:
+                self._rows.append(self._row(arm))
+                self._done += 1
+                self._watch.row(self._rows[-1])
+        except KeyboardInterrupt:
+            interrupted = True
+        self._pool.clear()
+        rates.append(prober.measure())
+        return self._ledger(began, rates, interrupted)
+
+    def _plan(self) -> list[Arm]:
+        """All arms, in the order in which they share engines best. A goal for dynamic batching takes a look
+        at the machine first."""
+        request = self._request
+        names = request.techniques or NAMES
+        arms: list[Arm] = []
+        if "alone" in request.modes:
+            goal = self._goal() if "dynamic_batching" in names else 50.0
+            student = request.student or _STUDENTS.get(request.model)
+            arms += alone(names, goal_ms=goal, student=student)
+        if "cumulative" in request.modes:
+            arms += cumulative(names)
+        if "without" in request.modes:
+            arms += without(names)
+        return arms
+
+    def _goal(self) -> float:
+        """Milliseconds between tokens that leave a decode step some room for prompts."""
+        self._say(Arm(technique="dynamic_batching", mode="alone"), "what a step takes")
+        try:
+            worker = self._pool.get(self._config(Setting(name=""), speed=True))
+            worker.run(SLOW, 0)
+            return max(1.0, round(_GOAL * worker.run(USUAL, 0).itl_ms, 1))
+        except (GossamerError, WorkerError):  # its arm will say what is wrong
+            return 50.0
+
+    def _config(self, setting: Setting, *, speed: bool) -> EngineConfig:
+        """A setting on the model or on the speed's shape."""
+        shaped = speed and self._shape_dir is not None and setting.model is None
+        graph = self._shape if shaped else self._own
+        fields = dict(setting.fields)
+        if shaped:
+            fields["load_format"] = "dummy"
+        model = self._shape_dir if shaped else setting.model or self._request.model
+        assert model is not None
+        fields.setdefault("max_model_len", LIMITS["max_model_len"] if shaped else self._length)
+        config = base(model, **fields)
+        room = setting.roomy_tokens if not speed and setting.roomy_tokens is not None else setting.kv_tokens
+        if room is None:
+            return config
+        room = max(room, -(-fields["max_model_len"] // 16) * 16)
+        return replace(config, kv_bytes=room // 16 * kv_page_bytes(graph, 16, config.kv_dtype))
+
+    def _row(self, arm: Arm) -> Row:
+        off, on = arm.off, arm.on
+        if off is None or on is None:
+            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=arm.note)
+        try:
+            return self._measured(arm, off, on)
+        except (GossamerError, WorkerError) as error:
+            note = "error: " + " ".join(str(error).split())
+            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
+
+    def _measured(self, arm: Arm, off: Setting, on: Setting) -> Row:
+        until = self._until()
+        own, shape = arm.own or self._shape_dir is None, self._request.speed_shape
+        if arm.shaped and self._shape_dir is None:
+            note = "not measured: random weights take a shape; drop --speed-shape own"
+            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
+        label = "" if own else shape
+        effects: list[Effect] = []
+        figures: tuple[dict[str, Figure], dict[str, Figure]] = ({}, {})
+        # A technique that only a shape shows has its memory from there.
+        memory = self._memory(arm, off, on, speed=arm.shaped)
+        for metric in memory[0]:
+            a, b = (side[metric] for side in memory)
+            for each, value in zip(figures, (a, b), strict=True):
+                each[metric] = figure([value])
+            effects.append(exact(metric, a, b, label if arm.shaped else ""))
+        evidence = self._speed(arm, off, on, until)
+        runs = [side.runs for side in evidence]
+        for metric in SPEED:
+            a, b = ([float(getattr(run, metric)) for run in side] for side in runs)
+            for each, values in zip(figures, (a, b), strict=True):
+                each[metric] = figure(values)
+            effects.append(effect(metric, a, b, label))
+        notes = [arm.note] if arm.note else []
+        if arm.quality and self._qualities:
+            scores = self._quality(arm, off, on)
+            for each, score in zip(figures, scores, strict=True):
+                each |= quality_figures(score)
+            effects += quality_effects(*scores)
+        elif arm.quality:
+            notes.append("quality: not measured; --text FILE, a text the model never saw, measures it")
+        proof, missing = prove(arm.technique, *evidence)
+        if missing:
+            notes.insert(0, f"error: nothing shows that it ran: {missing}")
+            effects = []
+        self._cpu += [run.cpu for side in runs for run in side]
+        sides = [
+            Side(name=setting.name, config=typed(each.config), figures=found)
+            for setting, each, found in zip((off, on), evidence, figures, strict=True)
+        ]
+        return Row(
+            technique=arm.technique,
+            mode=arm.mode,
+            off=sides[0],
+            on=sides[1],
+            effects=tuple(effects),
+            proof=proof if not missing else Proof(),
+            note="; ".join(notes),
+        )
+
+    def _until(self) -> float:
+        """When an arm that begins now has to end its rounds."""
+        now, most = time.monotonic(), self._request.arm_seconds
+        if self._request.seconds is not None:
+            left = self._began + self._request.seconds - now
+            most = min(most, max(0.0, left) / max(1, self._arms - self._done))
+        return now + most
+
+    def _memory(self, arm: Arm, off: Setting, on: Setting, *, speed: bool) -> list[dict[str, float]]:
+        """Bytes of both sides, after some work."""
+        found = []
+        for setting in (off, on):
+            self._say(arm, f"memory of {setting.name}")
+            worker = self._get(self._config(setting, speed=speed), arm)
+            worker.run(SLOW, 0)
+            memory = worker.state.memory
+            found.append(
+                {
+                    "weights_bytes": float(memory.weights + memory.draft),
+                    "kv_bytes": float(memory.kv),
+                    "arena_bytes": float(memory.arena + memory.workspace),
+                    "resident_bytes": float(worker.state.resident),
+                }
+            )
+        return found
+
+    def _speed(self, arm: Arm, off: Setting, on: Setting, until: float) -> tuple[Evidence, Evidence]:
+        """Rounds of both sides in turns: off, on, on, off, ..."""
+        speed = not arm.own
+        workers: list[Worker] = []
+        for setting in (off, on):
+            self._say(arm, f"starting {setting.name}")
+            beside = workers[0] if workers else None
+            workers.append(self._get(self._config(setting, speed=speed), arm, beside))
+        before = [worker.state for worker in workers]
+        for worker in workers:
+            self._run(worker, arm, SLOW if arm.work is not SLOW else replace(SLOW, lone=(4, 2)), 0)
+        runs: tuple[list[Measured], list[Measured]] = ([], [])
+        index, took = 0, 0.0
+        while index < self._request.rounds:
+            enough = 2 if took > _SLOW_ROUND else _LEAST_ROUNDS
+            if index >= min(enough, self._request.rounds) and time.monotonic() + took > until:
+                break
+            began = time.monotonic()
+            for side in (0, 1) if index % 2 == 0 else (1, 0):
+                self._say(arm, f"round {index + 1}, {(off, on)[side].name}", runs)
+                runs[side].append(self._run(workers[side], arm, arm.work, 1000 * (index + 1)))
+            index, took = index + 1, time.monotonic() - began
+        first, second = (
+            Evidence(config=w.config, before=b, after=w.state, runs=r)
+            for w, b, r in zip(workers, before, runs, strict=True)
+        )
+        return first, second
+
+    def _get(self, config: EngineConfig, arm: Arm, beside: Worker | None = None) -> Worker:
+        return self._pool.get(config, beside=beside)
+
+    def _run(self, worker: Worker, arm: Arm, work: Any, seed: int) -> Measured:
+        try:
+            return worker.run(work, seed)
+        except BaseException:  # an interrupted one is in the middle of a reply
+            self._pool.discard(worker)
+            raise
+
+    def _quality(self, arm: Arm, off: Setting, on: Setting) -> list[Score]:
+        def progress(what: str, done: int, total: int) -> None:
+            self._say(arm, f"quality: {what}, {done} of {total}")
+
+        return [self._qualities.score(self._config(each, speed=False), progress) for each in (off, on)]
+
+    def _say(self, arm: Arm, what: str, runs: Sequence[Sequence[Measured]] = ()) -> None:
+        medians = {}
+        if runs and all(runs):
+            for metric in SPEED:
+                a, b = (median(getattr(run, metric) for run in side) for side in runs)
+                medians[metric] = (a, b)
+        self._watch.now(
+            Now(
+                technique=arm.technique,
+                mode=arm.mode,
+                what=what,
+                done=self._done,
+                arms=self._arms,
+                medians=medians,
+            )
+        )
+
+    def _ledger(self, began: str, rates: list[Rates], interrupted: bool) -> Ledger:
+        request = self._request
+        ratio = [max(a, b) / min(a, b) for a, b in [(r.read_gb_s, rates[0].read_gb_s) for r in rates]]
+        return Ledger(
+            model=request.model,
+            speed_shape=request.speed_shape,
+            machine=asdict(hardware()),
+            rates=asdict(median_rates(rates)),
+            began=began,
+            seconds=round(time.monotonic() - self._began, 1),
+            rounds=request.rounds,
+            settings={
+                "techniques": list(request.techniques or NAMES),
+                "modes": list(request.modes),
+                "texts": [text.name for text in request.texts],
+                "quality_tokens": request.tokens if request.texts else 0,
+                "seconds_limit": request.seconds,
+                "cpu_share": round(median(self._cpu), 3) if self._cpu else None,
+                "probe_moved": round(max(ratio), 3),
+                "interrupted": interrupted,
+                "work": {name: asdict(work) for name, work in _WORKS.items()},
+            },
+            rows=tuple(self._rows),
+            versions=_versions(),
+        )
+
+
+_WORKS = {"usual": USUAL, "slow": SLOW, "stacked": STACKED}
+
+
+def _read(model: str) -> Graph:
+    config = base(model)
+    return build_graph(read_config(resolve_model(model)), name=config.model)
+
+
+def _length(graph: Graph) -> int:
+    """Tokens of the longest sequence here. Raises ConfigError for a model that cannot hold a request."""
+    needed = max(sum(pair) for work in _WORKS.values() for pair in (work.lone, *work.lengths))
+    if graph.max_positions < needed:
+        raise ConfigError(
+            f"the model's context is {graph.max_positions} tokens, and the requests of the mix take up to {needed}"
+        )
+    return min(int(LIMITS["max_model_len"]), graph.max_positions)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import numpy
+
+    from gossamer import __version__
+
+    return {"gossamer": __version__, "python": platform.python_version(), "numpy": numpy.__version__}
