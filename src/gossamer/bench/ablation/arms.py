@@ -17,6 +17,7 @@ from gossamer.config import (
     EngineConfig,
     MixedPrecision,
     Quantization,
+    SparseWeights,
     SpeculativeDecoding,
     StaticBatching,
 )
@@ -168,8 +169,8 @@ def _alone(name: str, goal_ms: float, student: str | None) -> Arm:
         off, on, fields = Setting(name="plain decoding"), "n-gram lookup", _on(name)
         work = replace(USUAL, lone=(96, 64), quotes=True)
         note = (
-            "time between tokens is of an answer that quotes its prompt; the mix's random tokens have nothing "
-            "to guess"
+            "time between tokens is of an answer that quotes its prompt; the mix's random tokens have "
+            "nothing to guess"
         )
     return Arm(
         technique=name,
@@ -196,22 +197,22 @@ def _paged() -> Arm:
         ),
         on=Setting(name="pages", kv_tokens=memory, roomy_tokens=_needed(USUAL)),
         work=replace(USUAL, latency="mix"),
-        note=f"speed: both have KV memory for {memory} tokens, and times are of the mix; memory: what the same "
-        f"{_SEQUENCES} requests take at once",
+        note=f"speed: both have KV memory for {memory} tokens, and times are of the mix; memory: what the "
+        f"same {_SEQUENCES} requests take at once",
     )
 
 
 def _needed(work: Work, sequences: int = _SEQUENCES) -> int:
-    """Tokens of KV memory in which none of the requests that run at once waits; one of the longest must fit."""
+    """Tokens of KV memory in which no request that runs waits for another, and the longest one fits."""
     return max(_LENGTH, 16 * pages_needed(work, sequences))
 
 
 def _pruning() -> Arm:
-    dense, sparse = ({"load_format": "dummy", "dummy_sparsity": s} for s in (None, "2:4"))
+    sparse = {"dummy_sparsity": "2:4", "sparse_weights": SparseWeights(count=True)}
     return Arm(
         technique="pruning",
         mode="alone",
-        off=Setting(name="dense", fields=dense),
+        off=Setting(name="dense"),
         on=Setting(name="two of four weights zero", fields=sparse),
         shaped=True,
         note="random weights with such zeros: what pruning costs in quality follows from the model, and "
@@ -314,8 +315,11 @@ def typed(config: EngineConfig) -> str:
         model = f', "model": "{own.model}"' if own.model else ""
         given.append(f"""--speculative-config '{{"method": "{own.method}"{model}}}'""")
     if config.dummy_sparsity is not None:
-        given.append(f"--dummy-sparsity {config.dummy_sparsity}")
-    given += [f"--max-num-seqs {config.max_num_seqs}", f"--max-num-batched-tokens {config.max_num_batched_tokens}"]
+        given.append(f"--load-format dummy --dummy-sparsity {config.dummy_sparsity} --sparse-weights")
+    given += [
+        f"--max-num-seqs {config.max_num_seqs}",
+        f"--max-num-batched-tokens {config.max_num_batched_tokens}",
+    ]
     given += [f"--max-model-len {config.max_model_len}"] if config.max_model_len else []
     given += [f"--kv-bytes {config.kv_bytes}"] if config.kv_bytes else []
     if config.prefix_cache is None:

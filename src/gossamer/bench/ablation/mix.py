@@ -17,7 +17,7 @@ import numpy as np
 from gossamer.bench.measure import RecordingExecutor
 from gossamer.bench.speculation import ReplayExecutor
 from gossamer.bench.throughput import Outcome, run_jobs
-from gossamer.bench.workload import Job, Lengths, make_jobs
+from gossamer.bench.workload import Lengths, make_jobs
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
 
@@ -46,7 +46,6 @@ class Work:
     lengths: tuple[tuple[int, int], ...]
     latency: Literal["lone", "mix"] = "lone"
     quotes: bool = False
-
 
     def __post_init__(self) -> None:
         assert not self.quotes or self.lone[0] >= _QUOTED + self.lone[1], "more is quoted than there is"

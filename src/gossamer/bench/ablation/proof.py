@@ -78,7 +78,9 @@ Check = Callable[[Evidence, Evidence], tuple[str, bool]]
 
 def _new_kernels(off: Evidence, on: Evidence) -> tuple[str, bool]:
     fresh = sorted(set(on.kernels) - set(off.kernels))
-    return (f"{len(fresh)} kernels ran that the baseline has not" if fresh else "no kernel is another"), bool(fresh)
+    return (f"{len(fresh)} kernels ran that the baseline has not" if fresh else "no kernel is another"), bool(
+        fresh
+    )
 
 
 def _fused(off: Evidence, on: Evidence) -> tuple[str, bool]:

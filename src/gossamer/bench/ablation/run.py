@@ -15,13 +15,25 @@ from statistics import median
 from typing import Any
 
 from gossamer.backends.cpu.formats import kv_page_bytes
-from gossamer.bench.ablation.arms import LIMITS, NAMES, Arm, Setting, alone, base, check_name, cumulative, typed, without
+from gossamer.bench.ablation.arms import (
+    LIMITS,
+    NAMES,
+    Arm,
+    Setting,
+    alone,
+    base,
+    check_name,
+    cumulative,
+    typed,
+    without,
+)
 from gossamer.bench.ablation.mix import SLOW, STACKED, USUAL, Measured
 from gossamer.bench.ablation.proof import Evidence, prove
 from gossamer.bench.ablation.quality import Qualities, Score, quality_effects, quality_figures
 from gossamer.bench.ablation.shapes import OWN, check_shape, write_shape
 from gossamer.bench.ablation.sides import Pool, Worker, WorkerError
 from gossamer.bench.ablation.verdict import effect, exact, figure
+from gossamer.bench.ablation.worker import State
 from gossamer.bench.ledger import Effect, Figure, Ledger, Mode, Proof, Row, Side
 from gossamer.checkpoint.hub import POCKET, POCKET_HALF, read_config, resolve_model
 from gossamer.config import EngineConfig
@@ -66,7 +78,9 @@ class Request:
             if mode not in MODES:
                 raise ConfigError(f"mode {mode!r} is unknown; choose {', '.join(MODES)}")
         if self.rounds < 2:
-            raise ConfigError(f"rounds {self.rounds} must be at least 2: one says nothing of how much it varies")
+            raise ConfigError(
+                f"rounds {self.rounds} must be at least 2: one says nothing of how much it varies"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +124,7 @@ class _Ablation:
         self._qualities = Qualities(request.model, request.texts, request.tokens)
         self._done = self._arms = 0
         self._rows: list[Row] = []
+        self._memories: dict[EngineConfig, dict[str, float]] = {}
         self._cpu: list[float] = []
         self._began = time.monotonic()
 
@@ -202,10 +217,10 @@ class _Ablation:
         evidence = self._speed(arm, off, on, until)
         runs = [side.runs for side in evidence]
         for metric in SPEED:
-            a, b = ([float(getattr(run, metric)) for run in side] for side in runs)
-            for each, values in zip(figures, (a, b), strict=True):
+            samples = [[float(getattr(run, metric)) for run in side] for side in runs]
+            for each, values in zip(figures, samples, strict=True):
                 each[metric] = figure(values)
-            effects.append(effect(metric, a, b, label))
+            effects.append(effect(metric, *samples, label))
         notes = [arm.note] if arm.note else []
         if arm.quality and self._qualities:
             scores = self._quality(arm, off, on)
@@ -245,18 +260,16 @@ class _Ablation:
         """Bytes of both sides, after some work."""
         found = []
         for setting in (off, on):
-            self._say(arm, f"memory of {setting.name}")
-            worker = self._get(self._config(setting, speed=speed), arm)
-            worker.run(SLOW, 0)
-            memory = worker.state.memory
-            found.append(
-                {
-                    "weights_bytes": float(memory.weights + memory.draft),
-                    "kv_bytes": float(memory.kv),
-                    "arena_bytes": float(memory.arena + memory.workspace),
-                    "resident_bytes": float(worker.state.resident),
-                }
-            )
+            config = self._config(setting, speed=speed)
+            if config not in self._memories:
+                self._say(arm, f"memory of {setting.name}")
+                worker = self._pool.once(config)
+                try:
+                    worker.run(SLOW, 0)
+                    self._memories[config] = _bytes(worker.state)
+                finally:
+                    worker.close()
+            found.append(self._memories[config])
         return found
 
     def _speed(self, arm: Arm, off: Setting, on: Setting, until: float) -> tuple[Evidence, Evidence]:
@@ -266,7 +279,7 @@ class _Ablation:
         for setting in (off, on):
             self._say(arm, f"starting {setting.name}")
             beside = workers[0] if workers else None
-            workers.append(self._get(self._config(setting, speed=speed), arm, beside))
+            workers.append(self._pool.get(self._config(setting, speed=speed), beside=beside))
         before = [worker.state for worker in workers]
         for worker in workers:
             self._run(worker, arm, SLOW if arm.work is not SLOW else replace(SLOW, lone=(4, 2)), 0)
@@ -286,9 +299,6 @@ class _Ablation:
             for w, b, r in zip(workers, before, runs, strict=True)
         )
         return first, second
-
-    def _get(self, config: EngineConfig, arm: Arm, beside: Worker | None = None) -> Worker:
-        return self._pool.get(config, beside=beside)
 
     def _run(self, worker: Worker, arm: Arm, work: Any, seed: int) -> Measured:
         try:
@@ -347,6 +357,17 @@ class _Ablation:
         )
 
 
+def _bytes(state: State) -> dict[str, float]:
+    """Memory of an engine by purpose, and all that its process holds."""
+    memory = state.memory
+    return {
+        "weights_bytes": float(memory.weights + memory.draft),
+        "kv_bytes": float(memory.kv),
+        "arena_bytes": float(memory.arena + memory.workspace),
+        "resident_bytes": float(state.resident),
+    }
+
+
 _WORKS = {"usual": USUAL, "slow": SLOW, "stacked": STACKED}
 
 
@@ -360,7 +381,7 @@ def _length(graph: Graph) -> int:
     needed = max(sum(pair) for work in _WORKS.values() for pair in (work.lone, *work.lengths))
     if graph.max_positions < needed:
         raise ConfigError(
-            f"the model's context is {graph.max_positions} tokens, and the requests of the mix take up to {needed}"
+            f"the model's context is {graph.max_positions} tokens, and a request of the mix takes {needed}"
         )
     return min(int(LIMITS["max_model_len"]), graph.max_positions)
 

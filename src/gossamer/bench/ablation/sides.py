@@ -87,7 +87,7 @@ class Pool:
             self._workers.pop().close()
 
     def get(self, config: EngineConfig, *, beside: Worker | None = None) -> Worker:
-        """A worker of this configuration, another than none but `beside` has to live. Raises GossamerError."""
+        """A worker of this configuration; `beside` lives on, whoever else has to go. Raises GossamerError."""
         for worker in self._workers:
             if worker.config == config and worker is not beside:
                 self._workers.remove(worker)
@@ -95,15 +95,21 @@ class Pool:
                 return worker
         while len(self._workers) >= self._kept:
             self._drop(beside)
-        try:
-            fresh = Worker(config)
-        except MemoryBudgetError:  # idle ones may hold what is missing
-            for worker in [w for w in self._workers if w is not beside]:
-                self._workers.remove(worker)
-                worker.close()
-            fresh = Worker(config)
+        fresh = self._start(config, beside)
         self._workers.append(fresh)
         return fresh
+
+    def once(self, config: EngineConfig) -> Worker:
+        """A fresh worker that the caller closes: what it holds is of one start. Raises GossamerError."""
+        return self._start(config, None)
+
+    def _start(self, config: EngineConfig, beside: Worker | None) -> Worker:
+        try:
+            return Worker(config)
+        except MemoryBudgetError:  # idle ones may hold what is missing
+            for worker in [w for w in self._workers if w is not beside]:
+                self.discard(worker)
+            return Worker(config)
 
     def discard(self, worker: Worker) -> None:
         """Ends one that cannot be used any more."""
@@ -115,4 +121,3 @@ class Pool:
         oldest = next(w for w in self._workers if w is not beside)
         self._workers.remove(oldest)
         oldest.close()
-

@@ -1,10 +1,10 @@
 """From rounds to a verdict: ratios of pairs, the interval they leave open, and what is too small to matter.
 
 Both sides of a round run one after the other, so that what slows the machine slows both; a round gives one
-ratio. Their centre is the Hodges-Lehmann estimate (the median of all means of two) and its 95 % interval that
-of Wilcoxon's signed ranks (Hollander, Wolfe, Chicken: Nonparametric Statistical Methods, 2014, section 3.2-3.3),
-on logarithms: outliers move neither much, and no distribution is assumed. It takes six rounds; fewer have
-Student's interval, which is wide.
+ratio. Their centre is the Hodges-Lehmann estimate (the median of all means of two) and its 95 % interval
+that of Wilcoxon's signed ranks (Hollander, Wolfe, Chicken: Nonparametric Statistical Methods, 2014, chapter
+3), on logarithms: outliers move neither much, and no distribution is assumed. It takes six rounds; fewer
+have Student's interval, which is wide.
 """
 
 from __future__ import annotations

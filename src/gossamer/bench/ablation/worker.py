@@ -6,6 +6,7 @@ its input does. Ctrl-C is the other side's matter.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -97,6 +98,7 @@ def _answer(request: Begin | Run, started: Started | None) -> tuple[Any, Started
         return _state(started), started
     assert started is not None
     measured: Measured = measure_work(started, request.work, request.seed)
+    gc.collect()  # engines refer to themselves, and the next one would stand beside this one
     return (measured, _state(started)), started
 
 
