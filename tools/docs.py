@@ -30,6 +30,7 @@ VERBS = (
     "bench prefix",
     "bench dynamic",
     "bench speculation",
+    "ablate",
     "compress",
     "eval",
     "export",

@@ -22,7 +22,6 @@ _INSTEAD = {
     "--device": "other devices than the CPU are not built yet",
     "plan": "the planner is not built yet; `gossamer probe` and `gossamer graph --costs` show what it will "
     "stand on",
-    "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
     # from vLLM
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
     "--kv-bytes the KV pool",

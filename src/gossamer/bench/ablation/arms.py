@@ -61,12 +61,14 @@ _NUMBERS = ("quantization", "mixed_precision")  # which change what the model co
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """fields: of EngineConfig, over the base. kv_tokens: what the KV pool has room for (None: whatever the
-    engine takes); roomy_tokens: the same where memory is measured. model: another one than the ledger's."""
+    engine takes); roomy_tokens: the same where memory is measured. limits: more fields where speed is
+    measured. model: another one than the ledger's."""
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     kv_tokens: int | None = None
     roomy_tokens: int | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
 
 
@@ -167,7 +169,7 @@ def _alone(name: str, goal_ms: float, student: str | None) -> Arm:
         note = "times are of the mix: the mean to first token, the 95th percentile between tokens"
     elif name == "speculative_decoding":
         off, on, fields = Setting(name="plain decoding"), "n-gram lookup", _on(name)
-        work = replace(USUAL, lone=(96, 64), quotes=True)
+        work = replace(USUAL, lone=(96, 64), times=1, quotes=True)
         note = (
             "time between tokens is of an answer that quotes its prompt; the mix's random tokens have "
             "nothing to guess"
@@ -243,13 +245,14 @@ def cumulative(names: Sequence[str]) -> list[Arm]:
     not in `names` stay off."""
     current = {key: value for name in ORDER for key, value in _off(name).items()} | {
         "mixed_precision": None,
-        **_stacked(),
+        "max_num_seqs": _STACKED_SEQUENCES,
     }
-    arms, before, tokens = [], Setting(name="everything off", fields=current), None
+    limits = {"max_num_batched_tokens": _STACKED_TOKENS}
+    arms, before, tokens = [], Setting(name="everything off", fields=current, limits=limits), None
     for name in (n for n in ORDER if n in names):
         current = current | _on(name)
         tokens = _needed(STACKED, _STACKED_SEQUENCES) if name == "paged_attention" else tokens
-        after = Setting(name=f"+ {_words(name)}", fields=current, kv_tokens=tokens)
+        after = Setting(name=f"+ {_words(name)}", fields=current, kv_tokens=tokens, limits=limits)
         arms.append(_arm(name, "cumulative", before, after))
         before = after
     return arms
@@ -257,11 +260,12 @@ def cumulative(names: Sequence[str]) -> list[Arm]:
 
 def without(names: Sequence[str]) -> list[Arm]:
     """Each technique left out of all of ORDER together."""
-    whole: dict[str, Any] = dict(_stacked())
+    whole: dict[str, Any] = {"max_num_seqs": _STACKED_SEQUENCES}
     for name in ORDER:
         whole |= _on(name)
     tokens = _needed(STACKED, _STACKED_SEQUENCES)
-    on = Setting(name="everything on", fields=whole, kv_tokens=tokens)
+    limits = {"max_num_batched_tokens": _STACKED_TOKENS}
+    on = Setting(name="everything on", fields=whole, kv_tokens=tokens, limits=limits)
     arms = []
     for name in (n for n in ORDER if n in names):
         if name == "mixed_precision":
@@ -270,13 +274,9 @@ def without(names: Sequence[str]) -> list[Arm]:
             continue
         both = {"speculative_decoding": None} if name == "continuous_batching" else {}  # static has none
         room = None if name == "paged_attention" else tokens
-        off = Setting(name=f"- {_words(name)}", fields=whole | _off(name) | both, kv_tokens=room)
+        off = replace(on, name=f"- {_words(name)}", fields=whole | _off(name) | both, kv_tokens=room)
         arms.append(_arm(name, "without", off, replace(on, fields=whole | both)))
     return arms
-
-
-def _stacked() -> dict[str, Any]:
-    return {"max_num_batched_tokens": _STACKED_TOKENS, "max_num_seqs": _STACKED_SEQUENCES}
 
 
 def _arm(name: str, mode: Mode, off: Setting, on: Setting) -> Arm:

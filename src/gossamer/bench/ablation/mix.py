@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -38,11 +40,13 @@ def mixed_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """lone: prompt and output of the request that runs alone; lengths: of those that come together; latency:
-    whether times to first token and between tokens (then the 95th percentile) are of the lone one or of the
-    mix; quotes: the lone request's answer is a piece of its prompt, whatever the model would say."""
+    """lone: prompt and output of a request that runs alone, times: how often one does, with other prompts;
+    lengths: of those that come together; latency: whether times to first token and between tokens (then the
+    95th percentile) are of the lone ones or of the mix; quotes: a lone request's answer is a piece of its
+    prompt, whatever the model would say."""
 
     lone: tuple[int, int]
+    times: int = 1
     lengths: tuple[tuple[int, int], ...]
     latency: Literal["lone", "mix"] = "lone"
     quotes: bool = False
@@ -52,7 +56,7 @@ class Work:
         assert self.lone[1] > 1 and self.lengths
 
 
-USUAL = Work(lone=(96, 16), lengths=tuple(mixed_lengths(12, (12, 128), (4, 32), 1)))
+USUAL = Work(lone=(96, 8), times=3, lengths=tuple(mixed_lengths(12, (12, 128), (4, 32), 1)))
 """What most techniques are measured with."""
 SLOW = Work(lone=(12, 4), lengths=tuple(mixed_lengths(3, (6, 16), (3, 6), 1)))
 """For baselines that take a hundred times as long."""
@@ -62,7 +66,7 @@ STACKED = Work(lone=(24, 6), lengths=tuple(mixed_lengths(6, (8, 40), (4, 10), 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One round of one side. tokens: of every request, the lone one first; running: sequences of each step,
+    """One round of one side. tokens: of every request, lone ones first; running: sequences of each step,
     the mean and the most; computed: tokens of all steps, steps: how many; held: the largest part of the KV
     pages; cpu: processor seconds over wall seconds and threads."""
 
@@ -92,40 +96,43 @@ def pages_needed(work: Work, sequences: int, page: int = 16) -> int:
 def measure_work(started: Started, work: Work, seed: int) -> Measured:
     """Runs the work once on a started model, in an engine of its own, greedily."""
     vocab, threads = started.graph.vocab, started.threads
-    lone = make_jobs([work.lone], [0.0], vocab, seed)[0]
     forced = ReplayExecutor(started.executor) if work.quotes else None
-    if forced is not None:
-        forced.reference = lone.prompt[_QUOTED : _QUOTED + lone.output_len]
     recorder = RecordingExecutor(forced or started.executor)
-    alone = run_jobs(TextEngine(replace(started, executor=recorder)), recorder, [lone])
+    engine = TextEngine(replace(started, executor=recorder))
+    alone = []
+    for lone in make_jobs([work.lone] * work.times, [0.0] * work.times, vocab, seed):
+        if forced is not None:
+            forced.reference = lone.prompt[_QUOTED : _QUOTED + lone.output_len]
+        alone.append(run_jobs(engine, recorder, [lone]))
     recorder = RecordingExecutor(started.executor)
     jobs = make_jobs(list(work.lengths), [0.0] * len(work.lengths), vocab, seed + 1)
     mix = run_jobs(TextEngine(replace(started, executor=recorder)), recorder, jobs)
     first, between = _latency(alone, mix, work)
-    spent = alone.cpu + mix.cpu
-    seconds = alone.seconds + mix.seconds
+    spent = sum(one.cpu for one in (*alone, mix))
+    seconds = sum(one.seconds for one in (*alone, mix))
     return Measured(
         tokens_per_s=sum(map(len, mix.tokens)) / mix.seconds,
         ttft_ms=first * 1e3,
         itl_ms=between * 1e3,
-        tokens=alone.tokens + mix.tokens,
+        tokens=tuple(tokens for one in (*alone, mix) for tokens in one.tokens),
         running_mean=float(np.mean(mix.running)),
         running_most=max(mix.running),
         steps=mix.after.steps,
         computed=mix.after.computed_tokens,
-        held=max(alone.kv_peak, mix.kv_peak),
+        held=max(one.kv_peak for one in (*alone, mix)),
         preemptions=mix.preemptions,
-        drafted=alone.after.drafted + mix.after.drafted,
-        accepted=alone.after.accepted + mix.after.accepted,
+        drafted=alone[-1].after.drafted + mix.after.drafted,
+        accepted=alone[-1].after.accepted + mix.after.accepted,
         cpu=spent / seconds / threads,
         seconds=seconds,
     )
 
 
-def _latency(alone: Outcome, mix: Outcome, work: Work) -> tuple[float, float]:
+def _latency(alone: Sequence[Outcome], mix: Outcome, work: Work) -> tuple[float, float]:
     """Seconds to the first token and between tokens."""
     if work.latency == "mix":
         return float(np.mean(mix.ttft)), float(np.quantile(mix.itl, 0.95))
-    moments = alone.arrived[0]
-    gaps = [b - a for a, b in pairwise(moments)]
-    return alone.ttft[0], float(np.mean(gaps))
+    gaps = [[b - a for a, b in pairwise(one.arrived[0])] for one in alone]
+    # Guessed tokens come several at a time, so that the mean alone counts; else the median has less noise.
+    of = np.mean if work.quotes else np.median
+    return median(one.ttft[0] for one in alone), median(float(of(each)) for each in gaps)

@@ -176,6 +176,8 @@ class _Ablation:
         shaped = speed and self._shape_dir is not None and setting.model is None
         graph = self._shape if shaped else self._own
         fields = dict(setting.fields)
+        if speed:
+            fields |= setting.limits
         if shaped:
             fields["load_format"] = "dummy"
         model = self._shape_dir if shaped else setting.model or self._request.model

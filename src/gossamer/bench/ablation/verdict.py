@@ -3,15 +3,16 @@
 Both sides of a round run one after the other, so that what slows the machine slows both; a round gives one
 ratio. Their centre is the Hodges-Lehmann estimate (the median of all means of two) and its 95 % interval
 that of Wilcoxon's signed ranks (Hollander, Wolfe, Chicken: Nonparametric Statistical Methods, 2014, chapter
-3), on logarithms: outliers move neither much, and no distribution is assumed. It takes six rounds; fewer
-have Student's interval, which is wide.
+3), on logarithms: no distribution is assumed. It takes six rounds; fewer have Student's interval, which is
+wide. A round that lies six robust standard deviations from the others, because something else had the
+machine, is left out, at most one of five (Hampel's rule); its samples stay in the figures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import mean, quantiles, stdev
+from statistics import mean, median, quantiles, stdev
 
 from gossamer.bench.ledger import METRICS, Effect, Figure, Verdict
 
@@ -22,6 +23,7 @@ SMALLEST = {"kl": 0.01, "perplexity": 0.01}
 _SMALLEST = 0.03
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided 95 %, by rounds
 _Z = 1.96
+_FAR = 6 * 1.4826  # times the median absolute deviation, which is 1/1.4826 of a normal standard deviation
 
 
 def figure(samples: Sequence[float]) -> Figure:
@@ -36,7 +38,7 @@ def effect(metric: str, off: Sequence[float], on: Sequence[float], shape: str = 
     """What a technique did to a metric, from samples of the same rounds. Every sample must be above 0, and
     there must be as many of both."""
     logs = [math.log(b / a) for a, b in zip(off, on, strict=True)]
-    centre, low, high = _interval(logs)
+    centre, low, high = _interval(_near(logs))
     return _effect(metric, math.exp(centre), math.exp(low), math.exp(high), shape)
 
 
@@ -66,6 +68,15 @@ def overall(effects: Sequence[Effect], metrics: Sequence[str]) -> Verdict:
 def _effect(metric: str, ratio: float, low: float, high: float, shape: str) -> Effect:
     verdict = verdict_of(metric, ratio, low, high)
     return Effect(metric=metric, ratio=ratio, low=low, high=high, verdict=verdict, shape=shape)
+
+
+def _near(logs: Sequence[float]) -> list[float]:
+    """Without those far from all others."""
+    middle = median(logs)
+    far = _FAR * median(abs(x - middle) for x in logs)
+    ordered = sorted(logs, key=lambda x: abs(x - middle))
+    kept = len(logs) - len(logs) // 5
+    return ordered[:kept] + [x for x in ordered[kept:] if abs(x - middle) <= far]
 
 
 def _interval(logs: Sequence[float]) -> tuple[float, float, float]:
