@@ -59,7 +59,8 @@ class Stage:
         took = 1.0 if self.config.quantization is None else 0.5
         return Measured(
             tokens_per_s=10 / took, ttft_ms=took, itl_ms=took, tokens=((seed,),), running_mean=1.0,
-            running_most=1, steps=3, computed=9, held=0.1, preemptions=0, drafted=0, accepted=0, cpu=0.9, seconds=took,
+            running_most=1, steps=3, computed=9, held=0.1, preemptions=0, drafted=0, accepted=0, cpu=0.9,
+            seconds=took,
         )  # fmt: skip
 
     def close(self) -> None:
