@@ -45,7 +45,9 @@ def ablate(
     full: Annotated[
         bool,
         flag(
-            "--full", help="Speed on the 1b shape, more rounds, and a student distilled where none is here."
+            "--full",
+            help="Speed on the 1b shape, more rounds, and with --text models that are pruned and distilled "
+            "for it, where none is shipped.",
         ),
     ] = False,
     speed_shape: Annotated[

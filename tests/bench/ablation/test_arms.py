@@ -18,7 +18,7 @@ MEASURED = [arm for arm in ALL if arm.on is not None]
 
 def config(setting: Setting | None, arm: Arm) -> EngineConfig:
     assert setting is not None
-    given = dict(setting.fields) | ({"load_format": "dummy"} if arm.shaped else {})
+    given = {**setting.fields, **setting.limits} | ({"load_format": "dummy"} if arm.shaped else {})
     return base(setting.model or "gossamer/pocket", **given)
 
 

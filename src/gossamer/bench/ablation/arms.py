@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from gossamer.bench.ablation.mix import SLOW, STACKED, USUAL, Work, pages_needed
+from gossamer.bench.ablation.mix import LONG, SLOW, STACKED, USUAL, Work, pages_needed
 from gossamer.bench.ledger import Mode
 from gossamer.config import (
     DynamicBatching,
@@ -27,6 +27,7 @@ __all__ = ["LIMITS", "NAMES", "ORDER", "Arm", "Setting", "alone", "base", "cumul
 
 _FIELDS = {f.name: f for f in fields(EngineConfig)}
 _SEQUENCES, _LENGTH = 8, 512
+_PADDED = 128
 _STACKED_TOKENS, _STACKED_SEQUENCES = 64, 4
 LIMITS: Mapping[str, Any] = {"max_num_seqs": _SEQUENCES, "max_model_len": _LENGTH, "prefix_cache": None}
 """Of every engine here. Prompts of a round are new, so that a prefix cache would find nothing."""
@@ -117,10 +118,12 @@ def _off(name: str) -> dict[str, Any]:
     return {name: None}
 
 
-def alone(names: Sequence[str], *, goal_ms: float = 50.0, student: str | None = None) -> list[Arm]:
-    """Each technique against its honest baseline. goal_ms: between tokens, for dynamic batching; student: a
-    model distilled from the ledger's, if there is one. Raises ConfigError for names that are none."""
-    return [_alone(check_name(name), goal_ms, student) for name in names]
+def alone(
+    names: Sequence[str], *, goal_ms: float = 50.0, student: str | None = None, pruned: str | None = None
+) -> list[Arm]:
+    """Each technique against its honest baseline. goal_ms: between tokens, for dynamic batching; student,
+    pruned: models made of the ledger's, if there are. Raises ConfigError for names that are none."""
+    return [_alone(check_name(name), goal_ms, student, pruned) for name in names]
 
 
 def check_name(name: str) -> str:
@@ -130,11 +133,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def _alone(name: str, goal_ms: float, student: str | None) -> Arm:
+def _alone(name: str, goal_ms: float, student: str | None, pruned: str | None) -> Arm:
     if name in _NOT_BUILT:
         return Arm(technique=name, mode="alone", note=_NOT_BUILT[name])
     if name == "pruning":
-        return _pruning()
+        return _pruning(pruned)
     if name == "distillation":
         return _distillation(student)
     if name == "paged_attention":
@@ -154,10 +157,17 @@ def _alone(name: str, goal_ms: float, student: str | None) -> Arm:
     off, on = Setting(name=f"without {_words(name)}", fields=_off(name)), _words(name)
     work, note = SLOW if name in _SLOW else USUAL, ""
     fields: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
     if name == "quantization":
         off, on, fields = Setting(name="bf16"), "int4", _on(name)
     elif name == "mixed_precision":
         off, on = Setting(name="fp32", fields=_off(name)), "bf16"
+    elif name == "dynamic_shapes":
+        limits = {"max_num_batched_tokens": _PADDED}
+        off = Setting(name=f"padded to {_PADDED} tokens a step", fields=_off(name), limits=limits)
+        note = "steps of more tokens would be padded further, and the baseline be slower still"
+    elif name == "flash_attention":
+        off, work = Setting(name="materialised scores", fields=_off(name)), LONG
     elif name == "operator_fusion":  # the baseline of one is the graph without the other
         fields = {"layer_fusion": None}
         off = Setting(name="unfused graph", fields=_off(name) | fields)
@@ -178,7 +188,7 @@ def _alone(name: str, goal_ms: float, student: str | None) -> Arm:
         technique=name,
         mode="alone",
         off=off,
-        on=Setting(name=on, fields=fields),
+        on=Setting(name=on, fields=fields, limits=limits),
         work=work,
         note=note,
         quality=name in _NUMBERS,
@@ -209,13 +219,19 @@ def _needed(work: Work, sequences: int = _SEQUENCES) -> int:
     return max(_LENGTH, 16 * pages_needed(work, sequences))
 
 
-def _pruning() -> Arm:
+def _pruning(pruned: str | None) -> Arm:
     sparse = {"dummy_sparsity": "2:4", "sparse_weights": SparseWeights(count=True)}
+    on = Setting(name="two of four weights zero", limits=sparse, model=pruned)
+    if pruned is not None:
+        note = "pruned by SparseGPT and not trained after it"
+        return Arm(
+            technique="pruning", mode="alone", off=Setting(name="dense"), on=on, quality=True, note=note
+        )
     return Arm(
         technique="pruning",
         mode="alone",
         off=Setting(name="dense"),
-        on=Setting(name="two of four weights zero", fields=sparse),
+        on=on,
         shaped=True,
         note="random weights with such zeros: what pruning costs in quality follows from the model, and "
         "`gossamer compress MODEL --recipe sparse-2of4-int8` measures it",

@@ -23,7 +23,17 @@ from gossamer.bench.workload import Lengths, make_jobs
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
 
-__all__ = ["SLOW", "STACKED", "USUAL", "Measured", "Work", "measure_work", "mixed_lengths", "pages_needed"]
+__all__ = [
+    "LONG",
+    "SLOW",
+    "STACKED",
+    "USUAL",
+    "Measured",
+    "Work",
+    "measure_work",
+    "mixed_lengths",
+    "pages_needed",
+]
 
 _QUOTED = 8  # where in the prompt a quoted piece begins
 
@@ -51,6 +61,11 @@ class Work:
     latency: Literal["lone", "mix"] = "lone"
     quotes: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return max(sum(pair) for pair in (self.lone, *self.lengths))
+
     def __post_init__(self) -> None:
         assert not self.quotes or self.lone[0] >= _QUOTED + self.lone[1], "more is quoted than there is"
         assert self.lone[1] > 1 and self.lengths
@@ -58,6 +73,8 @@ class Work:
 
 USUAL = Work(lone=(96, 8), times=3, lengths=tuple(mixed_lengths(12, (12, 128), (4, 32), 1)))
 """What most techniques are measured with."""
+LONG = Work(lone=(448, 8), lengths=tuple(mixed_lengths(4, (128, 400), (4, 16), 1)))
+"""For what grows with the square of the length."""
 SLOW = Work(lone=(12, 4), lengths=tuple(mixed_lengths(3, (6, 16), (3, 6), 1)))
 """For baselines that take a hundred times as long."""
 STACKED = Work(lone=(24, 6), lengths=tuple(mixed_lengths(6, (8, 40), (4, 10), 1)))

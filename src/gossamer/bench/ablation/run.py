@@ -27,7 +27,8 @@ from gossamer.bench.ablation.arms import (
     typed,
     without,
 )
-from gossamer.bench.ablation.mix import SLOW, STACKED, USUAL, Measured
+from gossamer.bench.ablation.mix import LONG, SLOW, STACKED, USUAL, Measured
+from gossamer.bench.ablation.offline import make_pruned, make_student, split_texts
 from gossamer.bench.ablation.proof import Evidence, prove
 from gossamer.bench.ablation.quality import Qualities, Score, quality_effects, quality_figures
 from gossamer.bench.ablation.shapes import OWN, check_shape, write_shape
@@ -48,7 +49,6 @@ __all__ = ["MODES", "Now", "Request", "Watch", "ablate"]
 MODES: tuple[Mode, ...] = ("alone", "cumulative", "without")
 SPEED = ("ttft_ms", "itl_ms", "tokens_per_s")
 _LEAST_ROUNDS = 3
-_SLOW_ROUND = 15.0  # seconds of a pair after which two rounds are enough
 _STUDENTS = {POCKET: POCKET_HALF}
 _GOAL = 2.0  # times what a step takes that decodes a few sequences: what dynamic batching is to hold
 
@@ -56,8 +56,8 @@ _GOAL = 2.0  # times what a step takes that decodes a few sequences: what dynami
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What is to be measured. techniques: () is all; seconds: of the whole run (None: no end); arm_seconds:
-    most of one arm's rounds; tokens: of text that quality is measured on; student: a model distilled from
-    this one (the shipped one where there is one)."""
+    most of one arm's rounds; tokens: of text that quality is measured on; make: whether to
+    distil and prune the model where no result of that is shipped, with a part of the texts."""
 
     model: str
     techniques: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Request:
     seconds: float | None = None
     arm_seconds: float = 60.0
     tokens: int = 8192
-    student: str | None = None
+    make: bool = False
 
     def __post_init__(self) -> None:
         check_shape(self.speed_shape)
@@ -77,6 +77,11 @@ class Request:
         for mode in self.modes:
             if mode not in MODES:
                 raise ConfigError(f"mode {mode!r} is unknown; choose {', '.join(MODES)}")
+        if self.make and not self.texts:
+            raise ConfigError(
+                "models are pruned and distilled with text; name some with --text (the more the better), or "
+                "leave out --full"
+            )
         if self.rounds < 2:
             raise ConfigError(
                 f"rounds {self.rounds} must be at least 2: one says nothing of how much it varies"
@@ -117,11 +122,19 @@ class _Ablation:
     def __init__(self, request: Request, watch: Watch, pool: Pool, folder: Path) -> None:
         self._request, self._watch, self._pool = request, watch, pool
         self._own = _read(request.model)
-        self._length = _length(self._own)
+        self._length = min(int(LIMITS["max_model_len"]), self._own.max_positions)
+        if self._length < SLOW.longest:
+            raise ConfigError(
+                f"the context of {request.model} is {self._length} tokens, and the least that is measured "
+                f"takes {SLOW.longest}"
+            )
         own = request.speed_shape == OWN
         self._shape_dir = None if own else str(write_shape(request.speed_shape, folder))
         self._shape = self._own if self._shape_dir is None else _read(self._shape_dir)
-        self._qualities = Qualities(request.model, request.texts, request.tokens)
+        self._train, texts = split_texts(request.texts) if request.make else ((), request.texts)
+        self._qualities = Qualities(request.model, texts, request.tokens)
+        self._folder = folder
+        self._notes: dict[str, str] = {}
         self._done = self._arms = 0
         self._rows: list[Row] = []
         self._memories: dict[EngineConfig, dict[str, float]] = {}
@@ -153,13 +166,33 @@ class _Ablation:
         arms: list[Arm] = []
         if "alone" in request.modes:
             goal = self._goal() if "dynamic_batching" in names else 50.0
-            student = request.student or _STUDENTS.get(request.model)
-            arms += alone(names, goal_ms=goal, student=student)
+            student, pruned = self._made(names)
+            arms += alone(names, goal_ms=goal, student=student, pruned=pruned)
         if "cumulative" in request.modes:
             arms += cumulative(names)
         if "without" in request.modes:
             arms += without(names)
         return arms
+
+    def _made(self, names: Sequence[str]) -> tuple[str | None, str | None]:
+        """The student and the pruned model: shipped, or made where that was asked for. What cannot be made
+        is told by the model's own steps, and the technique is measured without."""
+        request = self._request
+        found: dict[str, str | None] = {"distillation": _STUDENTS.get(request.model), "pruning": None}
+        makers = {"distillation": make_student, "pruning": make_pruned}
+        for name, make in makers.items():
+            if not request.make or found[name] is not None or name not in names:
+                continue
+            arm = Arm(technique=name, mode="alone")
+
+            def progress(what: str, done: int, total: int, arm: Arm = arm) -> None:
+                self._say(arm, f"making a model: {what}, {done} of {total}")
+
+            try:
+                found[name] = str(make(request.model, self._train, self._folder, progress))
+            except GossamerError as error:
+                self._notes[name] = f"none could be made: {error}"
+        return found["distillation"], found["pruning"]
 
     def _goal(self) -> float:
         """Milliseconds between tokens that leave a decode step some room for prompts."""
@@ -173,11 +206,12 @@ class _Ablation:
 
     def _config(self, setting: Setting, *, speed: bool) -> EngineConfig:
         """A setting on the model or on the speed's shape."""
-        shaped = speed and self._shape_dir is not None and setting.model is None
+        shaped = speed and self._shape_dir is not None
         graph = self._shape if shaped else self._own
         fields = dict(setting.fields)
-        if speed:
-            fields |= setting.limits
+        if speed:  # zeros are made of random weights, and the model's own are what they are
+            zeros = () if shaped else ("dummy_sparsity", "sparse_weights")
+            fields |= {key: value for key, value in setting.limits.items() if key not in zeros}
         if shaped:
             fields["load_format"] = "dummy"
         model = self._shape_dir if shaped else setting.model or self._request.model
@@ -192,6 +226,9 @@ class _Ablation:
 
     def _row(self, arm: Arm) -> Row:
         off, on = arm.off, arm.on
+        said = self._notes.get(arm.technique)
+        if said is not None:
+            arm = replace(arm, note=f"{arm.note}; {said}")
         if off is None or on is None:
             return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=arm.note)
         try:
@@ -203,6 +240,11 @@ class _Ablation:
     def _measured(self, arm: Arm, off: Setting, on: Setting) -> Row:
         until = self._until()
         own, shape = arm.own or self._shape_dir is None, self._request.speed_shape
+        if own and arm.work.longest > self._length:
+            note = (
+                f"not measured: its requests have up to {arm.work.longest} tokens, the context {self._length}"
+            )
+            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
         if arm.shaped and self._shape_dir is None:
             note = "not measured: random weights take a shape; drop --speed-shape own"
             return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
@@ -288,8 +330,7 @@ class _Ablation:
         runs: tuple[list[Measured], list[Measured]] = ([], [])
         index, took = 0, 0.0
         while index < self._request.rounds:
-            enough = 2 if took > _SLOW_ROUND else _LEAST_ROUNDS
-            if index >= min(enough, self._request.rounds) and time.monotonic() + took > until:
+            if index >= min(_LEAST_ROUNDS, self._request.rounds) and time.monotonic() + took > until:
                 break
             began = time.monotonic()
             for side in (0, 1) if index % 2 == 0 else (1, 0):
@@ -370,22 +411,12 @@ def _bytes(state: State) -> dict[str, float]:
     }
 
 
-_WORKS = {"usual": USUAL, "slow": SLOW, "stacked": STACKED}
+_WORKS = {"usual": USUAL, "long": LONG, "slow": SLOW, "stacked": STACKED}
 
 
 def _read(model: str) -> Graph:
     config = base(model)
     return build_graph(read_config(resolve_model(model)), name=config.model)
-
-
-def _length(graph: Graph) -> int:
-    """Tokens of the longest sequence here. Raises ConfigError for a model that cannot hold a request."""
-    needed = max(sum(pair) for work in _WORKS.values() for pair in (work.lone, *work.lengths))
-    if graph.max_positions < needed:
-        raise ConfigError(
-            f"the model's context is {graph.max_positions} tokens, and a request of the mix takes {needed}"
-        )
-    return min(int(LIMITS["max_model_len"]), graph.max_positions)
 
 
 def _versions() -> dict[str, str]:
