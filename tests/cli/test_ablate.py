@@ -42,7 +42,7 @@ def test_ctrl_c_shows_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatc
     [
         (("--quick", "--full"), "opposites"),
         (("--speed-shape", "7b"), "135m, 1b, or own"),
-        (("--technique", "magic"), "choose quantization"),
+        (("--technique", "magic"), "no technique"),
         (("--rounds", 1), "at least 2"),
         (("--text", "/no/text"), "/no/text"),
         (("--html", "/"), "directory"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gossamer.cli.options import flag
-from gossamer.cli.show import emit_json, stderr
+from gossamer.cli.show import stderr
 from gossamer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,9 +84,12 @@ def ablate(
     95 % interval lies to one side and the effect is 3 % at least, else 'no difference'. Ctrl-C keeps what is
     done.
     """
-    from gossamer.bench.ablation.run import MODES, Request, ablate
+    from gossamer.bench.ablation.request import MODES, Request
+    from gossamer.bench.ablation.run import ablate
+    from gossamer.bench.ledger_json import ledger_to_json
     from gossamer.cli.show_ablation import live_watch, show_ledger
     from gossamer.quality.windows import read_texts
+    from gossamer.techniques import card
 
     if quick and full:
         raise ConfigError("--quick and --full are opposites; give one of them")
@@ -96,7 +99,7 @@ def ablate(
     modes: tuple[Mode, ...] = ("alone",) if quick else MODES
     request = Request(
         model=model,
-        techniques=tuple(dict.fromkeys(name.replace("-", "_") for name in technique or ())),
+        techniques=tuple(dict.fromkeys(card(name).name for name in technique or ())),
         modes=modes,
         speed_shape=shape,
         texts=tuple(read_texts(text or ())),
@@ -109,9 +112,7 @@ def ablate(
         ledger = ablate(request, watch)
     _keep(ledger, out)
     if json:
-        from gossamer.cli.show_ablation import as_json
-
-        emit_json(as_json(ledger))
+        print(ledger_to_json(ledger), flush=True)
     else:
         show_ledger(ledger)
         if out is not None:

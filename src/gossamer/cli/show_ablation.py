@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gossamer.bench.ablation.arms import NAMES
 from gossamer.bench.ablation.verdict import overall
 from gossamer.bench.ledger import METRICS, Effect, Ledger, Row, Verdict
 from gossamer.cli.show import stderr
+from gossamer.techniques import card
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from gossamer.bench.ablation.run import Now, Watch
+    from gossamer.bench.ablation.request import Now, Watch
 
-__all__ = ["as_json", "live_watch", "show_ledger"]
+__all__ = ["live_watch", "show_ledger"]
 
 _MEMORY = ("resident_bytes", "kv_bytes", "weights_bytes", "arena_bytes")
 _SPEED = ("tokens_per_s", "itl_ms", "ttft_ms")
@@ -35,15 +34,10 @@ _TITLES = {
 }
 
 
-def as_json(ledger: Ledger) -> dict[str, Any]:
-    """The object that `gossamer ablate --json` prints."""
-    return asdict(ledger)
-
-
 @contextmanager
 def live_watch(terminal: bool, lines: bool) -> Iterator[Watch]:
     """A table that grows on standard error; where that is no terminal, a line for each row (if `lines`)."""
-    from gossamer.bench.ablation.run import Watch
+    from gossamer.bench.ablation.request import Watch
 
     console = stderr()
     if not terminal:
@@ -177,9 +171,5 @@ def _times(ratio: float) -> str:
 
 def _claim(name: str) -> str:
     """The handbook's promise."""
-    assert name in NAMES
-    try:
-        from gossamer.techniques import CARDS
-    except ImportError:
-        return ""
-    return next((f"{c.memory_promise}; {c.speed_promise}" for c in CARDS if c.name == name), "")
+    found = card(name)
+    return f"{found.memory_promise}; {found.speed_promise}"

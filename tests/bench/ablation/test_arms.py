@@ -84,7 +84,7 @@ def test_cumulative_skips_what_was_not_asked_for() -> None:
 
 
 def test_unknown_techniques_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"quantisation.*quantization, pruning"):
+    with pytest.raises(ConfigError, match="did you mean 'quantization'"):
         alone(("quantisation",))
 
 

@@ -8,7 +8,8 @@ import pytest
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.bench.ablation import arms, run, sides
 from gossamer.bench.ablation.mix import Measured, Work
-from gossamer.bench.ablation.run import Now, Request, Watch, ablate
+from gossamer.bench.ablation.request import Now, Request, Watch
+from gossamer.bench.ablation.run import ablate
 from gossamer.bench.ablation.worker import State
 from gossamer.bench.ledger import METRICS, Row
 from gossamer.config import EngineConfig, HardwareKernels
@@ -159,7 +160,7 @@ def test_interrupted_it_keeps_what_is_done() -> None:
 def test_requests_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="at least 2"):
         request("quantization", rounds=1)
-    with pytest.raises(ConfigError, match="unknown"):
+    with pytest.raises(ConfigError, match="no technique 'magic'"):
         request("magic")
     with pytest.raises(ConfigError, match="unknown"):
         request("quantization", speed_shape="7b")

@@ -21,7 +21,7 @@ from gossamer.config import (
     SpeculativeDecoding,
     StaticBatching,
 )
-from gossamer.errors import ConfigError
+from gossamer.techniques import CARDS, card
 
 __all__ = ["LIMITS", "NAMES", "ORDER", "Arm", "Setting", "alone", "base", "cumulative", "typed", "without"]
 
@@ -32,29 +32,16 @@ _STACKED_TOKENS, _STACKED_SEQUENCES = 64, 4
 LIMITS: Mapping[str, Any] = {"max_num_seqs": _SEQUENCES, "max_model_len": _LENGTH, "prefix_cache": None}
 """Of every engine here. Prompts of a round are new, so that a prefix cache would find nothing."""
 
-NAMES = (
-    "quantization", "pruning", "distillation", "operator_fusion", "layer_fusion", "dynamic_shapes",
-    "paged_attention", "offloading", "memory_reuse", "continuous_batching", "dynamic_batching",
-    "parallel_computing", "mixed_precision", "hardware_kernels", "flash_attention", "sequence_parallelism",
-    "speculative_decoding",
-)  # fmt: skip
+NAMES = tuple(card.name for card in CARDS)
 """The techniques in the handbook's order."""
-ORDER = tuple(
-    name
-    for name in (
-        "dynamic_shapes", "hardware_kernels", "parallel_computing", "flash_attention", "mixed_precision",
-        "operator_fusion", "layer_fusion", "memory_reuse", "paged_attention", "continuous_batching",
-        "quantization", "speculative_decoding",
-    )
-    if name in _FIELDS
+ORDER = (
+    "dynamic_shapes", "hardware_kernels", "parallel_computing", "flash_attention", "mixed_precision",
+    "operator_fusion", "layer_fusion", "memory_reuse", "paged_attention", "continuous_batching",
+    "quantization", "speculative_decoding",
 )  # fmt: skip
 """The order in which techniques are added: what changes no output first, the cheapest to have before the
 others; then how requests share the machine; then what costs quality or may lose."""
 
-_NOT_BUILT = {
-    "offloading": "not built: weights, pages and intermediates lie in memory, all of them",
-    "sequence_parallelism": "not built: a sequence runs on one machine",
-}
 _SLOW = ("hardware_kernels", "dynamic_shapes")  # whose baselines take many times as long
 _NUMBERS = ("quantization", "mixed_precision")  # which change what the model computes
 
@@ -123,19 +110,13 @@ def alone(
 ) -> list[Arm]:
     """Each technique against its honest baseline. goal_ms: between tokens, for dynamic batching; student,
     pruned: models made of the ledger's, if there are. Raises ConfigError for names that are none."""
-    return [_alone(check_name(name), goal_ms, student, pruned) for name in names]
-
-
-def check_name(name: str) -> str:
-    """The name. Raises ConfigError where it is no technique's."""
-    if name not in NAMES:
-        raise ConfigError(f"technique {name!r} is unknown; choose {', '.join(NAMES)}")
-    return name
+    return [_alone(card(name).name, goal_ms, student, pruned) for name in names]
 
 
 def _alone(name: str, goal_ms: float, student: str | None, pruned: str | None) -> Arm:
-    if name in _NOT_BUILT:
-        return Arm(technique=name, mode="alone", note=_NOT_BUILT[name])
+    built = card(name)
+    if not built.built:
+        return Arm(technique=name, mode="alone", note=f"not built: {built.missing}")
     if name == "pruning":
         return _pruning(pruned)
     if name == "distillation":
@@ -152,8 +133,6 @@ def _alone(name: str, goal_ms: float, student: str | None, pruned: str | None) -
             work=replace(USUAL, latency="mix"),
             note="time between tokens is the 95th percentile over the mix, to first token its mean",
         )
-    if name not in _FIELDS:
-        return Arm(technique=name, mode="alone", note="not measured: this version has no switch for it")
     off, on = Setting(name=f"without {_words(name)}", fields=_off(name)), _words(name)
     work, note = SLOW if name in _SLOW else USUAL, ""
     fields: dict[str, Any] = {}
@@ -321,7 +300,7 @@ def typed(config: EngineConfig) -> str:
     if config.quantization is None:
         half = config.mixed_precision
         given.append(f"--dtype {'float32' if half is None else _TYPES[half.dtype]}")
-    given += [flag for name, flag in _FLAGS.items() if name in _FIELDS and getattr(config, name) is None]
+    given += [flag for name, flag in _FLAGS.items() if getattr(config, name) is None]
     if config.static_batching is not None:
         given.append("--static-batching " + ("padded" if config.static_batching.padded else "ragged"))
     if config.dynamic_batching is not None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,6 @@ from gossamer.bench.ablation.arms import (
     Setting,
     alone,
     base,
-    check_name,
     cumulative,
     typed,
     without,
@@ -31,81 +30,25 @@ from gossamer.bench.ablation.mix import LONG, SLOW, STACKED, USUAL, Measured
 from gossamer.bench.ablation.offline import make_pruned, make_student, split_texts
 from gossamer.bench.ablation.proof import Evidence, prove
 from gossamer.bench.ablation.quality import Qualities, Score, quality_effects, quality_figures
-from gossamer.bench.ablation.shapes import OWN, check_shape, write_shape
+from gossamer.bench.ablation.request import Now, Request, Watch
+from gossamer.bench.ablation.shapes import OWN, write_shape
 from gossamer.bench.ablation.sides import Pool, Worker, WorkerError
-from gossamer.bench.ablation.verdict import effect, exact, figure
+from gossamer.bench.ablation.verdict import SMALLEST, effect, exact, figure
 from gossamer.bench.ablation.worker import State
-from gossamer.bench.ledger import Effect, Figure, Ledger, Mode, Proof, Row, Side
+from gossamer.bench.ledger import Effect, Figure, Ledger, Proof, Row, Side
 from gossamer.checkpoint.hub import POCKET, POCKET_HALF, read_config, resolve_model
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, GossamerError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
 from gossamer.planner.hardware import Prober, Rates, hardware, median_rates
-from gossamer.quality.windows import Text
 
-__all__ = ["MODES", "Now", "Request", "Watch", "ablate"]
+__all__ = ["ablate"]
 
-MODES: tuple[Mode, ...] = ("alone", "cumulative", "without")
 SPEED = ("ttft_ms", "itl_ms", "tokens_per_s")
 _LEAST_ROUNDS = 3
 _STUDENTS = {POCKET: POCKET_HALF}
 _GOAL = 2.0  # times what a step takes that decodes a few sequences: what dynamic batching is to hold
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is to be measured. techniques: () is all; seconds: of the whole run (None: no end); arm_seconds:
-    most of one arm's rounds; tokens: of text that quality is measured on; make: whether to
-    distil and prune the model where no result of that is shipped, with a part of the texts."""
-
-    model: str
-    techniques: tuple[str, ...] = ()
-    modes: tuple[Mode, ...] = MODES
-    speed_shape: str = "135m"
-    texts: tuple[Text, ...] = ()
-    rounds: int = 10
-    seconds: float | None = None
-    arm_seconds: float = 60.0
-    tokens: int = 8192
-    make: bool = False
-
-    def __post_init__(self) -> None:
-        check_shape(self.speed_shape)
-        for name in self.techniques:
-            check_name(name)
-        for mode in self.modes:
-            if mode not in MODES:
-                raise ConfigError(f"mode {mode!r} is unknown; choose {', '.join(MODES)}")
-        if self.make and not self.texts:
-            raise ConfigError(
-                "models are pruned and distilled with text; name some with --text (the more the better), or "
-                "leave out --full"
-            )
-        if self.rounds < 2:
-            raise ConfigError(
-                f"rounds {self.rounds} must be at least 2: one says nothing of how much it varies"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Now:
-    """What is going on. medians: speed metric -> (off, on) so far."""
-
-    technique: str
-    mode: str
-    what: str
-    done: int
-    arms: int
-    medians: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watch:
-    """What a front end wants to hear."""
-
-    now: Callable[[Now], None] = field(default=lambda now: None)
-    row: Callable[[Row], None] = field(default=lambda row: None)
 
 
 def ablate(request: Request, watch: Watch | None = None) -> Ledger:
@@ -131,7 +74,7 @@ class _Ablation:
         own = request.speed_shape == OWN
         self._shape_dir = None if own else str(write_shape(request.speed_shape, folder))
         self._shape = self._own if self._shape_dir is None else _read(self._shape_dir)
-        self._train, texts = split_texts(request.texts) if request.make else ((), request.texts)
+        self._train, texts = split_texts(request.texts) if request.make else ([], list(request.texts))
         self._qualities = Qualities(request.model, texts, request.tokens)
         self._folder = folder
         self._notes: dict[str, str] = {}
@@ -261,10 +204,10 @@ class _Ablation:
         evidence = self._speed(arm, off, on, until)
         runs = [side.runs for side in evidence]
         for metric in SPEED:
-            samples = [[float(getattr(run, metric)) for run in side] for side in runs]
-            for each, values in zip(figures, samples, strict=True):
+            before, after = ([float(getattr(run, metric)) for run in side] for side in runs)
+            for each, values in zip(figures, (before, after), strict=True):
                 each[metric] = figure(values)
-            effects.append(effect(metric, *samples, label))
+            effects.append(effect(metric, before, after, label))
         notes = [arm.note] if arm.note else []
         if arm.quality and self._qualities:
             scores = self._quality(arm, off, on)
@@ -390,6 +333,7 @@ class _Ablation:
                 "texts": [text.name for text in request.texts],
                 "quality_tokens": request.tokens if request.texts else 0,
                 "seconds_limit": request.seconds,
+                "smallest_effect": SMALLEST,
                 "cpu_share": round(median(self._cpu), 3) if self._cpu else None,
                 "probe_moved": round(max(ratio), 3),
                 "interrupted": interrupted,

@@ -18,9 +18,8 @@ from gossamer.bench.ledger import METRICS, Effect, Figure, Verdict
 
 __all__ = ["SMALLEST", "effect", "exact", "figure", "overall", "verdict_of"]
 
-SMALLEST = {"kl": 0.01, "perplexity": 0.01}
-"""Metric -> the least effect of interest, as a part; 3 % where nothing is said."""
-_SMALLEST = 0.03
+SMALLEST = {"perplexity": 0.01, "other": 0.03}
+"""Metric -> the least effect of interest, as a part."""
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided 95 %, by rounds
 _Z = 1.96
 _FAR = 6 * 1.4826  # times the median absolute deviation, which is 1/1.4826 of a normal standard deviation
@@ -51,7 +50,7 @@ def exact(metric: str, off: float, on: float, shape: str = "", error: float = 0.
 
 def verdict_of(metric: str, ratio: float, low: float, high: float) -> Verdict:
     """'no difference' unless the whole interval lies to one side of 1 and the ratio far enough from it."""
-    least = math.log1p(SMALLEST.get(metric, _SMALLEST))
+    least = math.log1p(SMALLEST.get(metric, SMALLEST["other"]))
     if low <= 1 <= high or abs(math.log(ratio)) < least:
         return "no difference"
     better = ratio > 1 if METRICS[metric][2] == "higher" else ratio < 1
