@@ -147,7 +147,7 @@ def test_what_is_missing_says_why() -> None:
     found = page(ledger(rows))
     assert "error: the start failed & burned" in found.text
     assert "not built: one machine is all there is" in found.text  # its card says so
-    assert "it was not part of this run" in found.text
+    assert "it was not part of this run" in found.text and "not part of this run: " in found.text
     assert "Nothing was measured" in found.text and "0 of 17" in found.text
 
 
@@ -157,9 +157,15 @@ def test_an_early_end_is_said() -> None:
     assert "ended early" not in page(ledger()).text
 
 
+def test_a_disturbed_run_is_said() -> None:
+    busy = replace(ledger(pair(itl_ms=2.0)), settings={"cpu_share": 0.31, "probe_moved": 1.0})
+    assert "engines had 31 % of their processors" in page(busy).text
+    assert "lost in noise" in page(busy).text and "lost in noise" not in page(ledger()).text
+
+
 def test_one_side_alone() -> None:
     found = page(ledger((row("quantization", "alone", None, side("int4", weights_bytes=1e6)),)))
-    assert "Not measured: " in found.text
+    assert "No figures: " in found.text
     page(ledger((row("quantization", "cumulative", side("bf16", weights_bytes=1e6), None),)))
 
 
