@@ -255,6 +255,20 @@ def test_writes_and_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "b.html", "ledger.json"]
 
 
+def test_links_to_pages_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gossamer.bench.ablation.report as module
+    import gossamer.techniques
+
+    monkeypatch.setattr(gossamer.techniques, "CARDS", CARDS, raising=False)
+    monkeypatch.setattr(module, "_DOCS", tmp_path / "the docs")
+    (tmp_path / "the docs").mkdir()
+    (tmp_path / "the docs" / "pruning.md").write_text("# Pruning")
+    (tmp_path / "out").mkdir()
+    write_report(ledger(), tmp_path / "out" / "r.html")
+    found = Page((tmp_path / "out" / "r.html").read_text(encoding="utf-8"))
+    assert [link for link in found.attributes("href") if link.endswith(".md")] == ["../the%20docs/pruning.md"]
+
+
 def test_what_cannot_be_written_or_read(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     import gossamer.techniques

@@ -195,7 +195,7 @@ def _effect(effect: Effect, group: str, scales: Scales) -> Html:
         el("div", badge(effect.verdict), " ", el("b", change(effect), class_=text_class(effect.verdict)),
            el("span", where, class_="quiet")),
         scales.draw(effect, group),
-        el("div", f"95 %: {said}", class_="quiet small"),
+        el("div", f"95 %: {said}", class_="quiet small") if said != change(effect) else None,
         class_="effect",
     )  # fmt: skip
 
