@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from gossamer.bench.ablation.report_charts import badge
 from gossamer.bench.ablation.report_data import (
@@ -83,7 +83,7 @@ def _steadiness(settings: Mapping[str, Any]) -> str:
     return ", ".join(told)
 
 
-def _is(value: Any, above: float = 0.0, below: float = math.inf) -> bool:
+def _is(value: Any, above: float = 0.0, below: float = math.inf) -> TypeGuard[float]:
     return isinstance(value, float) and above < value < below
 
 

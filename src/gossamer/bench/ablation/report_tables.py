@@ -50,7 +50,7 @@ def _line(entry: Entry, scales: Scales) -> Html:
         ),
         el("td", promise, class_="small", data_label="promise"),
         (cell(row, group, entry, scales) for group in GROUPS),
-        el("td", badges(entry), proof, data_label="verdict"),
+        el("td", badges(entry), " ", proof, data_label="verdict"),
     )
 
 
