@@ -48,6 +48,8 @@ def start_shapes(config: EngineConfig, loading: Callable[[int, int], None] | Non
         raise ConfigError("shapes are measured with continuous batching over pages; drop the baseline flags")
     if config.max_model_len == 1:
         raise ConfigError("--max-model-len 1 has no room for a prompt and a token after it; give 2 at least")
+    if config.dynamic_shapes is None:
+        raise ConfigError("shapes are measured with and without padding; leave out --no-dynamic-shapes")
     config = uncached(config)
     started = start(replace(config, dynamic_shapes=None), loading)
     assert isinstance(started.executor, PaddedExecutor)

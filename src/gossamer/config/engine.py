@@ -188,7 +188,3 @@ class EngineConfig:
             raise ConfigError(
                 "the reference backend swaps no pages; use --backend cpu or leave swap_bytes out"
             )
-        if self.dynamic_shapes is None:
-            raise ConfigError(
-                "the reference backend pads no steps; use --backend cpu, or leave out --no-dynamic-shapes"
-            )

@@ -9,4 +9,4 @@ from dataclasses import dataclass
 class FlashAttention:
     """Scores stay in a tile (Dao et al., 2022). Off (None): the scores of a step's tokens, heads and keys are
     written to memory, normalised there and read again, as textbooks have it; with layer fusion those of its
-    tile of tokens. The reference backend always computes so."""
+    tile of tokens."""
