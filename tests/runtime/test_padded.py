@@ -13,7 +13,6 @@ import pytest
 from gossamer.config import EngineConfig, SpeculativeDecoding, StaticBatching
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Handle, Span, StepPlan
-from gossamer.errors import ConfigError
 from gossamer.runtime.null import NullExecutor
 from gossamer.runtime.padded import PaddedExecutor, Room, room_for
 from gossamer.runtime.sizing import KVPlan
@@ -141,11 +140,3 @@ def test_logits_are_those_of_the_real_rows(shared: Path) -> None:
         for options in ({}, {"dynamic_shapes": None})
     )
     assert padded.shape == plain.shape and np.array_equal(padded, plain)
-
-
-@pytest.mark.parametrize(
-    ("option", "flag"), [("dynamic_shapes", "no-dynamic-shapes"), ("flash_attention", "no-flash-attention")]
-)
-def test_the_reference_refuses_what_it_does_not_know(shared: Path, option: str, flag: str) -> None:
-    with pytest.raises(ConfigError, match=flag):
-        start(replace(config(shared, backend="reference"), **{option: None}))
