@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from gossamer.config import EngineConfig, SpeculativeDecoding, StaticBatching
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Handle, Span, StepPlan
+from gossamer.errors import MemoryBudgetError
 from gossamer.runtime.null import NullExecutor
 from gossamer.runtime.padded import PaddedExecutor, Room, room_for
 from gossamer.runtime.sizing import KVPlan
@@ -140,3 +142,23 @@ def test_logits_are_those_of_the_real_rows(shared: Path) -> None:
         for options in ({}, {"dynamic_shapes": None})
     )
     assert padded.shape == plain.shape and np.array_equal(padded, plain)
+
+
+def test_what_is_said_to_fit_beside_padding_does(shared: Path) -> None:
+    need = start(config(shared, dynamic_shapes=None, kv_bytes=1 << 20)).memory.total
+    with pytest.raises(MemoryBudgetError) as told:
+        start(config(shared, dynamic_shapes=None, kv_bytes=1 << 20, memory_budget=need - 1))
+    kv_bytes, length = (
+        int(n)
+        for n in re.findall(
+            r"--kv-bytes (\d+) fits, with a --max-model-len of at most (\d+)", str(told.value)
+        )[0]
+    )
+    fitting = {"kv_bytes": kv_bytes, "max_model_len": min(length, 64), "memory_budget": need - 1}
+    assert start(config(shared, dynamic_shapes=None, **fitting)).memory.total < need
+
+
+def test_scores_that_do_not_fit_are_named(shared: Path) -> None:
+    need = start(config(shared)).memory.total
+    with pytest.raises(MemoryBudgetError, match=r"scores of attention.*leave out --no-flash-attention"):
+        start(config(shared, flash_attention=None, memory_budget=need))
