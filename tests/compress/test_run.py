@@ -16,7 +16,7 @@ from gossamer.compress.recipe import parse_recipe
 from gossamer.compress.run import Compression, Watch, compress, estimates
 from gossamer.compress.step import Stopped
 from gossamer.config.compression import RTN, Distil, Magnitude, StepConfig
-from gossamer.errors import CheckpointError, ConfigError
+from gossamer.errors import CheckpointError, ConfigError, MemoryBudgetError
 from gossamer.export.gguf import write_gguf
 from gossamer.graph.families import build_graph
 from gossamer.quality.certificate import read_certificate
@@ -218,6 +218,14 @@ def test_a_disk_that_is_too_small_is_named_in_numbers_that_differ(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_500_000))
     with pytest.raises(ConfigError, match=r"about [1-9]\d+\.\d MB of disk.*and 2\.5 MB are free"):
         compress(given(text, tmp_path / "small"))
+
+
+def test_training_beyond_the_memory_is_refused_before_the_first_step(text: Path, tmp_path: Path) -> None:
+    steps = (*RECIPE.steps[:1], replace(RECIPE.steps[1], batch=65536, context=512))  # type: ignore[call-arg]
+    job = replace(given(text, tmp_path / "small"), recipe=replace(RECIPE, steps=steps))
+    with pytest.raises(MemoryBudgetError, match=r"train recover would take about .* GB"):
+        compress(job)
+    assert not job.work.exists()
 
 
 def test_every_step_says_what_it_will_take() -> None:

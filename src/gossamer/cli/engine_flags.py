@@ -94,6 +94,12 @@ class EngineFlags:
         "cheaper.")] = None
     no_memory_reuse: Annotated[bool, flag(
         "--no-memory-reuse", panel=_MEMORY, help="One buffer per intermediate, no shared arena.")] = False
+    no_dynamic_shapes: Annotated[bool, flag(
+        "--no-dynamic-shapes", panel=_BATCHING,
+        help="Pad every step to --max-num-batched-tokens tokens, as if shapes were fixed.")] = False
+    no_flash_attention: Annotated[bool, flag(
+        "--no-flash-attention", panel=_MACHINE,
+        help="Write the scores of attention to memory, which then holds those of a whole step.")] = False
     no_operator_fusion: Annotated[bool, flag(
         "--no-operator-fusion", panel=_MACHINE, help="Run every op by itself.")] = False
     no_fusion_rule: Annotated[list[str] | None, flag(
@@ -175,8 +181,9 @@ class EngineFlags:
             options["sparse_weights"] = SparseWeights(count=True) if self.sparse_weights else None
         if self.no_paged_attention:
             options["paged_attention"] = None
-        if self.no_memory_reuse:
-            options["memory_reuse"] = None
+        for name in ("memory_reuse", "dynamic_shapes", "flash_attention"):
+            if getattr(self, f"no_{name}"):
+                options[name] = None
         options |= self._fusion()
         if self.static_batching is not None:
             options |= self._static()

@@ -48,14 +48,16 @@ from gossamer.config.compression import (
 )
 from gossamer.config.compression.prune import Unstructured
 from gossamer.config.compression.train import Training
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
+from gossamer.memory import available_memory
 from gossamer.quality.certificate import FileRecord, file_records
 
 __all__ = ["Compression", "Watch", "compress", "estimates"]
 
 _MODULES = {"prune": "prune.{}", "train": "distill.step", "quantize": "quantize.{}"}
 """Verb -> the module whose `estimate` and `run` it is, {} being the method."""
+_ESTIMATES_ERR = 1.5  # times
 _HELD_BACK = 0.05  # of the text, at most _HELD_TOKENS: what quality is measured on
 _HELD_TOKENS = 32768
 
@@ -123,6 +125,7 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
             check_teacher(step, graph, model)
     expected = estimates(graph, recipe)
     _check_disk(given, expected, source)
+    _check_memory(expected)
     watch.estimate(expected)
     with _workplace(given.work) as work:
         _check_out(out)  # another run may have finished since
@@ -334,6 +337,17 @@ def _check_disk(given: Compression, expected: Sequence[tuple[str, Estimate]], so
         raise ConfigError(
             f"about {need / 1e6:,.1f} MB of disk are needed in {beside}, and {free / 1e6:,.1f} MB are free; "
             "make room, or choose -o on another disk"
+        )
+
+
+def _check_memory(expected: Sequence[tuple[str, Estimate]]) -> None:
+    """Refuses what no error of an estimate explains."""
+    there = available_memory()
+    name, most = max(((name, e.memory) for name, e in expected), key=lambda pair: pair[1])
+    if most > _ESTIMATES_ERR * there:
+        raise MemoryBudgetError(
+            f"the step {name} would take about {most / 1e9:,.1f} GB of memory, and {there / 1e9:,.1f} GB are "
+            "there; lower batch or context of its training, or context or samples under [data]"
         )
 
 

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.dynamic_batching import DynamicBatching
+from gossamer.config.dynamic_shapes import DynamicShapes
+from gossamer.config.flash_attention import FlashAttention
 from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
@@ -31,7 +33,7 @@ _TECHNIQUES: dict[str, type] = {
     "memory_reuse": MemoryReuse, "hardware_kernels": HardwareKernels, "parallel_computing": ParallelComputing,
     "continuous_batching": ContinuousBatching, "static_batching": StaticBatching,
     "speculative_decoding": SpeculativeDecoding, "dynamic_batching": DynamicBatching,
-    "sparse_weights": SparseWeights,
+    "sparse_weights": SparseWeights, "flash_attention": FlashAttention, "dynamic_shapes": DynamicShapes,
 }  # fmt: skip
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
@@ -67,6 +69,8 @@ class EngineConfig:
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
     prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)
     memory_reuse: MemoryReuse | None = field(default_factory=MemoryReuse)
+    flash_attention: FlashAttention | None = field(default_factory=FlashAttention)
+    dynamic_shapes: DynamicShapes | None = field(default_factory=DynamicShapes)
     hardware_kernels: HardwareKernels | None = field(default_factory=HardwareKernels)
     parallel_computing: ParallelComputing | None = field(default_factory=ParallelComputing)
     continuous_batching: ContinuousBatching | None = field(default_factory=ContinuousBatching)

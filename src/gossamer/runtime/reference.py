@@ -222,6 +222,15 @@ def start_reference(
         raise ConfigError(
             "the reference backend has no arena, so --no-memory-reuse means nothing to it; drop it"
         )
+    if config.flash_attention is None:
+        raise ConfigError(
+            "the reference backend has no FlashAttention, so --no-flash-attention means nothing to it; "
+            "drop it"
+        )
+    if config.dynamic_shapes is None:
+        raise ConfigError(
+            "the reference backend pads no steps; drop --no-dynamic-shapes, or use --backend cpu"
+        )
     threads = 1 if config.parallel_computing is None else config.parallel_computing.threads
     if threads is not None:
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from gossamer.checkpoint.opening import notes_of, open_checkpoint
 from gossamer.checkpoint.sparsity import with_nonzeros
 from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
-from gossamer.engine.step import Executor
+from gossamer.engine.step import Executor, ProgramName
 from gossamer.errors import ConfigError, DependencyError, MemoryBudgetError
 from gossamer.graph.families import build_graph
 from gossamer.graph.families.eagle import with_features
@@ -28,6 +28,7 @@ from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.draft import check_draft, draft_config, draft_pages, has_head, head_of
 from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
+from gossamer.runtime.padded import PaddedExecutor, Room, room_for
 from gossamer.runtime.sizing import KVPlan, plan_kv, step_rows
 from gossamer.runtime.swap import SwapFile
 
@@ -178,6 +179,7 @@ def _start_cpu(
     """The programs of the CPU backend: the draft is planned first, and loaded once all of it fits. plain:
     the graph before any pass."""
     beside: CpuProgram | None = None
+    rooms: dict[ProgramName, Room] = {"target": _room(graph, config, kv)}
     own = draft_config(config, kv)
     if own is not None:
         if has_head(config):
@@ -186,9 +188,10 @@ def _start_cpu(
             draft_graph, draft_directory, draft_source = load_graph(own)
             check_draft(config, graph, draft_graph, kv, directory, draft_directory)
         draft_graph, _ = run_passes(draft_graph, own)
-        pages = draft_pages(draft_graph, config, kv, budget)
+        draft_kv = replace(kv, pages=draft_pages(draft_graph, config, kv, budget))
+        rooms["draft"] = _room(draft_graph, config, draft_kv)
         try:
-            beside = _program(draft_graph, draft_source, config, replace(kv, pages=pages), budget, load=False)
+            beside = _program(draft_graph, draft_source, config, draft_kv, budget, load=False)
         except MemoryBudgetError as error:
             raise MemoryBudgetError(f"the draft model {own.model}: {error}") from None
     program = _program(graph, source, config, kv, budget, draft=beside, progress=progress)
@@ -202,11 +205,13 @@ def _start_cpu(
     paged = config.paged_attention
     if paged is not None and paged.swap_bytes is not None:
         swap = SwapFile(Path(paged.swap_directory or cache_directory()), paged.swap_bytes, program.kv)
-    executor = (
+    executor: Executor = (
         HeadedExecutor(program, kv.max_model_len, head=beside, swap=swap)
         if beside is not None and has_head(config)
         else LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
     )
+    if config.dynamic_shapes is None:
+        executor = PaddedExecutor(executor, rooms)
 
     def receipt() -> list[ReceiptLine]:
         lines = program.receipt()
@@ -216,6 +221,17 @@ def _start_cpu(
         return replace(line, node=f"draft.{line.node}")
 
     return executor, program.memory, program.isa, program.threads, receipt, swap.bytes if swap else 0
+
+
+def _step_tokens(graph: Graph, config: EngineConfig) -> int:
+    """Most tokens of a step. A head takes a sequence's first token with its first chunk, and the one behind
+    the chunk too."""
+    return config.max_num_batched_tokens + (config.max_num_seqs if graph.family == "eagle" else 0)
+
+
+def _room(graph: Graph, config: EngineConfig, kv: KVPlan) -> Room:
+    """What steps are padded with."""
+    return Room() if config.dynamic_shapes is not None else room_for(_step_tokens(graph, config), kv)
 
 
 def _program(
@@ -229,16 +245,17 @@ def _program(
     progress: Progress | None = None,
     load: bool = True,
 ) -> CpuProgram:
+    room = _room(graph, config, kv)
     return CpuProgram(
         graph,
         source,
         StepShape(
-            # A head takes a sequence's first token with its first chunk, and the one behind the chunk too.
-            tokens=config.max_num_batched_tokens + (config.max_num_seqs if graph.family == "eagle" else 0),
+            tokens=_step_tokens(graph, config),
             rows=step_rows(config, graph.vocab),
-            spans=config.max_num_seqs,
+            spans=config.max_num_seqs + room.sequences,
             page_size=kv.page_size,
-            pages=kv.pages,
+            pages=kv.pages + room.pages,
+            padding=room.pages,
             table=-(-kv.max_model_len // kv.page_size),
             kv_dtype=config.kv_dtype,
         ),
@@ -247,6 +264,7 @@ def _program(
         pool=None if draft is None else draft.pool,
         reuse=config.memory_reuse is not None,
         unit_rows=None if config.layer_fusion is None else config.layer_fusion.rows,
+        flash=config.flash_attention is not None,
         memory_budget=budget,
         draft=draft,
         progress=progress,

@@ -49,7 +49,7 @@ SAMPLE_ROW = np.dtype(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """The most that one step may hold, and the KV memory there is: pages of each KV group, of which one
-    sequence has at most `table`."""
+    sequence has at most `table`. padding: of `pages`, those that are kept for what fills steps up."""
 
     tokens: int
     rows: int
@@ -58,6 +58,7 @@ class StepShape:
     pages: int
     table: int
     kv_dtype: str
+    padding: int = 0
 
 
 def choose_isa(wanted: str | None) -> str:
@@ -92,6 +93,7 @@ class CpuProgram:
         pool: _native.Pool | None = None,
         reuse: bool = True,
         unit_rows: int | None = None,
+        flash: bool = True,
         memory_budget: int | None = None,
         draft: CpuProgram | None = None,
         cache_dir: Path | None = None,
@@ -99,8 +101,10 @@ class CpuProgram:
         progress: Progress | None = None,
         load: bool = True,
     ) -> None:
-        """pool: threads to share with another program. draft: a program whose memory counts in the same
-        budget. load: whether to fill weights and touch memory now; otherwise `load` does, before any run.
+        """pool: threads to share with another program. flash: whether attention's scores stay in tiles; else
+        the workspace holds those of a step (or of a unit's tile) with the longest sequences. draft: a program
+        whose memory counts in the same budget. load: whether to fill weights and touch memory now; otherwise
+        `load` does, before any run.
         """
         require_kernels({w.format for w in graph.weights.values()}, shape.kv_dtype)
         self.graph, self.shape, self.isa = graph, shape, isa
@@ -118,7 +122,7 @@ class CpuProgram:
             self._allocate_kv()
         except MemoryError:
             sizes = {"weights": block_bytes, "kv": kv_bytes, "arena": arena.bytes} | beside
-            raise too_large(memory_budget or 0, graph, shape, **sizes) from None
+            raise too_large(memory_budget or 0, graph, shape, flash=True, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
         self._kv_layers = self._add_kv()
@@ -131,6 +135,7 @@ class CpuProgram:
             matrices=self._add_matrices(places),
             vectors={name: self.program.add_vector(v) for name, v in self._vectors.items()},
             kv_layers=self._kv_layers,
+            score_keys=None if flash else shape.table * shape.page_size,
         )
         lower(lowering)
         self._instructions = tuple(lowering.emitted)
@@ -144,7 +149,7 @@ class CpuProgram:
         self.memory: MemoryReport = MemoryReport(
             weights=block_bytes + sum(v.nbytes for v in self._vectors.values()),
             kv=kv_bytes,
-            kv_tokens=shape.pages * shape.page_size,
+            kv_tokens=(shape.pages - shape.padding) * shape.page_size,
             arena=arena.bytes,
             arena_separate=arena.separate,
             arena_shared=arena.bytes
@@ -156,7 +161,7 @@ class CpuProgram:
         if memory_budget is not None and self.memory.total > memory_budget:
             m = self.memory
             parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
-            raise too_large(memory_budget, graph, shape, **parts, **beside)
+            raise too_large(memory_budget, graph, shape, flash=flash, **parts, **beside)
         self._arena, self._workspace, self._scratch = (
             _native.allocate(max(size, 64)) for size in (arena.bytes, workspace, scratch)
         )
