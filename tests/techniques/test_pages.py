@@ -30,6 +30,7 @@ NAMES = (
 )  # fmt: skip
 PAGES = sorted({*FOLDER.glob("*.md"), ROOT / "README.md", ROOT / "README.zh.md"})
 EVERY = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+VERBS: Any = typer.main.get_command(app)
 PLACES = "src|csrc|tests|docs|benchmarks|tools"
 ENDS = {"|", ">", ">>", "&&", "&", ";", "2>"}  # of a command within a line of shell
 
@@ -40,10 +41,15 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [text for language, text in found if language in languages]
 
 
+def prose(page: Path) -> str:
+    """The text outside of fenced blocks, each paragraph on a line."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<!\n)\n(?![\n|#*-])", " ", text)
+
+
 def spans(page: Path) -> list[str]:
     """What stands between backticks in the text."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"`([^`\n]+)`", text)
+    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -60,7 +66,7 @@ def commands(page: Path) -> list[list[str]]:
 
 def refusal(words: list[str]) -> str | None:
     """What the parser says against a command line; None where it takes it, or says what is coming instead."""
-    command: Any = typer.main.get_command(app)
+    command = VERBS
     context = command.make_context("gossamer", [], resilient_parsing=True)
     while words and (verbs := getattr(command, "commands", None)):
         if words[0].startswith("-"):
@@ -123,8 +129,9 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 @EVERY
 def test_flags_in_the_text_exist(page: Path) -> None:
-    known = {*_flags(typer.main.get_command(app))}
-    named = [flag for span in spans(page) for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]+)", span)]
+    known = {*_flags(VERBS)}
+    ours = [span for span in spans(page) if span.startswith(("--", "-q ", "gossamer "))]
+    named = [flag for span in ours for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]+)", span)]
     assert [flag for flag in named if flag not in known and not known_elsewhere([flag], flag)] == []
 
 
@@ -146,8 +153,7 @@ def test_python_is_python_and_options_exist(page: Path) -> None:
 
 @EVERY
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))]
     local = [link for link in links if link and not re.match(r"\w+:", link)]
     assert [link for link in local if not (page.parent / link).exists()] == []
     named = [path for span in spans(page) for path in paths(span)]
