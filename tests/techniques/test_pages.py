@@ -76,6 +76,7 @@ def refusal(words: list[str]) -> str | None:
             return None if known_elsewhere(words[:1], missing) else missing
         command, words = verbs[words[0]], words[1:]
         context = command.make_context(command.name, [], parent=context, resilient_parsing=True)
+    context.resilient_parsing = False
     try:
         command.make_parser(context).parse_args(list(words))
     except Exception as error:
