@@ -35,6 +35,7 @@ VERBS = (
     "export",
     "probe",
     "graph",
+    "techniques",
     "cache list",
     "cache clear",
     "demo",

@@ -15,7 +15,20 @@ from typing import Annotated, Any
 import typer
 
 from gossamer import __version__
-from gossamer.cli import bench, cache, chat, compress, demo, evaluate, export, generate, graph, probe, serve
+from gossamer.cli import (
+    bench,
+    cache,
+    chat,
+    compress,
+    demo,
+    evaluate,
+    export,
+    generate,
+    graph,
+    probe,
+    serve,
+    techniques,
+)
 from gossamer.cli.later import known_elsewhere
 from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
@@ -44,6 +57,7 @@ app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
 app.command(name="eval", rich_help_panel=_LOOK)(verb(evaluate.evaluate))
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))
 app.command(rich_help_panel=_LOOK)(verb(graph.graph))
+app.command(rich_help_panel=_LOOK)(verb(techniques.techniques))
 app.add_typer(cache.app, name="cache", rich_help_panel=_LOOK)
 
 
