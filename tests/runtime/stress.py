@@ -1,4 +1,6 @@
-"""A random load in a process of its own, for test_memory_guarantee.py: python -m tests.runtime.stress N.
+"""A random load in a process of its own, for test_memory_guarantee.py.
+
+    python -m tests.runtime.stress SECONDS
 
 Prints one JSON object: the bytes that the start promised, and how much of what was served.
 """
