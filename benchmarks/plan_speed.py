@@ -171,8 +171,8 @@ def _mix(case: Case) -> dict[str, Any]:
     }
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    """The table of errors."""
+def show_lines(found: list[dict[str, Any]]) -> None:
+    """Predicted / measured of each."""
     for line in found:
         told, came, errors = line["predicted"], line["actual"], line["errors"]
         parts = [
@@ -185,6 +185,10 @@ def show(found: list[dict[str, Any]]) -> None:
             f"cpu {line['cpu_share']:.2f} spread {line['spread']:.2f}",
             flush=True,
         )
+
+
+def show_errors(found: list[dict[str, Any]]) -> None:
+    """Sizes of the errors, of all and of those on a quiet machine."""
     for quiet in (False, True):
         lines = [x for x in found if not quiet or x["spread"] <= _QUIET_SPREAD]
         for name in METRICS:
@@ -208,7 +212,8 @@ def main() -> int:
     asked = parser.parse_args()
     known = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else []
     if asked.show:
-        show(known)
+        show_lines(known)
+        show_errors(known)
         return 0
     first, colon, last = asked.only.partition(":")
     cases = (
@@ -222,12 +227,12 @@ def main() -> int:
             print(f"{case.name}: {_SHARED} is not here", file=sys.stderr)
             continue
         found.append(measure(case))
-        show(found[-1:])
+        show_lines(found[-1:])
         gc.collect()
         if asked.json:
             names = {line["name"] for line in found}
             asked.json.write_text(json.dumps([x for x in known if x["name"] not in names] + found))
-    show(found)
+    show_errors(found)
     return 0
 
 

@@ -31,9 +31,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
 }
-RATES = Rates(
-    read_gb_s=10.0, int8_gmacs=200.0, bf16_gmacs=100.0, fp32_gmacs=50.0, threads=2, isa="scalar"
-)
+RATES = Rates(read_gb_s=10.0, int8_gmacs=200.0, bf16_gmacs=100.0, fp32_gmacs=50.0, threads=2, isa="scalar")
 FREE = VectorRate(overhead_us=0.0, number_ns=0.0)
 
 
@@ -51,9 +49,7 @@ def efficiencies(
     linear: LinearRate | None = None, vector: VectorRate = FREE, attention: AttentionRate | None = None
 ) -> Efficiencies:
     """Full rates, and nothing else takes time but what is given."""
-    full = LinearRate(
-        bandwidth=1.0, compute=(1.0,) * len(ROWS), output_ns=0.0, head_ns=0.0, overhead_us=0.0
-    )
+    full = LinearRate(bandwidth=1.0, compute=(1.0,) * len(ROWS), output_ns=0.0, head_ns=0.0, overhead_us=0.0)
     still = AttentionRate(overhead_us=0.0, tile_us=0.0, row_us=0.0, key_ns=0.0, pair_ns=0.0)
     formats = ("f32", "bf16", "int8", "int4-g64")
     table = Table(
@@ -64,5 +60,5 @@ def efficiencies(
         vector={"add": vector},
         attention={"bf16": attention or still},
     )
-    nothing = PythonCosts(step_us=0.0, sequence_us=0.0, token_us=0.0, request_us=0.0)
+    nothing = PythonCosts(step_us=0.0, cold_us=0.0, sequence_us=0.0, token_us=0.0, request_us=0.0)
     return Efficiencies(tables={"scalar": (table,)}, python=nothing, single_read=0.5)

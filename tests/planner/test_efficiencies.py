@@ -53,7 +53,9 @@ def test_corrections_hold_for_the_efficiencies_they_were_fitted_to() -> None:
     assert current_efficiencies() == SHIPPED
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 0, "tables": {}}', '{"version": 1, "tables": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"version": 0, "tables": {}}', '{"version": 1, "tables": 3}']
+)
 def test_a_damaged_file_reads_as_none(text: str) -> None:
     file = measured_file()
     file.parent.mkdir(parents=True)

@@ -109,7 +109,11 @@ def test_a_refit_goes_towards_what_was_measured_in_bounded_steps() -> None:
 
 def test_corrected_predictions_do_not_correct_twice() -> None:
     for _ in range(50):
-        record(replace(RUN, predicted={"itl_ms": 10.0}, corrections={"decode int8": 1.2}, actual={"itl_ms": 10.0}))
+        record(
+            replace(
+                RUN, predicted={"itl_ms": 10.0}, corrections={"decode int8": 1.2}, actual={"itl_ms": 10.0}
+            )
+        )
     for _ in range(4):
         found = refit()
     assert found["decode int8"] == pytest.approx(1.2, rel=0.02)
@@ -122,7 +126,13 @@ def test_few_runs_count_little() -> None:
 
 @pytest.mark.parametrize(
     "noise",
-    [{"cpu_share": 0.7}, {"cpu_share": None}, {"probe_spread": 0.3}, {"probe_spread": None}, {"kind": "serving"}],
+    [
+        {"cpu_share": 0.7},
+        {"cpu_share": None},
+        {"probe_spread": 0.3},
+        {"probe_spread": None},
+        {"kind": "serving"},
+    ],
     ids=str,
 )
 def test_nothing_is_learned_from_a_machine_that_others_used(noise: dict[str, float | None]) -> None:

@@ -138,9 +138,7 @@ def test_longer_contexts_take_longer() -> None:
 
 
 def test_units_pay_their_overheads_once_a_tile() -> None:
-    rate = LinearRate(
-        bandwidth=1.0, compute=(1e9,) * 9, output_ns=0.0, head_ns=0.0, overhead_us=1.0
-    )
+    rate = LinearRate(bandwidth=1.0, compute=(1e9,) * 9, output_ns=0.0, head_ns=0.0, overhead_us=1.0)
     model = StepModel(graph(), config(), RATES, efficiencies(rate))
     assert model.seconds([(1, 0, 256)], 0) == pytest.approx(8e-6)  # four linear layers in each of two
     assert model.seconds([(1, 0, 512)], 0) == pytest.approx(16e-6)
@@ -157,7 +155,7 @@ def test_fusion_saves_what_it_fuses() -> None:
 
 
 def test_python_counts_steps_sequences_and_requests() -> None:
-    costs = PythonCosts(step_us=100.0, sequence_us=10.0, token_us=1.0, request_us=1000.0)
+    costs = PythonCosts(step_us=100.0, cold_us=0.0, sequence_us=10.0, token_us=1.0, request_us=1000.0)
     known = replace(efficiencies(), python=costs)
     model = StepModel(graph(), config(), RATES, known)
     parts = model.parts([(4, 10, 1)], 4)
@@ -170,7 +168,7 @@ def test_python_counts_steps_sequences_and_requests() -> None:
 def test_a_slower_processor_is_slower_in_all_of_it() -> None:
     known = replace(
         efficiencies(vector=VectorRate(overhead_us=1.0, number_ns=1.0)),
-        python=PythonCosts(step_us=100.0, sequence_us=10.0, token_us=1.0, request_us=1000.0),
+        python=PythonCosts(step_us=100.0, cold_us=0.0, sequence_us=10.0, token_us=1.0, request_us=1000.0),
     )
     slow = replace(RATES, fp32_gmacs=25.0, bf16_gmacs=50.0, int8_gmacs=100.0)
     fast_s, slow_s = (
@@ -213,7 +211,7 @@ def test_prompts_go_in_chunks() -> None:
     assert prefill_steps(16, 1, 8) == [([(0, 8)], 0), ([(8, 8)], 1)]
     chunked = config(continuous_batching=ContinuousBatching(prefill_chunk=4))
     work = Workload(prompt_tokens=64, output_tokens=8)
-    costs = PythonCosts(step_us=100.0, sequence_us=0.0, token_us=0.0, request_us=0.0)
+    costs = PythonCosts(step_us=100.0, cold_us=0.0, sequence_us=0.0, token_us=0.0, request_us=0.0)
     known = replace(efficiencies(), python=costs)
     whole, small = (predict(graph(), given, work, RATES, known) for given in (config(), chunked))
     assert small.ttft_ms - whole.ttft_ms == pytest.approx(15 * 0.1, rel=0.01)

@@ -13,7 +13,8 @@ from gossamer.planner.workload import Workload
 from tests.planner.small import RATES, config, efficiencies, graph
 
 STEPS = replace(
-    efficiencies(), python=PythonCosts(step_us=1e6, sequence_us=0.0, token_us=0.0, request_us=0.0)
+    efficiencies(),
+    python=PythonCosts(step_us=1e6, cold_us=0.0, sequence_us=0.0, token_us=0.0, request_us=0.0),
 )
 
 
@@ -41,7 +42,7 @@ def test_outputs_and_first_tokens_are_counted() -> None:
 
 def test_the_closed_form_is_near_the_simulation() -> None:
     given = config(max_num_seqs=4, max_num_batched_tokens=64)
-    python = PythonCosts(step_us=100.0, sequence_us=20.0, token_us=1.0, request_us=50.0)
+    python = PythonCosts(step_us=100.0, cold_us=0.0, sequence_us=20.0, token_us=1.0, request_us=50.0)
     known = replace(efficiencies(), python=python)
     lengths = [(48 + i % 5 * 8, 40 + i % 7 * 8) for i in range(60)]
     found = simulate(StepModel(graph(), given, RATES, known), given, lengths)

@@ -21,7 +21,15 @@ from gossamer.planner.roofline import StepModel
 from gossamer.planner.simulate import Simulated, simulate
 from gossamer.runtime.start import Started
 
-__all__ = ["actual_bytes", "check_jobs", "compared", "keep", "predicted_jobs", "predicted_latency", "probe_spread"]
+__all__ = [
+    "actual_bytes",
+    "check_jobs",
+    "compared",
+    "keep",
+    "predicted_jobs",
+    "predicted_latency",
+    "probe_spread",
+]
 
 _STATUS = Path("/proc/self/status")
 

@@ -121,9 +121,10 @@ class Table:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonCosts:
     """Microseconds outside of the program: of a step, of each sequence in it, of each prompt token, of each
-    request that begins."""
+    request that begins. cold_us: more for a step whose weights and keys drive all else out of the caches."""
 
     step_us: float
+    cold_us: float
     sequence_us: float
     token_us: float
     request_us: float
@@ -149,6 +150,13 @@ class Efficiencies:
         tables = self.tables.get(isa) or self.tables[max(self.tables)]
         alike = [t for t in tables if (t.threads == 1) == (threads == 1)] or list(tables)
         return min(alike, key=lambda t: abs(math.log(t.read_gb_s / rates.read_gb_s)))
+
+    def last_caches(self, isa: str, table: Table) -> float:
+        """How many last caches the threads of a table have between them, as far as its read rate tells: that
+        of the slowest state of as many threads is from one."""
+        tables = self.tables.get(isa, ())
+        slowest = min((t.read_gb_s for t in tables if t.threads == table.threads), default=table.read_gb_s)
+        return table.read_gb_s / slowest
 
     def correction(self, phase: str, stored: str) -> float:
         """Factor on the time of a phase with weights mostly in a format."""

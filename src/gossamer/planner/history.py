@@ -24,7 +24,18 @@ from gossamer.planner.efficiencies import Efficiencies, current_efficiencies, sa
 from gossamer.planner.hardware import Rates
 from gossamer.processor import processor_signature
 
-__all__ = ["METRICS", "ErrorSummary", "Run", "error_history", "history_file", "newest_rates", "plain_config", "record", "refit", "runs"]
+__all__ = [
+    "METRICS",
+    "ErrorSummary",
+    "Run",
+    "error_history",
+    "history_file",
+    "newest_rates",
+    "plain_config",
+    "record",
+    "refit",
+    "runs",
+]
 
 _LOGGER = logging.getLogger("gossamer")
 

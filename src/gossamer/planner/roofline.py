@@ -25,7 +25,7 @@ __all__ = ["Prediction", "Spans", "Speculation", "StepModel", "expected_tokens",
 Spans = Sequence[tuple[int, int, int]]
 """Equal sequences of a step: (how many, tokens that each has computed before, tokens of each in it)."""
 
-SOFTNESS = 2.0  # of the maximum of two times; infinity: the greater alone
+SOFTNESS = 2.5  # of the maximum of two times; infinity: the greater alone
 _KV_SOFTNESS = 1.3  # keys are asked for ahead by a little only
 PASSING_GB_S = 85.0  # what a thread takes from the last cache: bytes from memory pass through it, too
 _CACHED, _STREAMED = (
@@ -108,7 +108,7 @@ class StepModel:
         self._read = rates.read_gb_s * 1e9 * min(1.0, share[0] / share[1])
         self._unit_rows = _UNIT_ROWS if config.layer_fusion is None else config.layer_fusion.rows
         self._kv = self._table.attention.get(config.kv_dtype) or self._table.attention["bf16"]
-        self._caches = _cache_bytes()[1]
+        self._caches = _cache_bytes()[1] * efficiencies.last_caches(isa, self._table)
 
     def parts(self, spans: Spans, rows: int) -> dict[str, float]:
         """Seconds of a step by cause. rows: how many tokens are sampled."""
@@ -137,7 +137,8 @@ class StepModel:
         for name in found:
             found[name] *= phase
         python = self.efficiencies.python
-        found["Python, of the step"] = python.step_us * 1e-6 / self._clock
+        cold = min(1.0, footprint / (2.0 * max(self._caches, 1))) * python.cold_us
+        found["Python, of the step"] = (python.step_us + cold) * 1e-6 / self._clock
         found["Python, of its sequences"] = python.sequence_us * sequences * 1e-6 / self._clock
         if prompt:
             found["Python, of prompts"] = python.token_us * prompt * 1e-6 / self._clock
