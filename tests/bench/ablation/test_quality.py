@@ -10,7 +10,6 @@ from gossamer.bench.ablation.quality import Qualities, Score, quality_effects, q
 from gossamer.config import EngineConfig, Quantization
 from gossamer.quality.windows import Text
 
-
 MODEL = "gossamer/pocket-half"
 TEXT = Text("t", "It was a dark night, and the old house stood alone upon the hill. " * 30)
 INT4 = base(MODEL, mixed_precision=None, quantization=Quantization(format="int4"))
