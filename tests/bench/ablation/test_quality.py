@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from gossamer.bench.ablation import quality
 from gossamer.bench.ablation.arms import base
 from gossamer.bench.ablation.quality import Qualities, Score, quality_effects, quality_figures
-from gossamer.config import Quantization
+from gossamer.config import EngineConfig, Quantization
 from gossamer.quality.windows import Text
+
+MODEL = "gossamer/pocket-half"
+TEXT = Text("t", "It was a dark night, and the old house stood alone upon the hill. " * 30)
+INT4 = base(MODEL, mixed_precision=None, quantization=Quantization(format="int4"))
 
 
 def score(ratio: float, error: float | None = 0.002) -> Score:
@@ -25,22 +31,39 @@ def test_one_window_leaves_it_open() -> None:
     assert found.verdict == "no difference" and found.low < 1 < found.high
 
 
-def test_every_format_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
-    calls = []
-    whole = quality.measure
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
+    """The configurations that were measured."""
+    calls: list[EngineConfig] = []
 
-    def counted(config, *rest, **options):  # type: ignore[no-untyped-def]
-        calls.append(config.quantization)
-        return whole(config, *rest, **options)
+    def fake(config: EngineConfig, *_: object, **options: object) -> SimpleNamespace:
+        calls.append(config)
+        divergence = SimpleNamespace(kl_mean=0.01 * len(calls))
+        reference = SimpleNamespace(divergence=divergence, ratio=1.1, ratio_error=0.011)
+        return SimpleNamespace(reference=reference, total=SimpleNamespace(perplexity=33.0))
 
-    monkeypatch.setattr(quality, "measure", counted)
-    text = Text("t", "It was a dark night, and the old house stood alone upon the hill. " * 30)
-    found = Qualities("gossamer/pocket-half", [text], 200)
-    plain, small = (base("gossamer/pocket-half"), base("gossamer/pocket-half", max_num_seqs=2))
-    int4 = base("gossamer/pocket-half", mixed_precision=None, quantization=Quantization(format="int4"))
-    first = found.score(plain, lambda *_: None)
-    assert found.score(small, lambda *_: None) is first
-    assert found.score(int4, lambda *_: None).kl > first.kl >= 0
-    assert len(calls) == 2
+    monkeypatch.setattr(quality, "measure", fake)
+    return calls
+
+
+def test_every_format_is_measured_once(measured: list[EngineConfig]) -> None:
+    found = Qualities(MODEL, [TEXT], 200)
+    first = found.score(base(MODEL), lambda *_: None)
+    assert first == Score(kl=0.01, perplexity=33.0, ratio=1.1, error=pytest.approx(0.01))
+    assert found.score(base(MODEL, max_num_seqs=2), lambda *_: None) is first
+    assert found.score(INT4, lambda *_: None).kl == 0.02
+    assert found.score(base("a student"), lambda *_: None).kl == 0.03
+    assert len(measured) == 3
     assert set(quality_figures(first)) == {"kl", "perplexity"}
+
+
+def test_without_text_there_is_nothing_to_measure() -> None:
+    assert Qualities(MODEL, [TEXT], 200) and not Qualities(MODEL, [], 200)
+
+
+@pytest.mark.slow
+def test_int4_is_further_from_fp32_than_bf16_is() -> None:
+    pytest.importorskip("torch")
+    found = Qualities(MODEL, [TEXT], 200)
+    bf16, int4 = (found.score(config, lambda *_: None) for config in (base(MODEL), INT4))
+    assert int4.kl > bf16.kl >= 0
