@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from gossamer.bench.measure import RecordingExecutor, Step, recording, run_step
 from gossamer.bench.memory import memory_figures
+from gossamer.bench.prediction import actual_bytes, compared, keep, predicted_latency, probe_spread
 from gossamer.config import EngineConfig
 from gossamer.config.quantization import WeightFormat
 from gossamer.engine.request import SamplingParams
@@ -103,7 +104,32 @@ def bench_latency(
     stored = matrices(started.graph).values()
     integer = all(weight.format in get_args(WeightFormat) for weight in stored)
     report = _report(work, runs, costs, probe, caches=cache_bytes(), integer=integer)
+    predicted = predicted_latency(
+        started, probe, batch=work.batch_size, input_len=work.input_len, output_len=work.output_len
+    )
+    first, step = median(run.prefill for run in runs), report["step_ms_median"]
+    actual = actual_bytes() | {
+        "ttft_ms": first * 1e3,
+        "itl_ms": step,
+        "prefill_tokens_per_s": work.batch_size * work.input_len / first,
+        "decode_tokens_per_s": work.batch_size / step * 1e3 if step else None,
+        "tokens_per_s": median(
+            work.batch_size * work.output_len / (run.prefill + run.decode) for run in runs
+        ),
+    }
+    keep(
+        "latency",
+        started,
+        {"input_len": work.input_len, "output_len": work.output_len, "batch_size": work.batch_size},
+        probe,
+        predicted,
+        actual,
+        cpu_share=report["cpu_share"],
+        spread=probe_spread(rates),
+    )
     return report | {
+        "prediction": compared(predicted, actual),
+        "probe_spread": round(probe_spread(rates), 4),
         "memory": memory_figures(started.memory),
         "probe": asdict(probe),
         "load_s": round(load_s, 3),

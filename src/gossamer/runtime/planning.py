@@ -14,10 +14,11 @@ from gossamer.graph.families.eagle import with_features
 from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.draft import draft_pages, has_head
+from gossamer.runtime.padded import Room, room_for
 from gossamer.runtime.process_memory import Kind, growth_bytes
 from gossamer.runtime.sizing import KVPlan, step_rows
 
-__all__ = ["StartPlan", "passed", "plan_programs", "program_options", "step_shape"]
+__all__ = ["StartPlan", "passed", "plan_programs", "program_options", "room_of", "step_shape"]
 
 _KEPT = 32  # graphs after their passes: a search asks for the same ones again and again
 
@@ -76,16 +77,28 @@ def plan_programs(
 
 def step_shape(graph: Graph, config: EngineConfig, kv: KVPlan) -> StepShape:
     """What a step of the graph's program may hold."""
+    room = room_of(graph, config, kv)
     return StepShape(
-        # A head takes a sequence's first token with its first chunk, and the one behind the chunk too.
-        tokens=config.max_num_batched_tokens + (config.max_num_seqs if graph.family == "eagle" else 0),
+        tokens=_step_tokens(graph, config),
         rows=step_rows(config, graph.vocab),
-        spans=config.max_num_seqs,
+        spans=config.max_num_seqs + room.sequences,
         page_size=kv.page_size,
-        pages=kv.pages,
+        pages=kv.pages + room.pages,
+        padding=room.pages,
         table=-(-kv.max_model_len // kv.page_size),
         kv_dtype=config.kv_dtype,
     )
+
+
+def room_of(graph: Graph, config: EngineConfig, kv: KVPlan) -> Room:
+    """What the steps of the graph's program are padded with."""
+    return Room() if config.dynamic_shapes is not None else room_for(_step_tokens(graph, config), kv)
+
+
+def _step_tokens(graph: Graph, config: EngineConfig) -> int:
+    """Most tokens of a step. A head takes a sequence's first token with its first chunk, and the one behind
+    the chunk too."""
+    return config.max_num_batched_tokens + (config.max_num_seqs if graph.family == "eagle" else 0)
 
 
 def _plan(graph: Graph, config: EngineConfig, kv: KVPlan, draft: int = 0) -> ProgramPlan:
@@ -99,6 +112,7 @@ def program_options(config: EngineConfig) -> dict[str, Any]:
         "threads": 1 if config.parallel_computing is None else config.parallel_computing.threads or 0,
         "reuse": config.memory_reuse is not None,
         "unit_rows": None if config.layer_fusion is None else config.layer_fusion.rows,
+        "flash": config.flash_attention is not None,
     }
 
 

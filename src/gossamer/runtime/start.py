@@ -27,7 +27,7 @@ from gossamer.checkpoint.sparsity import with_nonzeros
 from gossamer.checkpoint.tokenizer import has_tokenizer
 from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
-from gossamer.engine.step import Executor
+from gossamer.engine.step import Executor, ProgramName
 from gossamer.errors import ConfigError, DependencyError
 from gossamer.graph.families import build_graph
 from gossamer.graph.families.eagle import build_eagle
@@ -37,7 +37,8 @@ from gossamer.memory import anonymous_bytes, available_memory, give_back
 from gossamer.runtime.draft import check_draft, draft_config, has_head, head_of
 from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
-from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_options
+from gossamer.runtime.padded import PaddedExecutor, Room
+from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_options, room_of
 from gossamer.runtime.process_memory import Kind, own_kind, resting_bytes
 from gossamer.runtime.sizing import KVPlan, plan_kv
 from gossamer.runtime.swap import SwapFile
@@ -215,7 +216,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     graph, passes = passed(plain, config)
     budget = _budget(config)
     kv = plan_kv(graph, config, budget)
-    common = {
+    common: dict[str, Any] = {
         "config": config, "directory": directory, "graph": graph, "passes": passes,
         "max_model_len": kv.max_model_len,
     }  # fmt: skip
@@ -272,6 +273,7 @@ def _start_cpu(
 ) -> _Made:
     """The programs of the CPU backend: planned, then made, then loaded. plain: the graph before any pass."""
     beside: CpuProgram | None = None
+    rooms: dict[ProgramName, Room] = {"target": room_of(graph, config, kv)}
     draft_graph: Graph | None = None
     own = draft_config(config, kv)
     if own is not None:
@@ -281,6 +283,7 @@ def _start_cpu(
             draft_graph, draft_directory, draft_source = load_graph(own)
             check_draft(config, graph, draft_graph, kv, directory, draft_directory)
         draft_graph, _ = passed(draft_graph, own)
+        rooms["draft"] = room_of(draft_graph, config, kv)
     tokenizer = _speaks(directory, config)
     kind = own_kind()
     plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer, kind=kind)
@@ -306,11 +309,13 @@ def _start_cpu(
     paged = config.paged_attention
     if paged is not None and paged.swap_bytes is not None:
         swap = SwapFile(Path(paged.swap_directory or cache_directory()), paged.swap_bytes, program.kv)
-    executor = (
+    executor: Executor = (
         HeadedExecutor(program, kv.max_model_len, head=beside, swap=swap)
         if beside is not None and has_head(config)
         else LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
     )
+    if config.dynamic_shapes is None:
+        executor = PaddedExecutor(executor, rooms)
     return _Made(plan, program, beside, swap, executor)
 
 

@@ -16,14 +16,22 @@ if TYPE_CHECKING:
 
 __all__ = ["too_large"]
 
+_SCORES = (
+    "the workspace holds the scores of attention, which grow with --max-model-len and "
+    "--max-num-batched-tokens, and which FlashAttention does without (leave out --no-flash-attention); "
+)
 
-def too_large(budget: int, graph: Graph, shape: StepShape, **parts: int) -> MemoryBudgetError:
-    """The error for a program of these parts in a budget that is too small, with what would fit."""
+
+def too_large(budget: int, graph: Graph, shape: StepShape, *, flash: bool, **parts: int) -> MemoryBudgetError:
+    """The error for a program of these parts in a budget that is too small, with what would fit. flash: no
+    scores of attention are among them."""
     need = sum(parts.values())
     listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     room = budget - (need - parts["weights"] - parts["kv"])
+    room -= shape.padding * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
     return MemoryBudgetError(
         f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there; "
+        + ("" if flash else _SCORES)
         + _what_fits(graph, shape, budget, room, parts["weights"])
     )
 
@@ -34,7 +42,7 @@ def _what_fits(graph: Graph, shape: StepShape, budget: int, room: int, weights: 
     page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
 
     def kv(left: int) -> tuple[str, str]:
-        pages = min(left // page, shape.pages)
+        pages = min(left // page, shape.pages - shape.padding)
         return f"--kv-bytes {pages * page}", f"{min(pages * shape.page_size, graph.reach)}"
 
     if room - weights >= page:
@@ -50,7 +58,7 @@ def _what_fits(graph: Graph, shape: StepShape, budget: int, room: int, weights: 
             least, stored = size_there, f"as {format}"
         if room - least >= page:
             size, length = kv(room - least)
-            whole = (room - least) // page >= shape.pages
+            whole = (room - least) // page >= shape.pages - shape.padding
             return f"--quantization {format} fits, which takes {_mib(least)} for weights" + (
                 "" if whole else f", with {size} and a --max-model-len of at most {length}"
             )

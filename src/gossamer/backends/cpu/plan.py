@@ -53,7 +53,7 @@ SAMPLE_ROW = np.dtype(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """The most that one step may hold, and the KV memory there is: pages of each KV group, of which one
-    sequence has at most `table`."""
+    sequence has at most `table`. padding: of `pages`, those that are kept for what fills steps up."""
 
     tokens: int
     rows: int
@@ -62,6 +62,7 @@ class StepShape:
     pages: int
     table: int
     kv_dtype: str
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class ProgramPlan:
     scratch: int
     loading: int
     memory: MemoryReport
+    flash: bool
 
     def require(self, budget: int, **beside: int) -> None:
         """Raises MemoryBudgetError, with what would fit, where budget holds less than the program and what
@@ -87,7 +89,7 @@ class ProgramPlan:
         m = self.memory
         if m.total - m.draft + sum(beside.values()) > budget:
             parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
-            raise too_large(budget, self.graph, self.shape, **parts, **beside)
+            raise too_large(budget, self.graph, self.shape, flash=self.flash, **parts, **beside)
 
 
 def plan_program(
@@ -98,10 +100,12 @@ def plan_program(
     threads: int,
     reuse: bool = True,
     unit_rows: int | None = None,
+    flash: bool = True,
     draft: int = 0,
 ) -> ProgramPlan:
-    """What a program of this graph would take. threads: 0 for as many as there are processors; draft: bytes
-    of a draft beside it, for the report.
+    """What a program of this graph would take. threads: 0 for as many as there are processors; flash: whether
+    attention's scores stay in tiles, or the workspace holds those of a step; draft: bytes of a draft beside
+    it, for the report.
 
     Reads no weight and takes no memory: some milliseconds for a model of a billion weights, less where only
     the counts differ from a plan made before. Raises ConfigError for formats without kernels,
@@ -118,7 +122,7 @@ def plan_program(
     arena = _arena(same, (shape.tokens, shape.rows, shape.spans), reuse, unit_rows)
     shared = arena if reuse else _arena(same, (shape.tokens, shape.rows, shape.spans), True, unit_rows)
     places, block_bytes, loading = _layout(same)
-    workspace, scratch = _native_bytes(same, replace(shape, pages=1), isa, unit_rows)
+    workspace, scratch = _native_bytes(same, replace(shape, pages=1), isa, unit_rows, flash)
     threads = threads or processors()
     scratch *= threads
     return ProgramPlan(
@@ -134,13 +138,14 @@ def plan_program(
         memory=MemoryReport(
             weights=block_bytes + _vector_bytes(graph),
             kv=shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype),
-            kv_tokens=shape.pages * shape.page_size,
+            kv_tokens=(shape.pages - shape.padding) * shape.page_size,
             arena=arena.bytes,
             arena_separate=arena.separate,
             arena_shared=shared.bytes,
             workspace=workspace + scratch + _step_bytes(shape, len(graph.kv_groups)),
             draft=draft,
         ),
+        flash=flash,
     )
 
 
@@ -152,6 +157,7 @@ def lowered(
     places: Places,
     offsets: Mapping[str, int],
     unit_rows: int | None,
+    flash: bool,
     block: _Bytes,
     kv: Sequence[_Bytes],
     vectors: Mapping[str, npt.NDArray[np.float32]],
@@ -178,6 +184,7 @@ def lowered(
         },
         vectors={name: program.add_vector(v) for name, v in vectors.items()},
         kv_layers=kv_layers,
+        score_keys=None if flash else shape.table * shape.page_size,
     )
     lower(lowering)
     return tuple(lowering.emitted)
@@ -243,7 +250,9 @@ def _arena(same: _Same, counts: tuple[int, int, int], reuse: bool, unit_rows: in
 
 
 @_remembered
-def _native_bytes(same: _Same, shape: StepShape, isa: str, unit_rows: int | None) -> tuple[int, int]:
+def _native_bytes(
+    same: _Same, shape: StepShape, isa: str, unit_rows: int | None, flash: bool
+) -> tuple[int, int]:
     """Workspace, and scratch of one worker."""
     graph = same.graph
     program = _native.Program(isa, _native.Pool(1))
@@ -259,6 +268,7 @@ def _native_bytes(same: _Same, shape: StepShape, isa: str, unit_rows: int | None
         places=places,
         offsets=dict.fromkeys(graph.values, 0),
         unit_rows=unit_rows,
+        flash=flash,
         block=_nowhere(block_bytes),
         kv=[_nowhere(page)] * sum(len(group.layers) for group in graph.kv_groups),
         vectors={

@@ -72,6 +72,7 @@ class CpuProgram:
         pool: _native.Pool | None = None,
         reuse: bool = True,
         unit_rows: int | None = None,
+        flash: bool = True,
         memory_budget: int | None = None,
         draft: CpuProgram | None = None,
         cache_dir: Path | None = None,
@@ -79,9 +80,10 @@ class CpuProgram:
         progress: Progress | None = None,
         load: bool = True,
     ) -> None:
-        """pool: threads to share with another program. draft: a program whose memory counts in the same
-        budget. load: whether to fill weights and touch memory now; otherwise `load` and `touch` do, before
-        any run. Raises MemoryBudgetError before any memory is taken.
+        """pool: threads to share with another program. flash: whether attention's scores stay in tiles; else
+        the workspace holds those of a step (or of a unit's tile) with the longest sequences. draft: a program
+        whose memory counts in the same budget. load: whether to fill weights and touch memory now; otherwise
+        `load` and `touch` do, before any run. Raises MemoryBudgetError before any memory is taken.
         """
         plan = plan_program(
             graph,
@@ -90,6 +92,7 @@ class CpuProgram:
             threads=threads if pool is None else int(pool.size),
             reuse=reuse,
             unit_rows=unit_rows,
+            flash=flash,
             draft=0 if draft is None else draft.memory.total,
         )
         beside = {} if draft is None else {"draft": draft.memory.total}
@@ -110,7 +113,7 @@ class CpuProgram:
         except MemoryError:
             m = plan.memory
             sizes = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace} | beside
-            raise too_large(memory_budget or 0, graph, shape, **sizes) from None
+            raise too_large(memory_budget or 0, graph, shape, flash=flash, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
         self._instructions = lowered(
@@ -120,6 +123,7 @@ class CpuProgram:
             places=plan.places,
             offsets=plan.arena.offsets,
             unit_rows=unit_rows,
+            flash=flash,
             block=self._block,
             kv=[layer.reshape(-1) for group in self.kv for layer in group],
             vectors=self._vectors,
