@@ -83,7 +83,8 @@ def measure(case: Case) -> Result:
                     process.send_signal(signal.SIGTERM)
                 _, said = process.communicate(timeout=1800)
                 if process.returncode:
-                    error = (said or "").strip().splitlines()[-1][:200]
+                    last = (said or "").strip().splitlines() or ["it said nothing"]
+                    error = f"ended with {process.returncode}: {last[-1][:200]}"
             finally:
                 process.kill()
                 watch.stop()
