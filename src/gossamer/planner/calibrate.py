@@ -428,7 +428,7 @@ def _graph(
         dummy_sparsity="0.5" if sparse else None,
         sparse_weights=SparseWeights() if sparse else None,
         quantization=None if name in ("f32", "f16", "bf16") else Quantization.parse(name),
-        mixed_precision=MixedPrecision(dtype="f16" if name == "f16" else "bf16") if name in ("f16", "bf16") else None,
+        mixed_precision={"f16": MixedPrecision(dtype="f16"), "bf16": MixedPrecision(dtype="bf16")}.get(name),
     )  # fmt: skip
     if not fused:
         config = replace(config, operator_fusion=None, layer_fusion=None)

@@ -257,7 +257,7 @@ def predict(
     ttft = model.request_seconds() + prefill_seconds(model, config, work.prompt_tokens)
     # Requests end one by one, and a newcomer's prompt lengthens the steps that compute it.
     beside = _beside(model, config, running, work.prompt_tokens, middle) + model.request_seconds()
-    cycle = work.output_tokens / brought * step + running * beside
+    cycle = efficiencies.unevenness * (work.output_tokens / brought * step + running * beside)
     return Prediction(
         ttft_ms=1e3 * ttft,
         itl_ms=1e3 * step / brought,
