@@ -12,14 +12,11 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gossamer.bench import latency
 from gossamer.bench.latency import LatencyWorkload, bench_latency
 from gossamer.bench.measure import recording
 from gossamer.bench.prediction import predicted_jobs, probe_spread
@@ -94,25 +91,17 @@ CASES = (
 )
 
 
-@contextmanager
-def pinned() -> Iterator[None]:
-    """The thread that steps the engine stays on the first processor, where no worker is pinned: what a
-    scheduler with other work to do makes of it is not the model's matter. Pools are made before, since their
-    workers would stay there too."""
-    allowed = os.sched_getaffinity(0)
+ALLOWED = os.sched_getaffinity(0)
 
-    def prober(isa: str | None, threads: int | None) -> Prober:
-        os.sched_setaffinity(0, allowed)
-        made = Prober(isa, threads)
-        os.sched_setaffinity(0, {min(allowed)})
-        return made
 
-    latency.Prober = prober  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        latency.Prober = Prober  # type: ignore[misc]
-        os.sched_setaffinity(0, allowed)
+def pinning_prober(isa: str | None, threads: int) -> Prober:
+    """A prober, after which this thread stays on the first processor, where no worker is pinned: what a
+    scheduler with other work to do makes of the engine's thread is not the model's matter. The pools are made
+    before, since their workers would stay there too."""
+    os.sched_setaffinity(0, ALLOWED)
+    prober = Prober(isa, threads)
+    os.sched_setaffinity(0, {min(ALLOWED)})
+    return prober
 
 
 def configuration(case: Case) -> EngineConfig:
@@ -141,8 +130,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Predicted and measured metrics of a case, and how quiet the machine was."""
     best: dict[str, Any] = {}
     for _ in range(_ATTEMPTS):
-        with pinned():
-            found = _mix(case) if case.jobs else _batch(case)
+        os.sched_setaffinity(0, ALLOWED)
+        found = _mix(case) if case.jobs else _batch(case)
         if not best or _noise(found) < _noise(best):
             best = found
         if _noise(best) <= _QUIET_SPREAD:
@@ -156,7 +145,7 @@ def _noise(found: dict[str, Any]) -> float:
 
 def _batch(case: Case) -> dict[str, Any]:
     work = LatencyWorkload(input_len=case.prompt, output_len=case.output, batch_size=case.batch, runs=4)
-    report = bench_latency(uncached(configuration(case)), work)
+    report = bench_latency(uncached(configuration(case)), work, prober=pinning_prober)
     told = report["prediction"]
     return {
         "predicted": told["predicted"],
@@ -171,7 +160,7 @@ def _batch(case: Case) -> dict[str, Any]:
 def _mix(case: Case) -> dict[str, Any]:
     started = start(uncached(configuration(case)))
     engine, recorder = recording(started)
-    prober = latency.Prober(started.isa, started.threads)
+    prober = pinning_prober(started.isa, started.threads)
     lengths = random_lengths(case.jobs, case.prompt, case.output, 0.5, 0)
     run_jobs(engine, recorder, make_jobs(lengths[:2], [0.0] * 2, started.graph.vocab, 1))
     rates, outcomes = [prober.measure()], []

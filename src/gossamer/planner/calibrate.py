@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -231,7 +232,7 @@ def _measure(prober: Prober, isa: str, progress: Progress | None) -> list[Table]
     _note_vectors(plain.graph, samples, state.vector, only_new=True)
     tick()
     for kv_dtype in _KV:
-        rate, state, _ = probed(lambda kv_dtype=kv_dtype: _attention(kv_dtype, isa, pool, workers))
+        rate, state, _ = probed(partial(_attention, kv_dtype, isa, pool, workers))
         state.attention[kv_dtype] = rate
         tick()
     peaks = {
