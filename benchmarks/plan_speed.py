@@ -88,6 +88,19 @@ CASES = (
     Case("llama-3.2-1b", "int4-g64", "bf16", 1, 64, 16),
     Case("llama-3.2-1b", "int8", "bf16", 2, 48, 12),
     Case("llama-3.2-1b", "int4-g32", "bf16", 8, 32, 12),
+    Case("pocket", "uint4-g64", "bf16", 2, 60, 40),
+    Case("pocket", "int8-g32", "int8", 4, 150, 40),
+    Case("pocket", "bf16", "f32", 32, 32, 32),
+    Case("pocket", "int8", "bf16", 12, 80, 40, jobs=36),
+    Case("stories260K", "bf16", "bf16", 8, 100, 40),
+    Case("smollm2-135m", "int4-g128", "bf16", 2, 90, 24),
+    Case("smollm2-135m", "uint4-g32", "int4", 8, 40, 20),
+    Case("smollm2-135m", "int8-g32", "bf16", 1, 200, 24),
+    Case("smollm2-135m", "bf16", "bf16", 6, 60, 16, jobs=14),
+    Case("smollm2-135m", "int8", "f32", 3, 400, 16),
+    Case("smollm2-135m", "nf4", "bf16", 1, 48, 24),
+    Case("qwen3-0.6b", "int8", "bf16", 1, 80, 12),
+    Case("qwen3-0.6b", "int4-g32", "bf16", 2, 64, 12),
 )
 
 
