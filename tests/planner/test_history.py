@@ -21,7 +21,8 @@ RUN = Run(
     stored="int8",
     config={"model": "m"},
     workload={"batch_size": 1},
-    rates={"read_gb_s": 1.0, "int8_gmacs": 1.0, "bf16_gmacs": 1.0, "fp32_gmacs": 1.0, "threads": 2, "isa": "avx2"},
+    rates=dict.fromkeys(("read_gb_s", "int8_gmacs", "bf16_gmacs", "fp32_gmacs"), 1.0)
+    | {"threads": 2, "isa": "avx2"},
     predicted={"itl_ms": 11.0, "ttft_ms": 90.0, "total_bytes": 100.0},
     actual={"itl_ms": 10.0, "ttft_ms": 100.0},
     origin="shipped",

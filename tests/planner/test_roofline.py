@@ -107,7 +107,8 @@ def test_rates_at_rows_in_between_lie_in_between() -> None:
 
 
 def test_a_soft_maximum_is_above_both_and_below_their_sum() -> None:
-    assert soft_maximum(3.0, 4.0) == pytest.approx(5.0)
+    assert soft_maximum(3.0, 4.0, 2.0) == pytest.approx(5.0)
+    assert 4.0 < soft_maximum(3.0, 4.0) < 7.0
     assert soft_maximum(0.0, 0.0) == 0.0
     assert soft_maximum(1.0, 1000.0) == pytest.approx(1000.0, rel=1e-5)
 

@@ -40,8 +40,8 @@ def calibrate_machine(
 
 
 def python_costs() -> PythonCosts:
-    """Microseconds outside of the program, from the embedded model's steps: once as they follow each other, and
-    once with the caches emptied before each."""
+    """Microseconds outside of the program, from the embedded model's steps: as they follow each other, and
+    with the caches emptied before each."""
     config = EngineConfig(
         model="gossamer/pocket", max_num_seqs=max(_BATCHES), max_model_len=256, prefix_cache=None
     )

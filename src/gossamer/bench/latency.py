@@ -68,12 +68,15 @@ def bench_latency(
     on_start: Callable[[TextEngine], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
     progress: Progress = lambda text: None,
+    prober: Callable[[str | None, int], Prober] = Prober,
 ) -> dict[str, Any]:
     """The report, with the keys that `gossamer bench latency --json` prints.
 
     `errors` lists fractions above 1: they are wrong measurements (a model inside the caches, a machine
     whose speed moved). cpu_share: processor time over wall time and threads; well below 1, others were
-    served meanwhile. Raises GossamerError for what a user can mend.
+    served meanwhile. prediction: what was expected, what came, and how far off that was; both are kept in the
+    history of this machine. prober: makes what measures the limits. Raises GossamerError for what a user can
+    mend.
     """
     began = time.perf_counter()
     started = start(config, loading)
@@ -81,7 +84,8 @@ def bench_latency(
     engine, recorder = recording(started)
     if on_start is not None:
         on_start(engine)
-    prober = Prober(started.isa if started.isa in ("scalar", "avx2", "avx512") else None, started.threads)
+    isa = started.isa if started.isa in ("scalar", "avx2", "avx512") else None
+    limits = prober(isa, started.threads)
     costs = step_costs(started.graph, config.kv_dtype)
     rng = random.Random(0)
 
@@ -95,11 +99,11 @@ def bench_latency(
     for i in range(work.warmups):
         progress(f"warm-up {i + 1} of {work.warmups}")
         once()
-    rates, runs = [prober.measure()], []
+    rates, runs = [limits.measure()], []
     for i in range(work.runs):
         progress(f"run {i + 1} of {work.runs}")
         runs.append(once())
-        rates.append(prober.measure())
+        rates.append(limits.measure())
     probe = median_rates(rates)
     stored = matrices(started.graph).values()
     integer = all(weight.format in get_args(WeightFormat) for weight in stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,9 @@ def probe(
         str | None, flag("--isa", metavar="NAME", help="Force scalar, avx2 or avx512 kernels.")
     ] = None,
     seconds: Annotated[float, flag("--seconds", help="Time for each of the four figures.")] = 0.5,
+    calibrate: Annotated[
+        bool, flag("--calibrate", help="Measure too what kernels reach, for predictions (a minute).")
+    ] = False,
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks."""
@@ -36,6 +40,8 @@ def probe(
     ParallelComputing(threads=threads)
     if not 0 < seconds <= 60:
         raise ConfigError(f"seconds {seconds} is not in (0, 60]")
+    if calibrate:
+        _calibrate(isa)
     machine = hardware()
     rates = Prober(isa, threads).measure(seconds)
     tuned = tuned_layers(tuning_directory(), rates.isa, rates.threads)
@@ -44,6 +50,21 @@ def probe(
         emit_json(asdict(rates) | {"hardware": asdict(machine), "tuned": choices})
     else:
         _print(machine, rates, tuned)
+
+
+def _calibrate(isa: str | None) -> None:
+    """Measures efficiencies, and says where they are kept."""
+    from gossamer.bench.calibration import calibrate_machine
+    from gossamer.cli.show import stderr
+    from gossamer.planner.efficiencies import measured_file
+    from gossamer.progress import status_line
+
+    with status_line(sys.stderr.isatty()) as progress:
+        calibrate_machine(
+            None if isa is None else [isa],
+            progress=lambda done, total: progress(f"{done} of {total} programs measured"),
+        )
+    stderr().print(f"efficiencies of this machine are in {measured_file()}", soft_wrap=True)
 
 
 def _print(machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]]) -> None:

@@ -135,12 +135,14 @@ class Efficiencies:
     """tables by instruction set: several where the machine was met in several states. Virtual processors come
     to share a last cache and cease to, as the host moves them, and what passes between threads takes several
     times as long in one state as in the other; the read rate tells which it is. single_read: part of the read
-    rate of all threads that one reaches alone. corrections: factors on predicted times that the history of
-    this machine taught, by "prefill" or "decode" and format. origin: whence it all is: "shipped", "measured here", and what was fitted."""
+    rate of all threads that one reaches alone. unevenness: the mean of equal steps' times over their median.
+    corrections: factors on predicted times that the history of this machine taught, by "prefill" or "decode"
+    and format. origin: whence it all is: "shipped", "measured here", and what was fitted."""
 
     tables: Mapping[str, tuple[Table, ...]]
     python: PythonCosts
     single_read: float
+    unevenness: float = 1.0
     corrections: Mapping[str, float] = field(default_factory=dict)
     origin: str = "shipped"
 
@@ -211,6 +213,7 @@ def efficiencies_from_json(data: Mapping[str, Any]) -> Efficiencies:
         tables=tables,
         python=PythonCosts(**data["python"]),
         single_read=float(data["single_read"]),
+        unevenness=float(data["unevenness"]),
         origin=str(data["origin"]),
     )
 
@@ -255,7 +258,7 @@ def scaled_peaks(rates: Rates, isa: str, threads: int, found: Efficiencies) -> d
 
 
 def _distance(name: str, stored: str) -> tuple[bool, bool, bool, int]:
-    """How unlike two formats are: sparse or not, whether the numbers are alike, groups or none, group sizes."""
+    """How unlike two formats are: sparse or not, other numbers or not, groups or none, group sizes."""
     (kind, group, sparse), (other, wanted, wanted_sparse) = map(_split, (name, stored))
     alike = kind == other or {kind, other} == {"int4", "uint4"}
     return sparse != wanted_sparse, not alike, (group > 0) != (wanted > 0), abs(group - wanted)
@@ -271,6 +274,7 @@ def _plain(found: Efficiencies) -> dict[str, Any]:
         "version": _VERSION,
         "origin": found.origin,
         "single_read": round(found.single_read, 3),
+        "unevenness": round(found.unevenness, 3),
         "python": _rounded(asdict(found.python)),
         "tables": {isa: [_plain_table(table) for table in tables] for isa, tables in found.tables.items()},
     }

@@ -25,17 +25,9 @@ from gossamer.planner.hardware import Rates
 from gossamer.processor import processor_signature
 
 __all__ = [
-    "METRICS",
-    "ErrorSummary",
-    "Run",
-    "error_history",
-    "history_file",
-    "newest_rates",
-    "plain_config",
-    "record",
-    "refit",
-    "runs",
-]
+    "METRICS", "ErrorSummary", "Run", "error_history", "history_file", "newest_rates", "percentile",
+    "plain_config", "record", "refit", "runs",
+]  # fmt: skip
 
 _LOGGER = logging.getLogger("gossamer")
 

@@ -35,7 +35,7 @@ _CACHED, _STREAMED = (
 _ATTENTION_ROWS = 32  # csrc/generic/attention_tile.h: kAttentionRows
 _ATTENTION_TILE = 64  # kTile
 _TILE_WORK = 16384  # csrc/program.h: kTileWork
-_BLOCK = 16  # keys that are read together
+_BLOCK = 16  # keys that are read together, and what head sizes are padded to
 _UNIT_ROWS = 1 << 30
 
 
@@ -205,6 +205,7 @@ class AttentionCounts:
 def attention_counts(work: AttentionWork, spans: Spans, threads: int) -> AttentionCounts:
     """What the busiest thread has to do."""
     group = work.heads // work.kv_heads
+    numbers = 2 * math.ceil(work.head_dim / _BLOCK) * _BLOCK  # of a key and a value, padded
     jobs = tiles = rows = keys = pairs = read = 0.0
     for count, before, new in spans:
         heads = min(group, _ATTENTION_TILE)
@@ -219,8 +220,8 @@ def attention_counts(work: AttentionWork, spans: Spans, threads: int) -> Attenti
         seen = math.ceil(seen / _BLOCK) * _BLOCK
         tiles += count * work.kv_heads * tall * math.ceil(group / heads)
         rows += count * work.heads * new
-        keys += count * work.kv_heads * tall * math.ceil(group / heads) * seen * work.head_dim * 2
-        pairs += count * work.heads * new * seen * work.head_dim * 2
+        keys += count * work.kv_heads * tall * math.ceil(group / heads) * seen * numbers
+        pairs += count * work.heads * new * seen * numbers
         read += count * min(before + new, work.window or before + new)
     share = math.ceil(jobs / threads) / jobs if jobs else 0.0
     return AttentionCounts(tiles * share, rows * share, keys * share, pairs * share, read)
@@ -257,7 +258,7 @@ def predict(
     ttft = model.request_seconds() + prefill_seconds(model, config, work.prompt_tokens)
     # Requests end one by one, and a newcomer's prompt lengthens the steps that compute it.
     beside = _beside(model, config, running, work.prompt_tokens, middle) + model.request_seconds()
-    cycle = work.output_tokens / brought * step + running * beside
+    cycle = efficiencies.unevenness * (work.output_tokens / brought * step + running * beside)
     return Prediction(
         ttft_ms=1e3 * ttft,
         itl_ms=1e3 * step / brought,

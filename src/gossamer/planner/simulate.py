@@ -20,9 +20,10 @@ _LEAST_CHUNK = 16  # engine/batching/continuous.py: what prompts get of a step a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """seconds: from the start to the last token; firsts: of each job, when its first token came, seconds from
-    the start; gaps: seconds of the steps between tokens, each counted once for every sequence that waited;
-    decodes: those of steps in which all of `most` sequences decode; outputs: tokens in all."""
+    """seconds: from the start to the last token, with steps as uneven as they are; firsts: of each job, when
+    its first token came, seconds from the start; gaps: seconds of the steps between tokens, each counted once
+    for every sequence that waited; decodes: those of steps in which all places decode; outputs: tokens in
+    all."""
 
     seconds: float
     firsts: tuple[float, ...]
@@ -86,7 +87,7 @@ def simulate(model: StepModel, config: EngineConfig, jobs: Sequence[tuple[int, i
             s.left -= 1
         running = [s for s in running if s.left > 0]
     return Simulated(
-        seconds=now,
+        seconds=now * model.efficiencies.unevenness,
         firsts=tuple(firsts),
         gaps=tuple(gaps),
         decodes=tuple(decodes),
