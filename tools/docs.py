@@ -31,6 +31,7 @@ VERBS = (
     "bench prefix",
     "bench dynamic",
     "bench speculation",
+    "ablate",
     "compress",
     "eval",
     "export",

@@ -19,32 +19,34 @@ from gossamer.cli.later import known_elsewhere
 from gossamer.cli.main import app
 from gossamer.config import EngineConfig
 from gossamer.llm import engine_config
+from gossamer.techniques import CARDS, Card
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/techniques"
-NAMES = (
-    "quantization", "pruning", "distillation", "operator_fusion", "layer_fusion", "dynamic_shapes",
-    "paged_attention", "offloading", "memory_reuse", "continuous_batching", "dynamic_batching",
-    "parallel_computing", "mixed_precision", "hardware_kernels", "flash_attention",
-    "sequence_parallelism", "speculative_decoding",
-)  # fmt: skip
+NAMES = [card.name for card in CARDS]
 PAGES = sorted({*FOLDER.glob("*.md"), ROOT / "README.md", ROOT / "README.zh.md"})
 EVERY = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 VERBS: Any = typer.main.get_command(app)
 PLACES = "src|csrc|tests|docs|benchmarks|tools"
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 ENDS = {"|", ">", ">>", "&&", "&", ";", "2>"}  # of a command within a line of shell
+
+
+def text_of(page: Path) -> str:
+    """All of a page."""
+    return page.read_text(encoding="utf-8")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
     """What stands in fenced blocks of these languages."""
-    found = re.findall(r"^```([\w-]*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```([\w-]*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
     return [text for language, text in found if language in languages]
 
 
 def prose(page: Path) -> str:
     """The text outside of fenced blocks, each paragraph on a line."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"(?<!\n)\n(?![\n|#*-])", " ", text)
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<!\n)\n(?![\n|#]|[*-] )", " ", text)
 
 
 def spans(page: Path) -> list[str]:
@@ -93,15 +95,20 @@ def paths(text: str) -> Iterator[str]:
         yield from ("".join(choice) for choice in product(*parts))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_technique_has_a_page_in_both_languages(name: str) -> None:
-    english, chinese = FOLDER / f"{name}.md", FOLDER / f"{name}.zh.md"
-    assert f"]({chinese.name})" in english.read_text()[:300]
-    assert f"]({english.name})" in chinese.read_text()[:300]
+@pytest.mark.parametrize("card", CARDS, ids=[card.name for card in CARDS])
+def test_every_technique_has_a_page_in_both_languages(card: Card) -> None:
+    english, chinese = FOLDER / f"{card.name}.md", FOLDER / f"{card.name}.zh.md"
+    assert f"]({chinese.name})" in text_of(english)[:300]
+    assert f"]({english.name})" in text_of(chinese)[:300]
+    assert f"]({english.name})" in text_of(FOLDER / "README.md")
+    assert f"]({chinese.name})" in text_of(FOLDER / "README.zh.md")
+    assert card.title in text_of(english).partition("\n")[0]
+    assert card.title_zh in text_of(chinese).partition("\n")[0]
     for page in (english, chinese):
-        assert 35 <= len(page.read_text().splitlines()) <= 90
-    assert f"]({english.name})" in (FOLDER / "README.md").read_text()
-    assert f"]({chinese.name})" in (FOLDER / "README.zh.md").read_text()
+        assert 35 <= len(text_of(page).splitlines()) <= 100
+        switches = [flag for flag in FLAG.findall(card.off) if flag != "--quantization"]  # it is -q there
+        assert [flag for flag in switches if flag not in text_of(page)] == []
+        assert [name for name in card.fields if f"{name}=" not in text_of(page)] == []
 
 
 def test_pages_are_of_techniques() -> None:
@@ -109,8 +116,8 @@ def test_pages_are_of_techniques() -> None:
 
 
 def test_the_front_pages_lead_to_each_other() -> None:
-    assert "](README.zh.md)" in "".join((ROOT / "README.md").read_text().splitlines()[:6])
-    assert "](README.md)" in "".join((ROOT / "README.zh.md").read_text().splitlines()[:6])
+    assert "](README.zh.md)" in "".join(text_of(ROOT / "README.md").splitlines()[:6])
+    assert "](README.md)" in "".join(text_of(ROOT / "README.zh.md").splitlines()[:6])
 
 
 @EVERY
@@ -132,7 +139,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 def test_flags_in_the_text_exist(page: Path) -> None:
     known = {*_flags(VERBS)}
     ours = [span for span in spans(page) if span.startswith(("--", "-q ", "gossamer "))]
-    named = [flag for span in ours for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]+)", span)]
+    named = [flag for span in ours for flag in FLAG.findall(span)]
     assert [flag for flag in named if flag not in known and not known_elsewhere([flag], flag)] == []
 
 

@@ -113,7 +113,9 @@ def bench_latency(
         "itl_ms": step,
         "prefill_tokens_per_s": work.batch_size * work.input_len / first,
         "decode_tokens_per_s": work.batch_size / step * 1e3 if step else None,
-        "tokens_per_s": median(work.batch_size * work.output_len / (run.prefill + run.decode) for run in runs),
+        "tokens_per_s": median(
+            work.batch_size * work.output_len / (run.prefill + run.decode) for run in runs
+        ),
     }
     keep(
         "latency",

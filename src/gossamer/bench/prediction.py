@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gossamer.bench.throughput import Outcome
+from gossamer.bench.workload import Job
 from gossamer.errors import GossamerError
 from gossamer.memory import available_memory
 from gossamer.planner.efficiencies import Efficiencies, current_efficiencies
-from gossamer.planner.hardware import Rates
+from gossamer.planner.hardware import Rates, median_rates
 from gossamer.planner.history import Run, plain_config, record
 from gossamer.planner.memory import plan_memory
 from gossamer.planner.model import open_planned
@@ -19,7 +21,15 @@ from gossamer.planner.roofline import StepModel
 from gossamer.planner.simulate import Simulated, simulate
 from gossamer.runtime.start import Started
 
-__all__ = ["actual_bytes", "compared", "keep", "predicted_jobs", "predicted_latency", "probe_spread"]
+__all__ = [
+    "actual_bytes",
+    "check_jobs",
+    "compared",
+    "keep",
+    "predicted_jobs",
+    "predicted_latency",
+    "probe_spread",
+]
 
 _STATUS = Path("/proc/self/status")
 
@@ -80,6 +90,39 @@ def predicted_jobs(
         "tokens_per_s": found.outputs / found.seconds,
     }
     return predicted | ({"itl_ms": 1e3 * median(found.gaps)} if found.gaps else {})
+
+
+def check_jobs(
+    started: Started, rates: Sequence[Rates], jobs: Sequence[Job], outcome: Outcome
+) -> dict[str, Any]:
+    """Compares a run of jobs that all came at once with its prediction, and keeps both. rates: probes around
+    the run. For reports; empty where nothing is predicted."""
+    probe = median_rates(rates)
+    lengths = [(len(job.prompt), job.output_len) for job in jobs]
+    predicted = predicted_jobs(started, probe, lengths)
+    if not predicted:
+        return {}
+    actual: dict[str, float | None] = {
+        **actual_bytes(),
+        "ttft_ms": 1e3 * median(outcome.ttft),
+        "itl_ms": 1e3 * median(outcome.itl) if outcome.itl else None,
+        "tokens_per_s": sum(map(len, outcome.tokens)) / outcome.seconds,
+    }
+    keep(
+        "throughput",
+        started,
+        {
+            "requests": len(jobs),
+            "prompt_tokens": sum(prompt for prompt, _ in lengths),
+            "output_tokens": sum(output for _, output in lengths),
+        },
+        probe,
+        predicted,
+        actual,
+        cpu_share=outcome.cpu / outcome.seconds / started.threads,
+        spread=probe_spread(rates),
+    )
+    return compared(predicted, actual)
 
 
 def compared(predicted: Mapping[str, float], actual: Mapping[str, float | None]) -> dict[str, Any]:

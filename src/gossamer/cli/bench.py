@@ -160,9 +160,11 @@ def throughput(
 ) -> None:
     """Run many requests of mixed lengths, and count tokens and waiting times."""
     from gossamer.bench.measure import recording
+    from gossamer.bench.prediction import check_jobs, predictable
     from gossamer.bench.throughput import run_jobs, throughput_report
     from gossamer.bench.trace import read_trace
     from gossamer.bench.workload import arrivals, cut_lengths, make_jobs, random_lengths
+    from gossamer.planner.hardware import Prober
     from gossamer.progress import loading_bar, token_bar
     from gossamer.runtime.start import start
 
@@ -183,9 +185,14 @@ def throughput(
     if cut:
         stderr().print(f"{cut} of {len(lengths)} requests were cut to {started.max_model_len} tokens")
     jobs = make_jobs(lengths, times, started.graph.vocab, seed)
+    checked = request_rate == float("inf") and predictable(started)
+    prober = Prober(started.isa, started.threads) if checked else None
+    before = [prober.measure()] if prober else []
     with token_bar(sys.stderr.isatty(), len(jobs)) as progress:
         outcome = run_jobs(running, recorder, jobs, progress=progress)
     report = throughput_report(running, jobs, outcome) | {"cut_requests": cut}
+    if prober:
+        report["prediction"] = check_jobs(started, [*before, prober.measure()], jobs, outcome)
     if json:
         emit_json(report)
     else:

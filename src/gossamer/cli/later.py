@@ -20,7 +20,6 @@ _INSTEAD = {
     "--tp": _PARALLEL,
     "--pipeline-parallel-size": "pipeline parallelism is not built yet",
     "--device": "other devices than the CPU are not built yet",
-    "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
     # from vLLM
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
     "--kv-bytes the KV pool",

@@ -16,6 +16,7 @@ import typer
 
 from gossamer import __version__
 from gossamer.cli import (
+    ablate,
     bench,
     cache,
     chat,
@@ -55,6 +56,7 @@ app.command(rich_help_panel=_RUN)(verb(serve.serve))
 app.command(rich_help_panel=_MAKE)(verb(compress.compress))
 app.command(rich_help_panel=_MAKE)(verb(export.export))
 app.command(rich_help_panel=_LOOK)(verb(plan.plan))
+app.command(rich_help_panel=_LOOK)(verb(ablate.ablate))
 app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
 app.command(name="eval", rich_help_panel=_LOOK)(verb(evaluate.evaluate))
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))

@@ -1,9 +1,8 @@
-"""Measures the efficiencies of this machine, on small programs of random weights, against a probe beside them.
+"""Measures the efficiencies of this machine: small programs of random weights against the probe beside them.
 
-Three programs for each weight format: one whose weights the caches hold, one whose they do not, and of all of
-them every step's instructions are timed apart (the receipts). Of each instruction the lower quartile of its
-times counts: what others take of the processor comes in bursts. The rates are then least squares over all
-layer shapes and numbers of rows, by relative error.
+Two programs for each weight format, one whose weights the caches hold and one whose they do not, run steps of
+ever more rows, whose instructions are timed apart (the receipts); of each the median counts. The rates are
+then least squares over all layer shapes and numbers of rows, by relative error.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +29,19 @@ from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
 from gossamer.planner.efficiencies import (
     ROWS,
+    SHIPPED,
     AttentionRate,
     Efficiencies,
     LinearRate,
-    PythonCosts,
     Table,
     VectorRate,
     peak_of,
 )
-from gossamer.planner.hardware import Prober, Rates
+from gossamer.planner.hardware import Prober, Rates, cache_bytes
 from gossamer.planner.roofline import PASSING_GB_S, SOFTNESS, attention_counts, vector_seconds
 from gossamer.planner.work import AttentionWork
 
-__all__ = ["FORMATS", "calibrate", "calibrate_isa"]
+__all__ = ["FORMATS", "calibrate", "filled", "measure_tables"]
 
 FORMATS = (
     "f32", "f16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g64", "int4-g128", "uint4-g64", "nf4-g64",
@@ -53,9 +54,12 @@ _MOST_STREAM = 128 << 20
 _REPEATS = 15
 _PROBE_SECONDS = 0.06
 _ATTEMPTS = 3  # at a format, while others take the processors
+_LEAST = 0.8  # 1 / the part of a peak that nothing surpasses
+_SAME = 1.25  # read rates that differ by less are of one state
 _QUIET = 0.93  # of the fastest probe: with less, others took part of them
 _SHAPE = {"hidden": 512, "inner": 1536, "heads": 8, "kv_heads": 2, "head_dim": 64, "vocab": 4096}
 
+_T = TypeVar("_T")
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
@@ -88,8 +92,8 @@ class _Bench:
         )  # fmt: skip
 
     def times(self, spans: Sequence[tuple[int, int]], repeats: int = _REPEATS) -> list[_Sample]:
-        """Of every instruction that runs in a step. spans: (tokens before, tokens in it) of each sequence, all
-        of which sample their last."""
+        """Of every instruction that runs in a step. spans: (tokens before, tokens in it) of each sequence,
+        all of which sample their last."""
         self._fill(spans)
         tokens = sum(new for _, new in spans)
         taken = []
@@ -103,11 +107,11 @@ class _Bench:
                 )
             calls = [(b[0] - a[0], b[2] - a[2]) for a, b in zip(before, after, strict=True)]
             before = after
-        quartiles = np.quantile(np.asarray(taken), 0.25, axis=0)
+        typical = np.median(np.asarray(taken), axis=0)
         instructions = self.program._instructions
         return [
             _Sample(instruction, rows // count, float(ns) * 1e-9)
-            for instruction, ns, (count, rows) in zip(instructions, quartiles, calls, strict=True)
+            for instruction, ns, (count, rows) in zip(instructions, typical, calls, strict=True)
             if count
         ]
 
@@ -125,45 +129,75 @@ class _Bench:
         p.sample_rows[: len(spans)]["temperature"] = 0.0
 
 
+@dataclass(slots=True)
+class _State:
+    """What was measured while the machine read at about one rate."""
+
+    reads: list[float] = field(default_factory=list)
+    linear: dict[str, LinearRate] = field(default_factory=dict)
+    vector: dict[str, list[tuple[float, float, float]]] = field(default_factory=lambda: defaultdict(list))
+    attention: dict[str, AttentionRate] = field(default_factory=dict)
+
+
 def calibrate(
-    isas: Sequence[str] | None = None, threads: int | None = None, progress: Progress | None = None
+    isas: Sequence[str] | None = None,
+    threads: Sequence[int | None] = (None,),
+    progress: Progress | None = None,
 ) -> Efficiencies:
-    """Efficiencies of this machine: of the best instruction set, or of those asked for (about 20 s each).
-    progress(done, in all) counts programs.
+    """Efficiencies of this machine: of the best instruction set, or of those asked for (under a minute each),
+    on so many threads (None: one per processor). progress(done, in all) counts programs. Python's part is
+    the shipped one: what measures it needs an engine (bench/calibration.py).
 
     Raises ConfigError for an instruction set that this machine lacks.
     """
-    wanted = list(isas or (str(_native.best_isa()),))
-    steps = len(wanted) * (len(FORMATS) + len(_KV))
-    tables = {}
-    for i, isa in enumerate(wanted):
-        offset = i * steps // len(wanted)
-        tables[isa] = calibrate_isa(
-            isa, threads, lambda done, _, o=offset: progress(o + done, steps) if progress else None
-        )
-    return Efficiencies(
-        tables=tables,
-        python=PythonCosts(step_us=40.0, sequence_us=6.0, token_us=0.2, request_us=60.0),
-        single_read=_single_read(wanted[0], threads),
-        origin="measured here",
-    )
+    wanted = [(isa, n) for isa in isas or (str(_native.best_isa()),) for n in threads]
+    each = len(FORMATS) + len(_KV) + 1
+    tables: dict[str, tuple[Table, ...]] = {}
+    for i, (isa, n) in enumerate(wanted):
+        done = (lambda d, _, i=i: progress(i * each + d, len(wanted) * each)) if progress else None
+        tables[isa] = tables.get(isa, ()) + tuple(filled(measure_tables(isa, n, done)))
+    return replace(SHIPPED, tables=tables, single_read=_single_read(wanted[0][0]), origin="measured here")
 
 
-def calibrate_isa(isa: str, threads: int | None = None, progress: Progress | None = None) -> Table:
-    """The table of one instruction set on so many threads (None: one per processor)."""
+def measure_tables(isa: str, threads: int | None = None, progress: Progress | None = None) -> list[Table]:
+    """A table for each state in which the machine was met, each with what was measured then."""
     prober = Prober(isa, threads)
     with _pinned():
-        return _table(prober, isa, progress)
+        return _measure(prober, isa, progress)
 
 
-def _table(prober: Prober, isa: str, progress: Progress | None) -> Table:
+def filled(tables: Sequence[Table]) -> list[Table]:
+    """Tables of one instruction set with what each lacks taken from the others."""
+
+    def joined(part: str, own: Table) -> dict[str, Any]:
+        parts = [getattr(table, part) for table in (*tables, own)]
+        return {name: rate for rates in parts for name, rate in rates.items()}
+
+    return [
+        replace(t, linear=joined("linear", t), vector=joined("vector", t), attention=joined("attention", t))
+        for t in tables
+    ]
+
+
+def _measure(prober: Prober, isa: str, progress: Progress | None) -> list[Table]:
     pool, workers = prober._pool, prober.threads
-    rates = [prober.measure(_PROBE_SECONDS)]
-    linear: dict[str, LinearRate] = {}
-    vector: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    attention: dict[str, AttentionRate] = {}
-    total, done = len(FORMATS) + len(_KV), 0
-    last = max(1, _last_cache())
+    states: list[_State] = []
+    rates: list[Rates] = []
+    total, done = len(FORMATS) + len(_KV) + 1, 0
+    last = max(1, cache_bytes()[1])
+
+    def probed(measure: Callable[[], _T]) -> tuple[_T, _State, list[Rates]]:
+        """What is measured while the machine stays in one state and nobody takes the processors, or the last
+        of several attempts."""
+        for attempt in range(_ATTEMPTS):
+            near = prober.measure(_PROBE_SECONDS)
+            found = measure()
+            after = prober.measure(_PROBE_SECONDS)
+            rates.extend((near, after))
+            quiet = _slowest([near, after]) > _QUIET * max(r.int8_gmacs for r in rates)
+            if (quiet and _alike(near.read_gb_s, after.read_gb_s)) or attempt == _ATTEMPTS - 1:
+                break
+        return found, _state(states, (near.read_gb_s + after.read_gb_s) / 2), [near, after]
 
     def tick() -> None:
         nonlocal done
@@ -175,39 +209,65 @@ def _table(prober: Prober, isa: str, progress: Progress | None) -> Table:
         held = _Bench(_graph(stored, 1), "bf16", isa, pool)
         layers = max(2, math.ceil(min(_STREAM * last, _MOST_STREAM) / _layer_bytes(held.program)))
         streamed = _Bench(_graph(stored, layers), "bf16", isa, pool)
-        for attempt in range(_ATTEMPTS):
-            held.times(_spans(ROWS[-1]))  # the processor comes up to speed
-            near = prober.measure(_PROBE_SECONDS)
-            samples = [s for rows in ROWS for s in held.times(_spans(rows))]
-            far = [s for rows in (1, 2, 4) for s in streamed.times(_spans(rows), 5)]
-            after = prober.measure(_PROBE_SECONDS)
-            rates += [near, after]
-            if _slowest([near, after]) > _QUIET * max(r.int8_gmacs for r in rates) or attempt == _ATTEMPTS - 1:
-                break
-        peak = _peak([near, after], stored) * 1e9
-        read = (near.read_gb_s + after.read_gb_s) / 2 * 1e9
-        linear[stored] = fit_linear(held, samples, streamed, far, peak=peak, read=read, threads=workers)
-        _note_vectors(held.graph, samples, vector)
+        rows_taken = ROWS if isa != "scalar" else ROWS[:-2]
+        held.times(_spans(rows_taken[-1]), 3)  # the processor comes up to speed
+
+        def both(
+            held: _Bench = held, streamed: _Bench = streamed, rows_taken: Sequence[int] = rows_taken
+        ) -> tuple[list[_Sample], list[_Sample]]:
+            return (
+                [s for rows in rows_taken for s in held.times(_spans(rows))],
+                [s for rows in (1, 2, 4) for s in streamed.times(_spans(rows), 5)],
+            )
+
+        (samples, far), state, around = probed(both)
+        peak = _peak(around, stored) * 1e9
+        read = sum(r.read_gb_s for r in around) / 2 * 1e9
+        state.linear[stored] = fit_linear(held, samples, streamed, far, peak=peak, read=read, threads=workers)
+        _note_vectors(held.graph, samples, state.vector)
         tick()
     plain = _Bench(_graph("f32", 1, fused=False), "bf16", isa, pool)
-    _note_vectors(plain.graph, [s for rows in ROWS for s in plain.times(_spans(rows))], vector, only_new=True)
+    samples, state, _ = probed(lambda: [s for rows in ROWS[:-1] for s in plain.times(_spans(rows), 7)])
+    _note_vectors(plain.graph, samples, state.vector, only_new=True)
+    tick()
     for kv_dtype in _KV:
-        attention[kv_dtype] = _attention(kv_dtype, isa, pool, workers)
+        rate, state, _ = probed(lambda kv_dtype=kv_dtype: _attention(kv_dtype, isa, pool, workers))
+        state.attention[kv_dtype] = rate
         tick()
-    return Table(
-        peaks={
-            name: max(getattr(r, f"{name}_gmacs") for r in rates) / workers
-            for name in ("int8", "bf16", "fp32")
-        },
-        linear=linear,
-        vector={name: fit_vector(found, workers) for name, found in vector.items()},
-        attention=attention,
-    )
+    peaks = {
+        name: median(getattr(r, f"{name}_gmacs") for r in rates) / workers
+        for name in ("int8", "bf16", "fp32")
+    }
+    return [
+        Table(
+            threads=workers,
+            peaks=peaks,
+            read_gb_s=median(state.reads),
+            linear=state.linear,
+            vector={name: fit_vector(found, workers) for name, found in state.vector.items()},
+            attention=state.attention,
+        )
+        for state in states
+    ]
+
+
+def _alike(a: float, b: float) -> bool:
+    return max(a, b) < _SAME * min(a, b)
+
+
+def _state(states: list[_State], read: float) -> _State:
+    """The state with about this read rate, or a new one."""
+    for state in states:
+        if _alike(median(state.reads), read):
+            state.reads.append(read)
+            return state
+    states.append(_State(reads=[read]))
+    return states[-1]
 
 
 def fit_linear(
     held: _Bench,
-    samples: Iterable[_Sample],
+    samples: Sequence[_Sample],
     streamed: _Bench,
     far: Iterable[_Sample],
     *,
@@ -230,7 +290,10 @@ def fit_linear(
         lines.append([x / s.seconds for x in line])
         times.append(1.0)
     solved = non_negative(np.asarray(lines), np.asarray(times))
-    inverse = [max(float(x), 0.05) for x in solved[: len(ROWS)]]
+    inverse: list[float] = []
+    for rows, x in zip(ROWS, solved, strict=False):
+        measured = any(s.rows == rows for s in samples)
+        inverse.append(max(float(x), _LEAST) if measured else inverse[-1])
     output, head_ns, overhead = (float(x) for x in solved[len(ROWS) :])
     rate = LinearRate(
         bandwidth=1.0,
@@ -240,7 +303,7 @@ def fit_linear(
         overhead_us=overhead,
     )
     parts = []
-    sizes = {key: place for key, place in streamed.program._place_bytes.items()}
+    sizes = streamed.program._place_bytes
     seen: dict[tuple[str, int], list[float]] = defaultdict(list)
     about: dict[tuple[str, int], tuple[int, int, int, int, int]] = {}
     for s in far:
@@ -253,7 +316,9 @@ def fit_linear(
     for name, taken in seen.items():
         inputs, multiplied, outputs, _, size = about[name]
         rows = name[1]
-        busy = inputs * multiplied * rows / (peak * rate.part(rows)) + output * 1e-9 * outputs * rows / threads
+        busy = (
+            inputs * multiplied * rows / (peak * rate.part(rows)) + output * 1e-9 * outputs * rows / threads
+        )
         left = float(np.median(taken)) - overhead * 1e-6
         fetching = max(left**SOFTNESS - busy**SOFTNESS, (0.3 * left) ** SOFTNESS) ** (1 / SOFTNESS)
         alone = max(fetching - size / (PASSING_GB_S * 1e9 * threads), 0.3 * fetching)
@@ -263,9 +328,7 @@ def fit_linear(
 
 def fit_vector(found: Sequence[tuple[float, float, float]], threads: int) -> VectorRate:
     """found: (width, rows, seconds)."""
-    lines = [
-        [1e-6 / t, vector_seconds(0.0, 1.0, int(width), rows, threads) / t] for width, rows, t in found
-    ]
+    lines = [[1e-6 / t, vector_seconds(0.0, 1.0, int(width), rows, threads) / t] for width, rows, t in found]
     overhead, number = non_negative(np.asarray(lines), np.ones(len(lines)))
     return VectorRate(overhead_us=float(overhead), number_ns=float(number))
 
@@ -350,9 +413,7 @@ def _format(graph: Graph) -> str:
 
 
 def _layer_bytes(program: CpuProgram) -> int:
-    return sum(
-        size for (name, _), size in program._place_bytes.items() if name.startswith("layers.")
-    )
+    return sum(size for (name, _), size in program._place_bytes.items() if name.startswith("layers."))
 
 
 def _graph(
@@ -367,7 +428,7 @@ def _graph(
         dummy_sparsity="0.5" if sparse else None,
         sparse_weights=SparseWeights() if sparse else None,
         quantization=None if name in ("f32", "f16", "bf16") else Quantization.parse(name),
-        mixed_precision=MixedPrecision(dtype=name) if name in ("f16", "bf16") else None,
+        mixed_precision=MixedPrecision(dtype="f16" if name == "f16" else "bf16") if name in ("f16", "bf16") else None,
     )  # fmt: skip
     if not fused:
         config = replace(config, operator_fusion=None, layer_fusion=None)
@@ -419,14 +480,10 @@ def _peak(rates: Sequence[Rates], stored: str) -> float:
     return max(float(getattr(r, f"{peak_of(stored)}_gmacs")) for r in rates)
 
 
-def _last_cache() -> int:
-    from gossamer.planner.hardware import cache_bytes
-
-    return cache_bytes()[1]
-
-
-def _single_read(isa: str, threads: int | None) -> float:
+def _single_read(isa: str) -> float:
     """Part of the read rate of all threads that one thread reaches."""
-    every, one = Prober(isa, threads), Prober(isa, 1)
-    parts = [one.measure(_PROBE_SECONDS).read_gb_s / every.measure(_PROBE_SECONDS).read_gb_s for _ in range(3)]
+    every, one = Prober(isa), Prober(isa, 1)
+    parts = [
+        one.measure(_PROBE_SECONDS).read_gb_s / every.measure(_PROBE_SECONDS).read_gb_s for _ in range(3)
+    ]
     return min(1.0, float(np.median(parts)))

@@ -91,11 +91,13 @@ class AttentionRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Of one instruction set. peaks: GMAC/s of a thread when it was measured, for "int8", "bf16" and "fp32";
-    linear by weight format ("int4-g64"), vector by op (and format, where it prepares for one), attention by
-    KV type."""
+    """Of one instruction set. threads, peaks, read_gb_s: how many there were when it was measured, the GMAC/s
+    of one of them for "int8", "bf16" and "fp32", and what all read from memory; linear by weight format
+    ("int4-g64"), vector by op (and format, where it prepares for one), attention by KV type."""
 
+    threads: int
     peaks: Mapping[str, float]
+    read_gb_s: float
     linear: Mapping[str, LinearRate]
     vector: Mapping[str, VectorRate]
     attention: Mapping[str, AttentionRate]
@@ -104,14 +106,7 @@ class Table:
         """Of a format, or its nearest: same kind of number, nearest group."""
         if stored in self.linear:
             return self.linear[stored]
-        kind, _, rest = stored.partition("-")
-        near = [name for name in self.linear if name.partition("-")[0] == kind]
-        if not near and kind == "uint4":
-            near = [name for name in self.linear if name.startswith("int4")]
-        group = int(rest[1:]) if rest[1:].isdigit() else 0
-        return self.linear[
-            min(near or self.linear, key=lambda name: abs(_group(name) - group)) if near else min(self.linear)
-        ]
+        return self.linear[min(self.linear, key=lambda name: _distance(name, stored))]
 
     def vector_of(self, op: str) -> VectorRate:
         """Of an op, of another format of it, or the median of all."""
@@ -126,9 +121,10 @@ class Table:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonCosts:
     """Microseconds outside of the program: of a step, of each sequence in it, of each prompt token, of each
-    request that begins."""
+    request that begins. cold_us: more for a step whose weights and keys drive all else out of the caches."""
 
     step_us: float
+    cold_us: float
     sequence_us: float
     token_us: float
     request_us: float
@@ -136,19 +132,31 @@ class PythonCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiencies:
-    """tables by instruction set. single_read: part of the read rate of all threads that one reaches alone.
-    corrections: factors on predicted times that the history of this machine taught, by "prefill" or
-    "decode" and format. origin: whence it all is: "shipped", "measured here", and what was fitted."""
+    """tables by instruction set: several where the machine was met in several states. Virtual processors come
+    to share a last cache and cease to, as the host moves them, and what passes between threads takes several
+    times as long in one state as in the other; the read rate tells which it is. single_read: part of the read
+    rate of all threads that one reaches alone. corrections: factors on predicted times that the history of
+    this machine taught, by "prefill" or "decode" and format. origin: whence it all is: "shipped", "measured here", and what was fitted."""
 
-    tables: Mapping[str, Table]
+    tables: Mapping[str, tuple[Table, ...]]
     python: PythonCosts
     single_read: float
     corrections: Mapping[str, float] = field(default_factory=dict)
     origin: str = "shipped"
 
-    def table(self, isa: str) -> Table:
-        """Of an instruction set, or of the nearest one that was measured."""
-        return self.tables.get(isa) or self.tables[max(self.tables)]
+    def table(self, isa: str, threads: int, rates: Rates) -> Table:
+        """Of an instruction set (or the nearest that was measured), one thread or several, and the state in
+        which a probe found the machine."""
+        tables = self.tables.get(isa) or self.tables[max(self.tables)]
+        alike = [t for t in tables if (t.threads == 1) == (threads == 1)] or list(tables)
+        return min(alike, key=lambda t: abs(math.log(t.read_gb_s / rates.read_gb_s)))
+
+    def last_caches(self, isa: str, table: Table) -> float:
+        """How many last caches the threads of a table have between them, as far as its read rate tells: that
+        of the slowest state of as many threads is from one."""
+        tables = self.tables.get(isa, ())
+        slowest = min((t.read_gb_s for t in tables if t.threads == table.threads), default=table.read_gb_s)
+        return table.read_gb_s / slowest
 
     def correction(self, phase: str, stored: str) -> float:
         """Factor on the time of a phase with weights mostly in a format."""
@@ -197,19 +205,26 @@ def efficiencies_from_json(data: Mapping[str, Any]) -> Efficiencies:
     if data["version"] != _VERSION:
         raise ValueError(f"version {data['version']} of efficiencies, not {_VERSION}")
     tables = {
-        str(isa): Table(
-            peaks={str(k): float(v) for k, v in t["peaks"].items()},
-            linear={k: LinearRate(**(v | {"compute": tuple(v["compute"])})) for k, v in t["linear"].items()},
-            vector={k: VectorRate(**v) for k, v in t["vector"].items()},
-            attention={k: AttentionRate(**v) for k, v in t["attention"].items()},
-        )
-        for isa, t in data["tables"].items()
+        str(isa): tuple(table_from_json(table) for table in found) for isa, found in data["tables"].items()
     }
     return Efficiencies(
         tables=tables,
         python=PythonCosts(**data["python"]),
         single_read=float(data["single_read"]),
         origin=str(data["origin"]),
+    )
+
+
+def table_from_json(data: Mapping[str, Any]) -> Table:
+    """One table, of what `save_efficiencies` writes. Raises KeyError, TypeError or ValueError."""
+    linear = data["linear"].items()
+    return Table(
+        threads=int(data["threads"]),
+        peaks={str(k): float(v) for k, v in data["peaks"].items()},
+        read_gb_s=float(data["read_gb_s"]),
+        linear={k: LinearRate(**(v | {"compute": tuple(v["compute"])})) for k, v in linear},
+        vector={k: VectorRate(**v) for k, v in data["vector"].items()},
+        attention={k: AttentionRate(**v) for k, v in data["attention"].items()},
     )
 
 
@@ -234,14 +249,21 @@ def scaled_peaks(rates: Rates, isa: str, threads: int, found: Efficiencies) -> d
     probed = {"int8": rates.int8_gmacs, "bf16": rates.bf16_gmacs, "fp32": rates.fp32_gmacs}
     share = threads / rates.threads
     if isa != rates.isa and isa in found.tables and rates.isa in found.tables:
-        here, there = found.tables[isa].peaks, found.tables[rates.isa].peaks
+        here, there = found.tables[isa][0].peaks, found.tables[rates.isa][0].peaks
         return {name: gmacs * share * here[name] / there[name] for name, gmacs in probed.items()}
     return {name: gmacs * share for name, gmacs in probed.items()}
 
 
-def _group(name: str) -> int:
-    digits = name.partition("-g")[2].partition("-")[0]
-    return int(digits) if digits.isdigit() else 0
+def _distance(name: str, stored: str) -> tuple[bool, bool, bool, int]:
+    """How unlike two formats are: sparse or not, whether the numbers are alike, groups or none, group sizes."""
+    (kind, group, sparse), (other, wanted, wanted_sparse) = map(_split, (name, stored))
+    alike = kind == other or {kind, other} == {"int4", "uint4"}
+    return sparse != wanted_sparse, not alike, (group > 0) != (wanted > 0), abs(group - wanted)
+
+
+def _split(stored: str) -> tuple[str, int, bool]:
+    kind, *rest = stored.split("-")
+    return kind, next((int(part[1:]) for part in rest if part[1:].isdigit()), 0), "sparse" in rest
 
 
 def _plain(found: Efficiencies) -> dict[str, Any]:
@@ -250,15 +272,18 @@ def _plain(found: Efficiencies) -> dict[str, Any]:
         "origin": found.origin,
         "single_read": round(found.single_read, 3),
         "python": _rounded(asdict(found.python)),
-        "tables": {
-            isa: {
-                "peaks": _rounded(table.peaks),
-                **{
-                    part: {name: _rounded(asdict(rate)) for name, rate in getattr(table, part).items()}
-                    for part in ("linear", "vector", "attention")
-                },
-            }
-            for isa, table in found.tables.items()
+        "tables": {isa: [_plain_table(table) for table in tables] for isa, tables in found.tables.items()},
+    }
+
+
+def _plain_table(table: Table) -> dict[str, Any]:
+    return {
+        "threads": table.threads,
+        "peaks": _rounded(table.peaks),
+        "read_gb_s": _digits(table.read_gb_s),
+        **{
+            part: {name: _rounded(asdict(rate)) for name, rate in getattr(table, part).items()}
+            for part in ("linear", "vector", "attention")
         },
     }
 

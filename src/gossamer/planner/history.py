@@ -21,9 +21,21 @@ from typing import Any
 
 from gossamer.checkpoint.cache_directory import cache_directory
 from gossamer.planner.efficiencies import Efficiencies, current_efficiencies, save_fitted
+from gossamer.planner.hardware import Rates
 from gossamer.processor import processor_signature
 
-__all__ = ["METRICS", "ErrorSummary", "Run", "error_history", "history_file", "record", "refit", "runs"]
+__all__ = [
+    "METRICS",
+    "ErrorSummary",
+    "Run",
+    "error_history",
+    "history_file",
+    "newest_rates",
+    "plain_config",
+    "record",
+    "refit",
+    "runs",
+]
 
 _LOGGER = logging.getLogger("gossamer")
 
@@ -133,7 +145,9 @@ def record(run: Run, path: Path | None = None) -> bool:
                 ),
             )
     except (OSError, sqlite3.Error) as error:
-        _LOGGER.warning("the history %s cannot be written (%s): nothing is learned", path or history_file(), error)
+        _LOGGER.warning(
+            "the history %s cannot be written (%s): nothing is learned", path or history_file(), error
+        )
         return False
     return True
 
@@ -146,8 +160,8 @@ def runs(path: Path | None = None) -> list[Run]:
     try:
         with _opened(file) as base:
             found = base.execute(
-                "SELECT kind, model, stored, config, workload, rates, predicted, actual, origin, corrections, "
-                "cpu_share, probe_spread, versions, at FROM runs WHERE machine = ? ORDER BY id",
+                "SELECT kind, model, stored, config, workload, rates, predicted, actual, origin, "
+                "corrections, cpu_share, probe_spread, versions, at FROM runs WHERE machine = ? ORDER BY id",
                 (processor_signature(),),
             ).fetchall()
     except (OSError, sqlite3.Error) as error:
@@ -165,6 +179,19 @@ def error_history(found: Sequence[Run]) -> list[ErrorSummary]:
                 errors[metric, stored].append(error)
     order = sorted(errors, key=lambda key: (METRICS.index(key[0]), key[1] != "all", key[1]))
     return [_summary(*key, errors[key]) for key in order]
+
+
+def newest_rates(isa: str, threads: int, path: Path | None = None) -> Rates | None:
+    """What the newest probe of this machine found with so many threads of an instruction set; None: there was
+    none."""
+    for run in reversed(runs(path)):
+        try:
+            rates = Rates(**run.rates)
+        except TypeError:
+            continue
+        if (rates.isa, rates.threads) == (isa, threads):
+            return rates
+    return None
 
 
 def refit(path: Path | None = None) -> dict[str, float]:
@@ -260,7 +287,9 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
         file.replace(aside)
         for end in ("-wal", "-shm"):
             file.with_name(file.name + end).unlink(missing_ok=True)
-        _LOGGER.warning("the history %s is damaged (%s): set aside as %s, begun anew", file, error, aside.name)
+        _LOGGER.warning(
+            "the history %s is damaged (%s): set aside as %s, begun anew", file, error, aside.name
+        )
         base = _connected(file)
     with closing(base):
         yield base

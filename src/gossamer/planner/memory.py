@@ -43,7 +43,7 @@ def plan_memory(
         budget = available_memory()
         if config.memory_budget is not None:
             budget = min(budget, config.memory_budget)
-    plan = plan_start(model.graph, config, budget, model.directory)
+    plan = plan_start(model.graph, config, budget, model.directory, kind=kind)
     process = resting_bytes(kind) + plan.growth
     plan.require(budget, process=process)
     return MemoryPlan(engine=plan.memory, process=process, max_model_len=plan.kv.max_model_len)

@@ -8,7 +8,7 @@ has its overhead, and so has Python around the step. `planner/efficiencies.py` h
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,14 +20,18 @@ from gossamer.planner.hardware import Rates, cache_bytes
 from gossamer.planner.work import AttentionWork, ExpertsWork, LinearWork, StepWork, VectorWork, step_work
 from gossamer.planner.workload import Workload
 
-__all__ = ["Prediction", "Speculation", "Spans", "StepModel", "expected_tokens", "linear_seconds", "predict"]
+__all__ = ["Prediction", "Spans", "Speculation", "StepModel", "expected_tokens", "linear_seconds", "predict"]
 
 Spans = Sequence[tuple[int, int, int]]
-"""Equal sequences of a step: (how many, tokens that each has computed before, tokens of each in this step)."""
+"""Equal sequences of a step: (how many, tokens that each has computed before, tokens of each in it)."""
 
-SOFTNESS = 2.0  # of the maximum of two times; infinity: the greater alone
+SOFTNESS = 2.5  # of the maximum of two times; infinity: the greater alone
+_KV_SOFTNESS = 1.3  # keys are asked for ahead by a little only
 PASSING_GB_S = 85.0  # what a thread takes from the last cache: bytes from memory pass through it, too
-_CACHED, _STREAMED = 0.5, 1.25  # of the last cache: what is read in a step is in it up to here; none of it from here
+_CACHED, _STREAMED = (
+    0.5,
+    1.25,
+)  # of the last cache: what is read in a step is in it up to here; none of it from here
 _ATTENTION_ROWS = 32  # csrc/generic/attention_tile.h: kAttentionRows
 _ATTENTION_TILE = 64  # kTile
 _TILE_WORK = 16384  # csrc/program.h: kTileWork
@@ -81,10 +85,10 @@ def linear_seconds(
     return soft_maximum(fetching, multiplying + output) + rate.overhead_us * 1e-6 / clock
 
 
-def soft_maximum(a: float, b: float) -> float:
+def soft_maximum(a: float, b: float, softness: float = SOFTNESS) -> float:
     """The p-norm of two times: their maximum where they differ, somewhat more where they do not."""
     top = max(a, b)
-    return top * (1.0 + (min(a, b) / top) ** SOFTNESS) ** (1.0 / SOFTNESS) if top else 0.0
+    return top * (1.0 + (min(a, b) / top) ** softness) ** (1.0 / softness) if top else 0.0
 
 
 class StepModel:
@@ -96,7 +100,7 @@ class StepModel:
         isa = "scalar" if kernels is None else kernels.isa or rates.isa
         self.threads = 1 if parallel is None else parallel.threads or rates.threads
         self.efficiencies = efficiencies
-        self._table = efficiencies.table(isa)
+        self._table = efficiencies.table(isa, self.threads, rates)
         self._peaks = scaled_peaks(rates, isa, self.threads, efficiencies)
         own = self._table.peaks
         self._clock = sorted(self._peaks[name] / self.threads / own[name] for name in own)[len(own) // 2]
@@ -104,7 +108,7 @@ class StepModel:
         self._read = rates.read_gb_s * 1e9 * min(1.0, share[0] / share[1])
         self._unit_rows = _UNIT_ROWS if config.layer_fusion is None else config.layer_fusion.rows
         self._kv = self._table.attention.get(config.kv_dtype) or self._table.attention["bf16"]
-        self._caches = _cache_bytes()[1]
+        self._caches = _cache_bytes()[1] * efficiencies.last_caches(isa, self._table)
 
     def parts(self, spans: Spans, rows: int) -> dict[str, float]:
         """Seconds of a step by cause. rows: how many tokens are sampled."""
@@ -114,7 +118,7 @@ class StepModel:
         kv = self.work.token_bytes * sum(count * (before + new) for count, before, new in spans)
         footprint = self.work.matrix_bytes + kv
         missed = min(1.0, max(0.0, (footprint / max(self._caches, 1) - _CACHED) / (_STREAMED - _CACHED)))
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for work, count in self.work.works:
             done = rows if not isinstance(work, AttentionWork | ExpertsWork) and work.sampled else tokens
             if not done:
@@ -133,7 +137,8 @@ class StepModel:
         for name in found:
             found[name] *= phase
         python = self.efficiencies.python
-        found["Python, of the step"] = python.step_us * 1e-6 / self._clock
+        cold = min(1.0, footprint / (2.0 * max(self._caches, 1))) * python.cold_us
+        found["Python, of the step"] = (python.step_us + cold) * 1e-6 / self._clock
         found["Python, of its sequences"] = python.sequence_us * sequences * 1e-6 / self._clock
         if prompt:
             found["Python, of prompts"] = python.token_us * prompt * 1e-6 / self._clock
@@ -182,7 +187,7 @@ class StepModel:
             + 1e-9 * (rate.key_ns * counts.keys + rate.pair_ns * counts.pairs)
         )
         reading = missed * work.token_bytes * counts.tokens / self._read
-        return soft_maximum(reading, busy / self._clock) + rate.overhead_us * 1e-6 / self._clock
+        return soft_maximum(reading, busy / self._clock, _KV_SOFTNESS) + rate.overhead_us * 1e-6 / self._clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""What the native program does in a step, from the graph after its passes: its instructions, equal ones counted.
+"""What the native program does in a step, from the graph after its passes: its instructions, counted.
 
-It mirrors backends/cpu/lower.py: a linear layer that reads floats in a format with prepared activations has an
-instruction before it that prepares them, shared by its neighbours.
+It mirrors backends/cpu/lower.py: a linear layer that reads floats in a format with prepared activations has
+an instruction before it that prepares them, shared by its neighbours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK = 16  # tokens; the unit of KV pages
 @dataclass(frozen=True, slots=True)
 class LinearWork:
     """A linear layer: stored format, inputs, outputs of all its matrices and those it stores, packed bytes.
-    sampled: it works on sampled rows, not on tokens; head: it gives the logits; unit: tile by tile of rows."""
+    sampled: it works on sampled rows, not tokens; head: it gives the logits; unit: tile by tile of rows."""
 
     stored: str
     inputs: int

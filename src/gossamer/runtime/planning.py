@@ -15,7 +15,7 @@ from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
 from gossamer.runtime.draft import draft_pages, has_head
 from gossamer.runtime.padded import Room, room_for
-from gossamer.runtime.process_memory import growth_bytes
+from gossamer.runtime.process_memory import Kind, growth_bytes
 from gossamer.runtime.sizing import KVPlan, step_rows
 
 __all__ = ["StartPlan", "passed", "plan_programs", "program_options", "room_of", "step_shape"]
@@ -48,10 +48,18 @@ class StartPlan:
 
 
 def plan_programs(
-    graph: Graph, config: EngineConfig, kv: KVPlan, budget: int, *, draft: Graph | None, tokenizer: bool
+    graph: Graph,
+    config: EngineConfig,
+    kv: KVPlan,
+    budget: int,
+    *,
+    draft: Graph | None,
+    tokenizer: bool,
+    kind: Kind,
 ) -> StartPlan:
     """The plan of a graph after its passes. draft: the draft's graph after its own; tokenizer: whether there
-    is text and not token ids alone. budget: bytes that the draft's KV may take an eighth of."""
+    is text and not token ids alone; kind: what process it is in. budget: bytes that the draft's KV may take
+    an eighth of."""
     beside = None
     if draft is not None:
         pages = draft_pages(draft, config, kv, budget)
@@ -63,7 +71,7 @@ def plan_programs(
         draft=beside,
         draft_model="" if beside is None or draft is None else draft.name,
         memory=target.memory,
-        growth=growth_bytes(target, beside, config, tokenizer=tokenizer),
+        growth=growth_bytes(target, beside, config, tokenizer=tokenizer, kind=kind),
     )
 
 

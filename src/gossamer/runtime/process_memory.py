@@ -22,7 +22,7 @@ from gossamer.checkpoint.cache_directory import cache_directory
 from gossamer.config import EngineConfig
 from gossamer.errors import DependencyError
 
-__all__ = ["Kind", "growth_bytes", "own_kind", "resting_bytes"]
+__all__ = ["PROMPT_TOKENS", "Kind", "growth_bytes", "own_kind", "resting_bytes"]
 
 Kind = Literal["library", "command", "server"]
 """`LLM` in a process that imports nothing else; a verb of the command line; the HTTP server."""
@@ -47,6 +47,9 @@ _GRAMMAR_ENTRY = 600  # of its own vocabulary, and the bytes of every token
 _SEQUENCE = 12 * _KIB  # that runs
 _TOKEN = 90  # of prompt or output: a Python integer and where it stands, in the engine and at the caller's
 _PAGE = 900  # known to the prefix cache
+_PROMPT = 44  # of a token that waits in a server: a Python integer and one place that names it
+PROMPT_TOKENS = 3
+"""A server takes prompts until all that run and wait have this many times the tokens of the KV memory."""
 _SLACK = 0.03  # what allocators lose between objects, of all that is here
 
 
@@ -93,12 +96,13 @@ def _measured(kind: Kind) -> int:
 
 
 def growth_bytes(
-    target: ProgramPlan, draft: ProgramPlan | None, config: EngineConfig, *, tokenizer: bool
+    target: ProgramPlan, draft: ProgramPlan | None, config: EngineConfig, *, tokenizer: bool, kind: Kind
 ) -> int:
     """Most bytes that a process takes from its start on, beside its programs: loading, the tokenizer and
     grammars over it, and the engine with as many sequences and tokens as there is room for.
 
-    What callers keep for themselves (outputs, prompts that wait) is theirs.
+    What callers keep for themselves is theirs: outputs, log-probabilities among them, and the prompts that
+    they have wait; those of a server are bounded and counted.
     """
     plans = [target] if draft is None else [target, draft]
     steady = _START + _THREAD * target.threads
@@ -109,6 +113,8 @@ def growth_bytes(
     steady += _SEQUENCE * shape.spans + _TOKEN * shape.pages * shape.page_size
     if config.prefix_cache is not None:
         steady += _PAGE * shape.pages
+    if kind == "server":
+        steady += (PROMPT_TOKENS - 1) * _PROMPT * shape.pages * shape.page_size
     # Memory of the steps is taken after the weights are there, so that loading may use as much.
     untouched = sum(plan.memory.kv + plan.memory.arena + plan.memory.workspace for plan in plans)
     loading = max(plan.loading for plan in plans) - untouched

@@ -13,6 +13,7 @@ from gossamer.backends.cpu.packing import Progress
 from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cpu.program import CpuProgram
 from gossamer.checkpoint.cache_directory import cache_directory
+from gossamer.checkpoint.declared import as_declared
 from gossamer.checkpoint.heads import find_head
 from gossamer.checkpoint.hub import (
     has_weights,
@@ -38,7 +39,7 @@ from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.padded import PaddedExecutor, Room
 from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_options, room_of
-from gossamer.runtime.process_memory import own_kind, resting_bytes
+from gossamer.runtime.process_memory import Kind, own_kind, resting_bytes
 from gossamer.runtime.sizing import KVPlan, plan_kv
 from gossamer.runtime.swap import SwapFile
 
@@ -110,19 +111,16 @@ def _described(config: EngineConfig, directory: Path) -> Graph:
 
 
 def _shape(config: EngineConfig, directory: Path) -> tuple[Graph, WeightSource]:
-    """The graph of config.json alone, with random weights."""
+    """The graph of config.json alone, with random weights (for a plan, where it is to be quantized)."""
     graph = _described(config, directory)
-    if read_quantization(directory, config.ignore_config_fields):
-        if config.load_format == "dummy":
-            raise ConfigError(
-                f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
-                "--ignore-config-field quantization_config, and --quantization for another format"
-            )
+    settings = read_quantization(directory, config.ignore_config_fields)
+    if settings and config.load_format == "dummy":
         raise ConfigError(
-            f"{config.model} is quantized, and how it stores each matrix stands in its tensors, which are "
-            f"not here; download it (hf download {config.model}), or plan it unquantized: "
-            "--ignore-config-field quantization_config, with --quantization for a format"
+            f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
+            "--ignore-config-field quantization_config, and --quantization for another format"
         )
+    if settings:
+        graph = as_declared(graph, settings)
     dummy = DummySource(graph, config.dummy_sparsity)
     return _counted(graph, dummy, config), dummy
 
@@ -139,7 +137,12 @@ def load_planned_graph(config: EngineConfig) -> tuple[Graph, Path, bool]:
 
 
 def plan_start(
-    graph: Graph, config: EngineConfig, budget: int | None = None, directory: Path | None = None
+    graph: Graph,
+    config: EngineConfig,
+    budget: int | None = None,
+    directory: Path | None = None,
+    *,
+    kind: Kind = "library",
 ) -> StartPlan:
     """What `start` would take, without reading a weight. graph: before any pass, as `load_planned_graph`
     gives it with its directory. budget: bytes that there are (None: this machine's, or the configuration's).
@@ -157,7 +160,7 @@ def plan_start(
     if own is not None:
         draft, _ = passed(_planned_draft(config, own, graph, kv, directory), own)
     tokenizer = directory is None or _speaks(directory, config)
-    return plan_programs(after, config, kv, budget, draft=draft, tokenizer=tokenizer)
+    return plan_programs(after, config, kv, budget, draft=draft, tokenizer=tokenizer, kind=kind)
 
 
 _drafts: dict[tuple[object, ...], tuple[Graph, Graph]] = {}
@@ -213,8 +216,10 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     graph, passes = passed(plain, config)
     budget = _budget(config)
     kv = plan_kv(graph, config, budget)
-    executor: Executor
-    swap_bytes = 0
+    common = {
+        "config": config, "directory": directory, "graph": graph, "passes": passes,
+        "max_model_len": kv.max_model_len,
+    }  # fmt: skip
     if config.backend == "reference":
         try:
             from gossamer.runtime.reference import start_reference
@@ -224,26 +229,36 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             ) from error
 
         executor, memory, isa, threads = start_reference(graph, source, config, kv, budget)
-        receipt: Callable[[], list[ReceiptLine]] = list
-        growth = 0
-    else:
-        executor, memory, growth, isa, threads, receipt, swap_bytes = _start_cpu(
-            graph, plain, directory, source, config, kv, budget, progress
+        return Started(
+            executor=executor, memory=memory, process=held, isa=isa, threads=threads, receipt=list, **common
         )
+    made = _start_cpu(graph, plain, directory, source, config, kv, budget, progress)
     return Started(
-        config=config,
-        directory=directory,
-        graph=graph,
-        passes=passes,
-        executor=executor,
-        memory=memory,
-        process=held + growth,
-        max_model_len=kv.max_model_len,
-        isa=isa,
-        threads=threads,
-        receipt=receipt,
-        swap_bytes=swap_bytes,
+        executor=made.executor,
+        memory=made.plan.memory,
+        process=held + made.plan.growth,
+        isa=made.target.isa,
+        threads=made.target.threads,
+        receipt=made.receipt,
+        swap_bytes=made.swap.bytes if made.swap else 0,
+        **common,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the CPU backend made of a plan."""
+
+    plan: StartPlan
+    target: CpuProgram
+    draft: CpuProgram | None
+    swap: SwapFile | None
+    executor: Executor
+
+    def receipt(self) -> list[ReceiptLine]:
+        """The model's lines, then the draft's."""
+        beside = [] if self.draft is None else self.draft.receipt()
+        return self.target.receipt() + [replace(line, node=f"draft.{line.node}") for line in beside]
 
 
 def _start_cpu(
@@ -255,7 +270,7 @@ def _start_cpu(
     kv: KVPlan,
     budget: int,
     progress: Progress | None,
-) -> tuple[Executor, MemoryReport, int, str, int, Callable[[], list[ReceiptLine]], int]:
+) -> _Made:
     """The programs of the CPU backend: planned, then made, then loaded. plain: the graph before any pass."""
     beside: CpuProgram | None = None
     rooms: dict[ProgramName, Room] = {"target": room_of(graph, config, kv)}
@@ -270,10 +285,11 @@ def _start_cpu(
         draft_graph, _ = passed(draft_graph, own)
         rooms["draft"] = room_of(draft_graph, config, kv)
     tokenizer = _speaks(directory, config)
-    plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer)
+    kind = own_kind()
+    plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer, kind=kind)
     plan.require(available_memory(), process=plan.growth)  # what the process holds is taken already
     if config.memory_budget is not None:
-        plan.require(config.memory_budget, process=resting_bytes(own_kind()) + plan.growth)
+        plan.require(config.memory_budget, process=resting_bytes(kind) + plan.growth)
     if draft_graph is not None:
         assert plan.draft is not None
         beside = _program(draft_graph, draft_source, plan.draft.shape, config)
@@ -300,23 +316,7 @@ def _start_cpu(
     )
     if config.dynamic_shapes is None:
         executor = PaddedExecutor(executor, rooms)
-
-    def receipt() -> list[ReceiptLine]:
-        lines = program.receipt()
-        return lines if beside is None else lines + [named(line) for line in beside.receipt()]
-
-    def named(line: ReceiptLine) -> ReceiptLine:
-        return replace(line, node=f"draft.{line.node}")
-
-    return (
-        executor,
-        program.memory,
-        plan.growth,
-        program.isa,
-        program.threads,
-        receipt,
-        swap.bytes if swap else 0,
-    )
+    return _Made(plan, program, beside, swap, executor)
 
 
 def _program(

@@ -16,6 +16,7 @@ from gossamer.engine.engine import Stats
 from gossamer.errors import GossamerError
 from gossamer.server.errors import ApiError, api_error, unavailable
 from gossamer.server.metrics import Metrics
+from gossamer.server.self_check import SelfCheck
 from gossamer.server.ticket import Event, Ticket
 from gossamer.text_engine import TextEngine, TextUpdate
 
@@ -72,6 +73,7 @@ class EngineWorker:
         self.state = State.LOADING
         self.stats = _IDLE
         self._warned = False
+        self._check: SelfCheck | None = None
         self.engine: TextEngine | None = None
         self.error: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
@@ -124,6 +126,7 @@ class EngineWorker:
                 self._fail(error)
             return
         self.stats = engine.engine.stats()
+        self._check = SelfCheck(engine.started)
         self.state = State.READY
         try:
             while not self.stopping and self.state is State.READY:
@@ -183,6 +186,7 @@ class EngineWorker:
             self._deliver(updates)
 
     def _step(self, engine: TextEngine) -> None:
+        before, began = self.stats, time.perf_counter()
         try:
             updates = engine.step()
         except Exception as error:
@@ -195,7 +199,10 @@ class EngineWorker:
             return
         if not updates or any(update.finish_reason != "error" for update in updates):
             self._strikes = 0
+        took = time.perf_counter() - began
         self.stats = engine.engine.stats()
+        if self._check is not None:
+            self._check.note(took, before, self.stats)
         if self.stats.goal_unreachable is not None and not self._warned:
             self._warned = True
             logger.warning(
@@ -246,6 +253,8 @@ class EngineWorker:
                 logger.exception("a request could not be aborted")
         self._routes.clear()
         self.stats = engine.engine.stats()
+        if self._check is not None:
+            self._check.keep()
         while not self._inbox.empty():
             what, ticket = self._inbox.get()
             if ticket is not None and what == "submit":

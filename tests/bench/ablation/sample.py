@@ -74,7 +74,7 @@ def card(name: str, number: str = "9.9", title: str = "", zh: str = "", metrics:
         memory_promise="50-75 % less", speed_promise="1.5-2x", here="what exists, in words",
         tools=("vLLM", "TensorRT"), applicability="nearly all models", trade_off="accuracy against size",
         baseline="the same model without it", off=f"--no-{name.replace('_', '-')}", code=("src",),
-        tests=("tests",), missing="" if built else "not built: one machine is all there is",
+        tests=("tests",), missing="" if built else "one machine is all there is",
         papers=("A paper about it (2023), arXiv:2309.06180", "An older book (1998)"),
     )  # fmt: skip
 

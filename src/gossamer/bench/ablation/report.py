@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 from gossamer.bench.ablation.report_data import Entry, entries
 from gossamer.bench.ablation.report_markup import Child, Html, el
@@ -118,7 +119,7 @@ def _contents(parts: list[tuple[str, str, str, Child]], found: Iterable[Entry]) 
 def _page_from(path: Path, name: str) -> str | None:
     """The technique's page as a link from the report, where both lie in this checkout's file system."""
     page = _DOCS / f"{Path(name).name}.md"
-    return os.path.relpath(page, path.absolute().parent) if page.is_file() else None
+    return quote(os.path.relpath(page, path.absolute().parent)) if page.is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> int:

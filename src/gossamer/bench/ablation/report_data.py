@@ -67,6 +67,10 @@ class Entry:
         return self.card.title if self.card else self.name.replace("_", " ")
 
     @property
+    def built(self) -> bool:
+        return self.card is None or self.card.built
+
+    @property
     def shown(self) -> Row | None:
         """The row that stands for the technique: alone before cumulative before left out."""
         measured = (row for mode in ("alone", "cumulative", "without") if (row := self.rows.get(mode)))
@@ -80,7 +84,7 @@ class Entry:
         if notes := [row.note for row in self.rows.values() if row.note]:
             return notes[0]
         if self.card and not self.card.built:
-            return self.card.missing or "not built yet"
+            return f"not built: {self.card.missing}" if self.card.missing else "not built"
         return (
             "it was not part of this run"
             if not self.rows

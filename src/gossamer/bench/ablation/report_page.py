@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from gossamer.bench.ablation.report_charts import badge
 from gossamer.bench.ablation.report_data import (
@@ -22,6 +22,7 @@ from gossamer.bench.ledger import METRICS, Effect, Ledger, Row, Verdict
 
 __all__ = ["head", "method"]
 
+_BUSY, _MOVED = 0.7, 1.2  # part of its processors, and how far the probe moved, where a run was disturbed
 _BYTES = re.compile(r"(^|_)(bytes|memory_\w+)$")
 
 
@@ -46,13 +47,12 @@ def head(ledger: Ledger, found: Sequence[Entry]) -> Html:
         )
         if isinstance(rates.get(key), (int, float))
     ]
-    speed = (
-        f"speed on {ledger.speed_shape}"
-        if ledger.speed_shape not in ("", "own", ledger.model)
-        else "speed too"
-    )
+    speed = f"speed on {ledger.speed_shape}" if ledger.speed_shape not in ("", "own", ledger.model) else ""
     facts = [
-        ("Model", f"{ledger.model}: memory and quality; {speed}"),
+        (
+            "Model",
+            f"{ledger.model}: memory and quality; {speed}" if speed else f"{ledger.model}: all figures",
+        ),
         ("Machine", ", ".join(filter(None, where))),
         ("Probe", ", ".join(limits)),
         ("Run", f"{_when(ledger.began)}, {_lasted(ledger.seconds)}, {_rounds(ledger.rounds)}"),
@@ -74,11 +74,17 @@ def _steadiness(settings: Mapping[str, Any]) -> str:
     """How much of its processors the run had, and how far the probe moved from its begin to its end."""
     share, moved = settings.get("cpu_share"), settings.get("probe_moved")
     told = []
-    if isinstance(share, float) and 0 < share < math.inf:
+    if _is(share):
         told.append(f"engines had {min(100.0, 100 * share):.0f} % of their processors")
-    if isinstance(moved, float) and 0 < moved < math.inf:
+    if _is(moved):
         told.append(f"the probe moved {moved:.2f}\u00d7 from begin to end")
+    if told and (_is(share, below=_BUSY) or _is(moved, above=_MOVED)):
+        told.append("so that small effects are lost in noise")
     return ", ".join(told)
+
+
+def _is(value: Any, above: float = 0.0, below: float = math.inf) -> TypeGuard[float]:
+    return isinstance(value, float) and above < value < below
 
 
 def _tiles(ledger: Ledger, found: Sequence[Entry]) -> Iterator[Html]:

@@ -75,10 +75,7 @@ def technique(entry: Entry, scales: Scales, docs: Callable[[str], str | None]) -
     parts: list[Child] = [
         el("header", heading, badges(entry)),
         el("p", prose(card.principle), class_="principle") if card else None,
-        _promises(entry),
-        _measured(row, scales)
-        if row
-        else el("p", el("b", "Not measured: "), prose(entry.why_not), class_="note"),
+        *((_promises(entry), _measured(row, scales)) if row else (_why_not(entry), _promises(entry))),
         _modes(entry, scales),
         _proof(entry) if row else None,
         _links(entry, docs),
@@ -86,11 +83,14 @@ def technique(entry: Entry, scales: Scales, docs: Callable[[str], str | None]) -
     return el("section", parts, id=f"t-{entry.name}", class_="technique")
 
 
+def _why_not(entry: Entry) -> Html:
+    return el("p", el("b", "No figures: "), prose(entry.why_not), class_="note")
+
+
 def badges(entry: Entry) -> Html:
     """The verdicts of the row that stands for it, and what each holds for."""
     if entry.shown is None:
-        built = entry.card is None or entry.card.built
-        pill = el("span", "not measured" if built else "not built", class_="pill p-none")
+        pill = el("span", "not measured" if entry.built else "not built", class_="pill p-none")
         return el("span", pill, class_="pills")
     found = sorted_out(entry.shown)
     return el("span", (badge(verdict, what) for verdict, what in found.items() if what), class_="pills")
@@ -155,7 +155,10 @@ def _promises(entry: Entry) -> Html | None:
         for name, text in sorted(told, key=lambda item: len(item[1]) > _LONG)
         if text
     )
-    return el("dl", pairs, class_="told")
+    list_ = el("dl", pairs, class_="told")
+    if entry.shown:
+        return list_
+    return el("details", el("summary", "what the handbook says of it"), list_)
 
 
 def _measured(row: Row, scales: Scales) -> Html:
@@ -192,7 +195,7 @@ def _effect(effect: Effect, group: str, scales: Scales) -> Html:
         el("div", badge(effect.verdict), " ", el("b", change(effect), class_=text_class(effect.verdict)),
            el("span", where, class_="quiet")),
         scales.draw(effect, group),
-        el("div", f"95 %: {said}", class_="quiet small"),
+        el("div", f"95 %: {said}", class_="quiet small") if said != change(effect) else None,
         class_="effect",
     )  # fmt: skip
 

@@ -50,18 +50,23 @@ def _line(entry: Entry, scales: Scales) -> Html:
         ),
         el("td", promise, class_="small", data_label="promise"),
         (cell(row, group, entry, scales) for group in GROUPS),
-        el("td", badges(entry), proof, data_label="verdict"),
+        el("td", badges(entry), " ", proof, data_label="verdict"),
     )
 
 
 def missing(found: Sequence[Entry]) -> Html | None:
-    """What has no figures, and why."""
-    lines = [
-        el("li", el("a", entry.title, href=f"#t-{entry.name}"), ": ", prose(entry.why_not))
-        for entry in found
-        if not entry.shown
-    ]
-    return el("div", el("h3", "Without figures"), el("ul", lines)) if lines else None
+    """What has no figures, and why; what nobody asked for in a line."""
+    unasked = [entry for entry in found if not entry.shown and not entry.rows and entry.built]
+    others = [entry for entry in found if not entry.shown and entry not in unasked]
+    lines = [el("li", _link(entry), ": ", prose(entry.why_not)) for entry in others]
+    if unasked:
+        names = [(", " if i else "", _link(entry)) for i, entry in enumerate(unasked)]
+        lines.append(el("li", "not part of this run: ", names))
+    return el("div", el("h3", "Without figures"), el("ul", lines), class_="missing") if lines else None
+
+
+def _link(entry: Entry) -> Html:
+    return el("a", entry.title, href=f"#t-{entry.name}")
 
 
 def left_out(ledger: Ledger, found: Sequence[Entry], scales: Scales) -> Html | None:
