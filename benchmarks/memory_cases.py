@@ -94,13 +94,17 @@ _SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "served": {"quantization": "int4", "max_num_seqs": 8, "kind": "server"},
     },
     "qwen3-0.6b": {
-        "bf16, int8 KV": {"dtype": "bfloat16", "kv_cache_dtype": "int8", "max_num_seqs": 4},
-        "int4": {"quantization": "int4", "max_num_seqs": 8},
-        "uint4, few pages": {"quantization": "uint4-g128", "max_num_seqs": 2, "max_model_len": 256},
+        "bf16, int8 KV": {
+            "dtype": "bfloat16", "kv_cache_dtype": "int8", "max_num_seqs": 4, "max_model_len": 128,
+        },
+        "int4": {"quantization": "int4", "max_num_seqs": 8, "max_model_len": 128},
+        "uint4, few pages": {"quantization": "uint4-g128", "max_num_seqs": 2, "max_model_len": 128},
     },
     "llama-3.2-1b": {
-        "int4, int4 KV": {"quantization": "int4", "kv_cache_dtype": "int4", "max_num_seqs": 4},
-        "int8": {"quantization": "int8", "max_num_seqs": 4, "max_model_len": 256},
-        "f32": {"dtype": "float32", "max_num_seqs": 2, "max_model_len": 128},
+        "int4, int4 KV": {
+            "quantization": "int4", "kv_cache_dtype": "int4", "max_num_seqs": 4, "max_model_len": 128,
+        },
+        "int8": {"quantization": "int8", "max_num_seqs": 4, "max_model_len": 128},
+        "f32": {"dtype": "float32", "max_num_seqs": 2, "max_model_len": 64},
     },
-}
+}  # fmt: skip

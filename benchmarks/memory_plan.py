@@ -81,9 +81,10 @@ def measure(case: Case) -> Result:
                     ready = json.loads("".join(_until_closed(lines)))
                     _http_load(ready["url"], ready["memory"], case)
                     process.send_signal(signal.SIGTERM)
-                _, said = process.communicate(timeout=300)
+                _, said = process.communicate(timeout=1800)
                 if process.returncode:
-                    error = (said or "").strip().splitlines()[-1][:200]
+                    last = (said or "").strip().splitlines() or ["it said nothing"]
+                    error = f"ended with {process.returncode}: {last[-1][:200]}"
             finally:
                 process.kill()
                 watch.stop()
@@ -148,7 +149,8 @@ def _library_load(options: dict[str, Any]) -> None:
             params = SamplingParams(
                 max_tokens=output,
                 temperature=rng.choice((0.0, 0.8)),
-                logprobs=rng.choice((None, None, None, 5)),
+                logprobs=rng.choice((None, None, 5, 20)),
+                prompt_logprobs=rng.choice((None,) * 7 + (20,)) if sent >= places else None,
                 n=rng.choice((1, 1, 1, 2)),
                 ignore_eos=True,
             )

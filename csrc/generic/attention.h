@@ -10,7 +10,8 @@
 // a chunk of keys is worked on, the next is on its way from memory, which a decode step over a long context
 // does little else than wait for.
 
-template <class Kind>
+// kApart: keys and values are passes of their own over scores in memory (attention_materialised.h).
+template <class Kind, bool kApart = false>
 struct Attention {
   using Dot = typename Kind::Dot;
   static constexpr int kUnit = Dot::kUnit, kParts = Kind::kParts;
@@ -19,13 +20,13 @@ struct Attention {
   const AttentionTile& tile;
   const Blocks& blocks;
   const AttentionScratch& w;
-  float* scores;   // from the split's first key on, then p
-  int64_t stride;  // from a row of them to the next
-  bool apart;      // whether keys and values are passes of their own (attention_materialised.h)
+  float* scores;          // from the split's first key on, then p
+  int64_t row_of_scores;  // from a row of them to the next
   const int64_t d = args.kv.head_dim, d_pad = args.kv.d_pad;
   const int64_t q_bytes = d_pad / kUnit * 4, unpacked_bytes = d_pad * (kBlockTokens / kUnit) * 4;
 
-  uint8_t* p_of(int64_t m) const { return reinterpret_cast<uint8_t*>(scores + m * stride); }
+  int64_t stride() const { return kApart ? row_of_scores : kScoreStride; }
+  uint8_t* p_of(int64_t m) const { return reinterpret_cast<uint8_t*>(scores + m * stride()); }
   float* part_of(int64_t m) const { return w.part + m * kParts * d_pad; }
 
   void make_queries() const {
@@ -61,8 +62,8 @@ struct Attention {
   // What is asked for while keys at j are read: in a first split keys further on, later the first half of the
   // split's values (at every other block), for the keys came during the split before. Apart: keys alone.
   const uint8_t* after_keys(const TileRows& rows, int64_t base, int64_t j) const {
-    const KeyRange split = clip(rows.all, base, apart ? rows.all.hi : base + kSplit);
-    const bool first = apart || rows.all.lo >= base;
+    const KeyRange split = clip(rows.all, base, kApart ? rows.all.hi : base + kSplit);
+    const bool first = kApart || rows.all.lo >= base;
     const int64_t block = (j - split.lo) / kBlockTokens;
     const int64_t at = first ? j + kAhead : split.lo + block / 2 * kBlockTokens;
     if (at >= split.hi || at >= blocks.tail || (!first && block % 2 == 0)) return nullptr;
@@ -70,9 +71,9 @@ struct Attention {
   }
   // While values are read: the next split's keys. Apart: values further on.
   const uint8_t* after_values(const TileRows& rows, int64_t j) const {
-    const int64_t at = j + (apart ? kAhead : kSplit);
+    const int64_t at = j + (kApart ? kAhead : kSplit);
     if (at >= rows.all.hi || at >= blocks.tail) return nullptr;
-    return blocks.block(at) + (apart ? blocks.at.values : 0);
+    return blocks.block(at) + (kApart ? blocks.at.values : 0);
   }
   // During the softmax: the rest of the split's values.
   Errand values_errand(const TileRows& rows, int64_t base) const {
@@ -106,13 +107,9 @@ struct Attention {
     }
     register_rows(rows, keys, [&](int64_t m, int64_t count, KeyRange seen) {
       const int64_t skip = (seen.lo - keys.lo) / kBlockTokens;
-      const ScoreTask task{w.q + m * q_bytes,
-                           q_bytes,
-                           d_pad / kUnit,
-                           w.factors + m,
-                           w.starts + m,
-                           scores + m * stride + (seen.lo - base),
-                           stride};
+      const ScoreTask task{w.q + m * q_bytes, q_bytes,      d_pad / kUnit,
+                           w.factors + m,     w.starts + m, scores + m * stride() + (seen.lo - base),
+                           stride()};
       const uint8_t* const* next = m == rows.first ? chunk.next : chunk.block;
       score_rows<Dot>(count, task, chunk.block + skip, next + skip, w.key_scales + skip * kBlockTokens,
                       (seen.hi - seen.lo + kBlockTokens - 1) / kBlockTokens);
@@ -135,7 +132,7 @@ struct Attention {
   void add_values(int64_t m, int64_t count, const uint8_t* const* from, const uint8_t* const* next,
                   int64_t number, int64_t key) const {
     const uint8_t* p = p_of(m) + key / kBlockTokens * Kind::kBlockBytes;
-    const ValueTask task{p, stride * 4, Kind::kBlockBytes, from, next, number, d_pad, part_of(m)};
+    const ValueTask task{p, stride() * 4, Kind::kBlockBytes, from, next, number, d_pad, part_of(m)};
     value_rows<Dot, kParts>(count, task);
   }
 
@@ -230,10 +227,9 @@ struct Attention {
            [&](KeyRange chunk) { add_scores(rows, chunk, base, token); });
   }
 
-  // of(m): statistics of row m within the split.
+  // of(m): statistics of row m within the split, whose part has been started.
   template <class F>
   void add_split(const TileRows& rows, int64_t base, int64_t token, F of) const {
-    for (int64_t m = rows.first; m < rows.first + rows.count; m++) start_part(m, of(m));
     chunks(clip(rows.all, base, base + kSplit),
            [&](KeyRange chunk) { add_values(rows, chunk, base, token); });
     for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
@@ -249,8 +245,9 @@ struct Attention {
     Errand errand = values_errand(rows, base);
     for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
       const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
-      split[m] = softmax_row<Kind>(scores + m * stride, {seen.lo - base, seen.hi - base},
+      split[m] = softmax_row<Kind>(scores + m * stride(), {seen.lo - base, seen.hi - base},
                                    {keys.lo - base, keys.hi - base}, args.softcap, w.value_scales, errand);
+      start_part(m, split[m]);
     }
     add_split(rows, base, token, [&](int64_t m) -> const RowStatistics& { return split[m]; });
   }
@@ -311,7 +308,7 @@ inline void attention(const AttentionArgs& args, const Span& span, int32_t kv_he
   const Blocks blocks(args, span, kv_head);
   attention_tiles(args, span, kv_head, r0, r1, [&](const AttentionTile& tile, int64_t) {
     with_kind(args.kv.dtype, [&](auto kind) {
-      Attention<decltype(kind)>{args, tile, blocks, w, w.scores, kScoreStride, false}.run();
+      Attention<decltype(kind)>{args, tile, blocks, w, w.scores, kScoreStride}.run();
     });
   });
 }

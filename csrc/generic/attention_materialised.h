@@ -25,7 +25,7 @@ struct MaterialisedAttention {
   float* scores;  // of the tile's first row
   int64_t stride, keys;
 
-  Attention<Kind> at(int64_t base) const { return {args, tile, blocks, w, scores + base, stride, true}; }
+  Attention<Kind, true> at(int64_t base) const { return {args, tile, blocks, w, scores + base, stride}; }
   RowStatistics& statistics(int64_t m, int64_t base) const {
     return reinterpret_cast<RowStatistics*>(scores + m * stride + keys)[base / kSplit];
   }
@@ -54,6 +54,8 @@ struct MaterialisedAttention {
 
   void add_values() const {
     at(0).splits([&](const TileRows& rows, int64_t base, int64_t token) {
+      for (int64_t m = rows.first; m < rows.first + rows.count; m++)
+        at(base).start_part(m, statistics(m, base));
       at(base).add_split(rows, base, token,
                          [&](int64_t m) -> const RowStatistics& { return statistics(m, base); });
     });

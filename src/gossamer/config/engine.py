@@ -93,8 +93,8 @@ class EngineConfig:
     """Size of the KV pool; None: max_num_seqs sequences of max_model_len, at most an eighth of memory (but
     one sequence of a max_model_len that was asked for)."""
     memory_budget: int | None = None
-    """Most bytes that the process may take: weights, KV, arena and workspace, and what interpreter, libraries,
-    tokenizer and the engine's objects take beside; never more than the machine and its control group have
+    """Most bytes that the process may take: weights, KV, arena and workspace, and beside them interpreter,
+    libraries, tokenizer and the engine's objects; never more than the machine and its control group have
     free, which is what None means."""
 
     def __post_init__(self) -> None:

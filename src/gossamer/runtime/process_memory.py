@@ -36,10 +36,10 @@ _IMPORTS: dict[Kind, str] = {
 _VERSIONS = ("numpy", "tokenizers", "fastapi", "pydantic", "uvicorn", "typer", "rich")  # those that weigh
 _MEASURE = "import {}; from gossamer.memory import anonymous_bytes; print(anonymous_bytes())"
 
-_RUNNING: dict[Kind, int] = {"library": 0, "command": 3 * _MIB, "server": 6 * _MIB}  # once they do their work
+_RUNNING: dict[Kind, int] = {"library": 0, "command": 5 * _MIB, "server": 6 * _MIB}  # once they do their work
 _THREAD = 64 * _KIB  # a worker's stack and locals
 _NODE = 6 * _KIB  # of a graph, with its value, weights, instruction and what passes left
-_START = 3 * _MIB  # engine, logging, the readers of config.json and of weights
+_START = 9 * _MIB // 2  # engine, readers of config.json and of weights, bursts of log-probabilities
 _TOKENIZER = 5 * _MIB // 4  # the library, however small the vocabulary
 _ENTRY = 330  # of a vocabulary, with its merges
 _GRAMMARS = 11 * _MIB // 4  # the library of structured outputs

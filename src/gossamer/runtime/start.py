@@ -216,7 +216,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     graph, passes = passed(plain, config)
     budget = _budget(config)
     kv = plan_kv(graph, config, budget)
-    common = {
+    common: dict[str, Any] = {
         "config": config, "directory": directory, "graph": graph, "passes": passes,
         "max_model_len": kv.max_model_len,
     }  # fmt: skip
