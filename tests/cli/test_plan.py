@@ -198,6 +198,11 @@ def test_what_cannot_be(cli: Cli, quick: None, arguments: tuple[str, ...], words
     assert words in cli("plan", "gossamer/pocket", *arguments).complaint
 
 
+def test_accuracy_needs_no_model(cli: Cli) -> None:
+    ran = cli("plan", "--accuracy", "--json")
+    assert isinstance(json.loads(ran.out), dict), ran.err
+
+
 def test_no_model(cli: Cli) -> None:
     assert "no model was given" in cli("plan").complaint
     assert main.app.info.name == "gossamer"

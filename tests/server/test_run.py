@@ -137,7 +137,7 @@ def start(config, *, chat_template, progress):
         progress(done, 10**6)
 
 TextEngine.start = start
-sys.exit(run(["serve", sys.argv[1], "--dtype", "float32", "--port", "0"]))
+sys.exit(run(["serve", sys.argv[1], "--dtype", "float32", "--no-plan", "--port", "0"]))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:

@@ -93,7 +93,7 @@ def plan(
         Path | None, flag("-o", "--out", metavar="FILE", help="Write the choice as TOML, for --config.")
     ] = None,
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
-) -> None:
+) -> int | None:
     """Choose formats and limits for MODEL and an objective, from config.json alone: bytes, times, and why.
 
     Flags of the engine that are given stand; the plan decides the others.
@@ -101,8 +101,7 @@ def plan(
     if accuracy:
         from gossamer.cli.plan_accuracy import show_accuracy
 
-        show_accuracy(json)
-        return
+        return show_accuracy(json)
     from gossamer.memory import available_memory
     from gossamer.planner.drafts import parse_acceptance
     from gossamer.planner.hardware import hardware
@@ -149,12 +148,13 @@ def plan(
         from gossamer.cli.show_plan import plan_json
 
         emit_json(plan_json(found, hardware()))
-        return
+        return None
     from gossamer.cli.show_plan import show_plan
 
     show_plan(found, hardware(), there)
     if out is not None:
         stderr().print(f"written to {out}; `gossamer serve --config {out}` runs it", soft_wrap=True)
+    return None
 
 
 def _sensitivities(path: Path | None, model: PlannedModel) -> SensitivityFile | None:
