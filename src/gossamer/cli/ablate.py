@@ -36,7 +36,10 @@ def ablate(
     technique: Annotated[
         list[str] | None,
         flag(
-            "--technique", metavar="NAME", help="Only this one: quantization, paged_attention... Repeatable."
+            "--technique",
+            metavar="NAME",
+            help="Only this one (quantization, paged_attention...), alone and left out of all the others. "
+            "Repeatable.",
         ),
     ] = None,
     quick: Annotated[
@@ -96,7 +99,7 @@ def ablate(
     if out is not None and out.is_dir():
         raise ConfigError(f"--html {out} is a directory; name a file")
     shape = speed_shape or ("1b" if full else "135m")
-    modes: tuple[Mode, ...] = ("alone",) if quick else MODES
+    modes: tuple[Mode, ...] = ("alone",) if quick else ("alone", "without") if technique else MODES
     request = Request(
         model=model,
         techniques=tuple(dict.fromkeys(card(name).name for name in technique or ())),

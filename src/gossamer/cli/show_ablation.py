@@ -78,7 +78,8 @@ def _line(row: Row) -> None:
     from rich.markup import escape
 
     parts = [_cell(_chosen(row.effects, metrics)) for metrics in (_MEMORY, _SPEED, ("perplexity",))]
-    said = "  ".join(part for part in parts if part) or f"[dim]{escape(row.note)}[/]"
+    note = "not built yet" if row.note.startswith("not built") else row.note
+    said = "  ".join(part for part in parts if part) or f"[dim]{escape(note)}[/]"
     stderr().print(f"[cyan]{row.technique}[/] {row.mode}: {said}", soft_wrap=True)
 
 
@@ -126,7 +127,8 @@ def _table(rows: Sequence[Row], *, claims: bool) -> Table:
         cells = [row.technique.replace("_", " ")] + ([escape(_claim(row.technique))] if claims else [])
         if not row.effects:
             red = row.note.startswith("error")
-            table.add_row(*cells, f"[{'red' if red else 'dim'}]{escape(row.note)}[/]", "", "")
+            note = "not built yet" if row.note.startswith("not built") else row.note
+            table.add_row(*cells, f"[{'red' if red else 'dim'}]{escape(note)}[/]", "", "")
             continue
         table.add_row(
             *cells,

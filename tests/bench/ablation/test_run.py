@@ -10,7 +10,7 @@ from gossamer.bench.ablation import arms, run, sides
 from gossamer.bench.ablation.mix import Measured, Work
 from gossamer.bench.ablation.request import Now, Request, Watch
 from gossamer.bench.ablation.run import ablate
-from gossamer.bench.ablation.worker import State
+from gossamer.bench.ablation.worker import Keep, State
 from gossamer.bench.ledger import METRICS, Row
 from gossamer.config import EngineConfig, HardwareKernels
 from gossamer.errors import CheckpointError, ConfigError
@@ -63,6 +63,12 @@ class Stage:
             running_most=1, steps=3, computed=9, held=0.1, preemptions=0, drafted=0, accepted=0, cpu=0.9,
             seconds=took,
         )  # fmt: skip
+
+    def keep(self, kept: Keep) -> bool:
+        assert kept.ttft_ms > 0 and kept.rates.threads == 1 and kept.spread == 0
+        if self.config.quantization is not None:
+            raise ConfigError("no room")
+        return True
 
     def close(self) -> None:
         pass
@@ -127,6 +133,12 @@ def test_what_cannot_be_shown_to_have_run_is_an_error(stage: list[EngineConfig])
     (row,) = ablate(request("hardware_kernels")).rows
     assert row.note == "error: nothing shows that it ran: avx2 kernels instead of avx2 ones"
     assert row.effects == () and row.off is not None
+
+
+def test_lone_requests_are_held_against_their_prediction(stage: list[EngineConfig]) -> None:
+    ledger = ablate(request("quantization", "memory_reuse", "continuous_batching"))
+    assert ledger.settings["predictions_kept"] == 3, "both sides of one, and one of the other"
+    assert ledger.settings["predictions_failed"] == ["quantization alone: no room"]
 
 
 def test_time_ends_the_rounds(stage: list[EngineConfig]) -> None:

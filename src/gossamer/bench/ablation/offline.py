@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gossamer.errors import DependencyError
+from gossamer.checkpoint.hub import read_config, resolve_model
+from gossamer.errors import ConfigError, DependencyError
+from gossamer.graph.families import build_graph
 from gossamer.quality.windows import Text
 
 __all__ = ["make_pruned", "make_student", "split_texts"]
 
 Progress = Callable[[str, int, int], None]
+_MOST_SECONDS = 1800
 _TRAINED = 0.7  # of every text; the rest is for quality
 _PRUNED = """
 name = "two of four weights zero"
@@ -62,18 +65,27 @@ def _make(
 ) -> Path:
     try:
         from gossamer.compress.recipe import parse_recipe
-        from gossamer.compress.run import Compression, Watch, compress
+        from gossamer.compress.run import Compression, Watch, compress, estimates
     except ImportError as error:
         raise DependencyError(
             f"a {name} model is made with torch; install it with: pip install 'gossamer[torch]'"
         ) from error
+    steps = parse_recipe(recipe)
+    graph = build_graph(read_config(resolve_model(model)), name=model)
+    seconds = sum(estimate.seconds for _, estimate in estimates(graph, steps))
+    if seconds > _MOST_SECONDS:
+        raise ConfigError(
+            f"a {name} model would take about {seconds / 60:.0f} minutes, and {_MOST_SECONDS // 60} are "
+            "given; make one with `gossamer compress`, and hold the two against each other with "
+            "`gossamer bench`"
+        )
     files = []
     for index, text in enumerate(texts):
         files.append(folder / f"{index}.txt")
         files[-1].write_text(text.text, encoding="utf-8")
     given = Compression(
         model=model,
-        recipe=parse_recipe(recipe),
+        recipe=steps,
         out=folder / name,
         text=tuple(files),
         measure=False,

@@ -34,8 +34,9 @@ from gossamer.bench.ablation.request import Now, Request, Watch
 from gossamer.bench.ablation.shapes import OWN, write_shape
 from gossamer.bench.ablation.sides import Pool, Worker, WorkerError
 from gossamer.bench.ablation.verdict import SMALLEST, effect, exact, figure
-from gossamer.bench.ablation.worker import State
+from gossamer.bench.ablation.worker import Keep, State
 from gossamer.bench.ledger import Effect, Figure, Ledger, Proof, Row, Side
+from gossamer.bench.prediction import probe_spread
 from gossamer.checkpoint.hub import POCKET, POCKET_HALF, read_config, resolve_model
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, GossamerError
@@ -80,6 +81,9 @@ class _Ablation:
         self._notes: dict[str, str] = {}
         self._done = self._arms = 0
         self._rows: list[Row] = []
+        self._probes: list[Rates] = []
+        self._kept, self._unkept = 0, list[str]()
+        self._ran: list[tuple[Worker, Arm, list[Measured]]] = []
         self._memories: dict[EngineConfig, dict[str, float]] = {}
         self._cpu: list[float] = []
         self._began = time.monotonic()
@@ -87,19 +91,20 @@ class _Ablation:
     def run(self) -> Ledger:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         prober = Prober()
-        rates, interrupted = [prober.measure()], False
+        self._probes, interrupted = [prober.measure()], False
         try:
             arms = self._plan()
             self._arms = len(arms)
             for arm in arms:
                 self._rows.append(self._row(arm))
+                self._probes.append(prober.measure())
+                self._predictions()
                 self._done += 1
                 self._watch.row(self._rows[-1])
         except KeyboardInterrupt:
             interrupted = True
         self._pool.clear()
-        rates.append(prober.measure())
-        return self._ledger(began, rates, interrupted)
+        return self._ledger(began, self._probes, interrupted)
 
     def _plan(self) -> list[Arm]:
         """All arms, in the order in which they share engines best. A goal for dynamic batching takes a look
@@ -235,6 +240,27 @@ class _Ablation:
             note="; ".join(notes),
         )
 
+    def _predictions(self) -> None:
+        """Holds the arm's lone requests against what the planner says of them. Not those that others run
+        beside, nor answers that are guessed."""
+        around = self._probes[-2:]
+        for worker, arm, runs in self._ran:
+            if arm.work.latency != "lone" or arm.work.quotes:
+                continue
+            kept = Keep(
+                work=arm.work,
+                rates=median_rates(around),
+                spread=probe_spread(around),
+                ttft_ms=median(run.ttft_ms for run in runs),
+                itl_ms=median(run.itl_ms for run in runs),
+                cpu_share=median(run.cpu for run in runs),
+            )
+            try:
+                self._kept += worker.keep(kept)
+            except (GossamerError, WorkerError) as error:  # what was measured stands all the same
+                self._unkept.append(f"{arm.technique} {arm.mode}: {error}")
+        self._ran = []
+
     def _until(self) -> float:
         """When an arm that begins now has to end its rounds."""
         now, most = time.monotonic(), self._request.arm_seconds
@@ -280,6 +306,7 @@ class _Ablation:
                 self._say(arm, f"round {index + 1}, {(off, on)[side].name}", runs)
                 runs[side].append(self._run(workers[side], arm, arm.work, 1000 * (index + 1)))
             index, took = index + 1, time.monotonic() - began
+        self._ran = [(worker, arm, found) for worker, found in zip(workers, runs, strict=True)]
         first, second = (
             Evidence(config=w.config, before=b, after=w.state, runs=r)
             for w, b, r in zip(workers, before, runs, strict=True)
@@ -318,7 +345,7 @@ class _Ablation:
 
     def _ledger(self, began: str, rates: list[Rates], interrupted: bool) -> Ledger:
         request = self._request
-        ratio = [max(a, b) / min(a, b) for a, b in [(r.read_gb_s, rates[0].read_gb_s) for r in rates]]
+        reads = [r.read_gb_s for r in rates]
         return Ledger(
             model=request.model,
             speed_shape=request.speed_shape,
@@ -335,8 +362,10 @@ class _Ablation:
                 "seconds_limit": request.seconds,
                 "smallest_effect": SMALLEST,
                 "cpu_share": round(median(self._cpu), 3) if self._cpu else None,
-                "probe_moved": round(max(ratio), 3),
+                "probe_moved": round(max(reads) / min(reads), 3),
                 "interrupted": interrupted,
+                "predictions_kept": self._kept,
+                "predictions_failed": self._unkept,
                 "work": {name: asdict(work) for name, work in _WORKS.items()},
             },
             rows=tuple(self._rows),

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from gossamer.bench.ablation.mix import Measured, Work
-from gossamer.bench.ablation.worker import Begin, Broken, Run, State
+from gossamer.bench.ablation.worker import Begin, Broken, Keep, Run, State
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError, MemoryBudgetError
 
@@ -43,6 +43,10 @@ class Worker:
         assert isinstance(measured, Measured)
         return measured
 
+    def keep(self, kept: Keep) -> bool:
+        """Adds a prediction and what came to the history; False where nothing is predicted."""
+        return bool(self._ask(kept))
+
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
@@ -51,7 +55,7 @@ class Worker:
             assert pipe is not None
             pipe.close()
 
-    def _ask(self, request: Begin | Run) -> Any:
+    def _ask(self, request: Begin | Keep | Run) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             pickle.dump(request, self._process.stdin)

@@ -20,11 +20,13 @@ import psutil
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.bench.ablation.mix import Measured, Work, measure_work
+from gossamer.bench.prediction import keep, predicted_latency
 from gossamer.config import EngineConfig
 from gossamer.errors import GossamerError
+from gossamer.planner.hardware import Rates
 from gossamer.runtime.start import Started, start
 
-__all__ = ["Begin", "Broken", "Run", "State", "anonymous_bytes"]
+__all__ = ["Begin", "Broken", "Keep", "Run", "State", "anonymous_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,20 @@ class Run:
 
     work: Work
     seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Hold the lone request's times (medians) against their prediction and keep both in the history of this
+    machine; the reply is whether there was one. rates: of the probes around the rounds, spread: how far these
+    lay apart, as a part."""
+
+    work: Work
+    rates: Rates
+    spread: float
+    ttft_ms: float
+    itl_ms: float
+    cpu_share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +108,30 @@ def _state(started: Started) -> State:
     )
 
 
-def _answer(request: Begin | Run, started: Started | None) -> tuple[Any, Started | None]:
+def _keep(kept: Keep, started: Started) -> bool:
+    prompt, output = kept.work.lone
+    predicted = predicted_latency(started, kept.rates, batch=1, input_len=prompt, output_len=output)
+    actual = {"total_bytes": float(anonymous_bytes()), "ttft_ms": kept.ttft_ms, "itl_ms": kept.itl_ms}
+    workload = {"batch_size": 1, "input_len": prompt, "output_len": output}
+    return keep(
+        "ablation",
+        started,
+        workload,
+        kept.rates,
+        predicted,
+        actual,
+        cpu_share=kept.cpu_share,
+        spread=kept.spread,
+    )
+
+
+def _answer(request: Begin | Run | Keep, started: Started | None) -> tuple[Any, Started | None]:
     if isinstance(request, Begin):
         started = start(request.config)
         return _state(started), started
     assert started is not None
+    if isinstance(request, Keep):
+        return _keep(request, started), started
     measured: Measured = measure_work(started, request.work, request.seed)
     gc.collect()  # engines refer to themselves, and the next one would stand beside this one
     return (measured, _state(started)), started
