@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 from gossamer.backends.cpu.formats import kv_page_bytes
@@ -111,7 +112,7 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Bench:
     """A graph and its steps. format: that of weights or of KV, which says what its peak is; table: pages of
-    one sequence; sparsity: of its weights, which are dummies."""
+    one sequence; sparsity: of its weights, which are dummies; flash: attention keeps its scores in tiles."""
 
     format: str
     graph: Graph
@@ -119,6 +120,7 @@ class Bench:
     kv_dtype: str = "bf16"
     table: int = 1
     sparsity: str | None = None
+    flash: bool = True
 
 
 def stores() -> list[Store]:
@@ -224,6 +226,9 @@ def _attention_graph(layers: int) -> Graph:
     return _finish(b, y, (KVGroup("full", tuple(range(layers)), KV_HEADS, HEAD_DIM),))
 
 
+_MOST_MATERIALISED = 512  # tokens; the scores of 4096 would take 2 GiB
+
+
 def _attention_benches(cold: int) -> Iterator[_Lazy]:
     steps: dict[str, tuple[tuple[int, int], ...]] = {
         **{f"decode/c{c}/s{s}": ((1, c - 1),) * s for c in (1024, 8192) for s in (1, 16)},
@@ -232,9 +237,13 @@ def _attention_benches(cold: int) -> Iterator[_Lazy]:
     for dtype in get_args(KVType):
         for step, spans in steps.items():
             names = [f"attention/{dtype}/{step}", f"kv_write/{dtype}/{step}"]
+            tokens = sum(count for count, _ in spans)
 
             def build(
-                dtype: str = dtype, spans: tuple[tuple[int, int], ...] = spans, names: list[str] = names
+                dtype: str = dtype,
+                spans: tuple[tuple[int, int], ...] = spans,
+                names: list[str] = names,
+                flash: bool = True,
             ) -> Bench:
                 seen = sum(count + start for count, start in spans)
                 per_token = kv_page_bytes(_attention_graph(1), _PAGE, dtype) / _PAGE
@@ -243,17 +252,23 @@ def _attention_benches(cold: int) -> Iterator[_Lazy]:
                 read, tokens = per_token * seen, sum(count for count, _ in spans)
                 pairs = sum(count * start + count * (count + 1) / 2 for count, start in spans)
                 attend = _work(graph, "attention", tokens, A=pairs)
+                moved = layers * read + attend.moved
+                scores = layers * HEADS * pairs * 16  # written and read, and again as probabilities
                 works = {
-                    "attention": Work(layers * read, layers * read + attend.moved, attend.macs),
+                    "attention": Work(layers * read, moved, attend.macs),
+                    "attention_materialised": Work(layers * read, moved + scores, attend.macs),
                     "kv_write": Work(0.0, layers * tokens * (per_token + 8 * KV_HEADS * HEAD_DIM), 0.0),
                 }
                 cases = [
                     Case(name, op, spans, works[op]) for name in names for op in [name.partition("/")[0]]
                 ]
                 table = -(-max(count + start for count, start in spans) // _PAGE)
-                return Bench(dtype, graph, tuple(cases), kv_dtype=dtype, table=table)
+                return Bench(dtype, graph, tuple(cases), kv_dtype=dtype, table=table, flash=flash)
 
             yield names, build
+            if tokens <= _MOST_MATERIALISED:
+                baseline = [f"attention_materialised/{dtype}/{step}"]
+                yield baseline, partial(build, names=baseline, flash=False)
 
 
 def _row_benches(cold: int) -> Iterator[_Lazy]:

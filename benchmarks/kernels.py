@@ -82,7 +82,8 @@ def _compile(bench: Bench, isa: str, threads: int) -> CpuProgram:
         table=bench.table,
         kv_dtype=bench.kv_dtype,
     )
-    return CpuProgram(bench.graph, DummySource(bench.graph, bench.sparsity), shape, isa=isa, threads=threads)
+    source = DummySource(bench.graph, bench.sparsity)
+    return CpuProgram(bench.graph, source, shape, isa=isa, threads=threads, flash=bench.flash)
 
 
 def _fill(program: CpuProgram, bench: Bench, case: Case) -> None:

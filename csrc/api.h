@@ -215,6 +215,9 @@ struct Finish {
   int64_t ldr;
 };
 
+// What attention does over a whole step at a time where its scores lie in memory.
+enum class AttentionPass : int32_t { keys, softmax, values };
+
 // One table per ISA. r0, r1: rows. Functions marked scratch get a per-thread buffer of at least the bytes
 // that the matching *_scratch function says.
 struct Kernels {
@@ -263,6 +266,11 @@ struct Kernels {
                     void* scratch);
   int64_t attention_rows;  // most query rows a call takes (tile height)
   int64_t (*attention_scratch)(const AttentionArgs& args);
+  // One pass of the same with scores in memory: `scores` is the span's matrix, span.count * heads rows of
+  // score_row_bytes(span.start + span.count), 64-byte aligned. Scratch as attention's.
+  void (*attention_pass)(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
+                         AttentionPass pass, float* scores, void* scratch);
+  int64_t (*score_row_bytes)(int64_t keys);
 
   // experts ---------------------------------------------------------------------------------------------
   // Routing: softmax over all experts, the k largest (lowest id among equals), renormalised if asked.

@@ -44,6 +44,8 @@ int64_t Program::instruction_workspace(const Instruction& in, int64_t rows) cons
                         rows * in.ints[1])
         .total;
   }
+  // A step's spans are together at least as small as if each row had the most keys.
+  if (in.op == Op::attention_materialised) return rows * in.ints[1] * kernels_->score_row_bytes(in.ints[3]);
   return 0;
 }
 

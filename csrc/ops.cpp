@@ -48,7 +48,8 @@ int64_t Program::instruction_scratch(const Instruction& in, int64_t rows) const 
       const KvLayout& kv = kv_[in.ints[0]].layout;
       return kSideBySide * kv.kv_heads * kv.head_dim * 4;
     }
-    case Op::attention: {
+    case Op::attention:
+    case Op::attention_materialised: {
       AttentionArgs args{};
       args.kv = kv_[in.ints[0]].layout;
       args.heads = int32_t(in.ints[1]);
@@ -146,6 +147,8 @@ void Program::execute(const Instruction& in, const Window& w, const StepBuffers&
     case Op::attention:  // in: q; out: y; ints: KV layer, heads, window (0: none); reals: scale, softcap
                          // (0: none)
       return attend(in, w, buffers, counts);
+    case Op::attention_materialised:  // as attention; ints: also the most keys that a row may have
+      return attend_materialised(in, w, buffers, counts);
     case Op::take_rows: {  // in: x; out: y; ints: width
       const int64_t width = in.ints[0];
       return over_rows(m, width, [&](int64_t r0, int64_t r1, int) {
@@ -296,8 +299,8 @@ void Program::write_qkv(const Instruction& in, const Window& w, const StepBuffer
   });
 }
 
-void Program::attend(const Instruction& in, const Window& w, const StepBuffers& buffers,
-                     const StepCounts& counts) {
+AttentionArgs Program::attention_args(const Instruction& in, const Window& w, const StepBuffers& buffers,
+                                      const StepCounts& counts) const {
   const KvLayer& kv = kv_[in.ints[0]];
   AttentionArgs args{};
   args.q = input(in, 0, w);
@@ -311,23 +314,54 @@ void Program::attend(const Instruction& in, const Window& w, const StepBuffers& 
   args.window = int32_t(in.ints[2]);
   args.block_table = buffers.tables + kv.group * counts.table_stride;
   args.parents = buffers.parents + w.first;
-  // A tile is one kv head over attention_rows queries of one span; spans differ in length.
-  const int64_t height = kernels_->attention_rows, heads = kv.layout.kv_heads;
+  return args;
+}
+
+// A tile is one kv head over attention_rows queries of one span; spans differ in length.
+template <class F>
+void Program::over_attention_tiles(const Window& w, int64_t kv_heads, F&& body) {
+  const int64_t height = kernels_->attention_rows;
   int64_t tiles = 0;
-  for (int64_t s = 0; s < w.span_count; s++) tiles += ceil_div(w.spans[s].count, height) * heads;
+  for (int64_t s = 0; s < w.span_count; s++) tiles += ceil_div(w.spans[s].count, height) * kv_heads;
   pool_->parallel(tiles, [&](int64_t tile, int worker) {
     int64_t s = 0;
     for (;; s++) {
-      const int64_t of_span = ceil_div(w.spans[s].count, height) * heads;
+      const int64_t of_span = ceil_div(w.spans[s].count, height) * kv_heads;
       if (tile < of_span) break;
       tile -= of_span;
     }
-    const Span& span = w.spans[s];
+    const int64_t count = w.spans[s].count;
     // The last rows see the most keys: they go first, so that the workers end together.
-    const int64_t block = ceil_div(span.count, height) - 1 - tile / heads;
-    kernels_->attention(args, span, int32_t(tile % heads), block * height,
-                        std::min<int64_t>(span.count, (block + 1) * height), scratch(worker));
+    const int64_t block = ceil_div(count, height) - 1 - tile / kv_heads;
+    body(s, int32_t(tile % kv_heads), block * height, std::min<int64_t>(count, (block + 1) * height), worker);
   });
+}
+
+void Program::attend(const Instruction& in, const Window& w, const StepBuffers& buffers,
+                     const StepCounts& counts) {
+  const AttentionArgs args = attention_args(in, w, buffers, counts);
+  over_attention_tiles(w, args.kv.kv_heads,
+                       [&](int64_t s, int32_t kv_head, int64_t r0, int64_t r1, int worker) {
+                         kernels_->attention(args, w.spans[s], kv_head, r0, r1, scratch(worker));
+                       });
+}
+
+void Program::attend_materialised(const Instruction& in, const Window& w, const StepBuffers& buffers,
+                                  const StepCounts& counts) {
+  const AttentionArgs args = attention_args(in, w, buffers, counts);
+  scores_.clear();
+  int64_t bytes = 0;
+  for (int64_t s = 0; s < w.span_count; s++) {
+    const Span& span = w.spans[s];
+    scores_.push_back(bytes);
+    bytes += span.count * args.heads * kernels_->score_row_bytes(span.start + span.count);
+  }
+  for (AttentionPass pass : {AttentionPass::keys, AttentionPass::softmax, AttentionPass::values})
+    over_attention_tiles(
+        w, args.kv.kv_heads, [&](int64_t s, int32_t kv_head, int64_t r0, int64_t r1, int worker) {
+          kernels_->attention_pass(args, w.spans[s], kv_head, r0, r1, pass,
+                                   reinterpret_cast<float*>(workspace_ + scores_[s]), scratch(worker));
+        });
 }
 
 }  // namespace gossamer

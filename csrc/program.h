@@ -31,6 +31,7 @@ enum class Op : int32_t {
   take_columns,
   top_k_experts,
   experts,
+  attention_materialised,
 };
 
 // Which of the step's counts an instruction's rows follow.
@@ -163,7 +164,14 @@ class Program {
   void write_kv(const Instruction& in, const Window& w, const StepBuffers& buffers, const StepCounts& counts);
   void write_qkv(const Instruction& in, const Window& w, const StepBuffers& buffers,
                  const StepCounts& counts);
+  AttentionArgs attention_args(const Instruction& in, const Window& w, const StepBuffers& buffers,
+                               const StepCounts& counts) const;
   void attend(const Instruction& in, const Window& w, const StepBuffers& buffers, const StepCounts& counts);
+  void attend_materialised(const Instruction& in, const Window& w, const StepBuffers& buffers,
+                           const StepCounts& counts);
+  // body(index of the span, kv head, r0, r1, worker): rows [r0, r1) of the span, relative to it.
+  template <class F>
+  void over_attention_tiles(const Window& w, int64_t kv_heads, F&& body);
   void experts(const Instruction& in, const Window& w);
 
   int64_t panels_per_tile(int64_t panels, int64_t rows, bool gated, const Tuning& tuning) const;
@@ -199,7 +207,8 @@ class Program {
   std::vector<Weight> weights_;
   std::vector<KvLayer> kv_;
   std::vector<Segment> segments_;
-  std::vector<Span> clipped_;  // spans of the running tile
+  std::vector<Span> clipped_;    // spans of the running tile
+  std::vector<int64_t> scores_;  // where each span's lie in the workspace
   uint8_t* arena_ = nullptr;
   uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;

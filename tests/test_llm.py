@@ -153,7 +153,10 @@ def test_what_the_model_s_makers_advise_is_the_default(shared: Path, tmp_path: P
     assert len(told.token_ids) == 7 and STORY.startswith(told.text)
 
 
-@pytest.mark.parametrize("options", [{"isa": "scalar"}, {"memory_reuse": None}])
+@pytest.mark.parametrize(
+    "options",
+    [{"isa": "scalar"}, {"memory_reuse": None}, {"flash_attention": None}, {"dynamic_shapes": None}],
+)
 def test_the_reference_refuses_what_it_would_ignore(shared: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="reference"):
         load(shared, backend="reference", **options)

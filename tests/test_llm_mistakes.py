@@ -80,7 +80,7 @@ def test_options_of_wrong_types_are_named(name: str, value: Any) -> None:
         ({"itl_goal_ms": "20"}, "itl_goal_ms '20' must be a number of milliseconds"),
         ({"itl_goal_ms": 5, "dynamic_batching": DynamicBatching(max_wait_ms=1)}, "there or alone"),
         ({"enable_prefix_caching": False, "prefix_cache": PrefixCache()}, "leave one out"),
-        ({"static_batching": StaticBatching(), "preempt_by": "swap"}, "preempt_by belong to continuous"),
+        ({"static_batching": StaticBatching(), "preempt_by": "swap"}, "--preempt-by belongs to continuous"),
     ],
     ids=str,
 )

@@ -10,7 +10,8 @@
 // a chunk of keys is worked on, the next is on its way from memory, which a decode step over a long context
 // does little else than wait for.
 
-template <class Kind>
+// kApart: keys and values are passes of their own over scores in memory (attention_materialised.h).
+template <class Kind, bool kApart = false>
 struct Attention {
   using Dot = typename Kind::Dot;
   static constexpr int kUnit = Dot::kUnit, kParts = Kind::kParts;
@@ -19,10 +20,13 @@ struct Attention {
   const AttentionTile& tile;
   const Blocks& blocks;
   const AttentionScratch& w;
+  float* scores;          // from the split's first key on, then p
+  int64_t row_of_scores;  // from a row of them to the next
   const int64_t d = args.kv.head_dim, d_pad = args.kv.d_pad;
   const int64_t q_bytes = d_pad / kUnit * 4, unpacked_bytes = d_pad * (kBlockTokens / kUnit) * 4;
 
-  uint8_t* p_of(int64_t m) const { return reinterpret_cast<uint8_t*>(w.scores + m * kScoreStride); }
+  int64_t stride() const { return kApart ? row_of_scores : kScoreStride; }
+  uint8_t* p_of(int64_t m) const { return reinterpret_cast<uint8_t*>(scores + m * stride()); }
   float* part_of(int64_t m) const { return w.part + m * kParts * d_pad; }
 
   void make_queries() const {
@@ -56,19 +60,20 @@ struct Attention {
   }
 
   // What is asked for while keys at j are read: in a first split keys further on, later the first half of the
-  // split's values (at every other block), for the keys came during the split before.
+  // split's values (at every other block), for the keys came during the split before. Apart: keys alone.
   const uint8_t* after_keys(const TileRows& rows, int64_t base, int64_t j) const {
-    const KeyRange split = clip(rows.all, base, base + kSplit);
-    const bool first = rows.all.lo >= base;
+    const KeyRange split = clip(rows.all, base, kApart ? rows.all.hi : base + kSplit);
+    const bool first = kApart || rows.all.lo >= base;
     const int64_t block = (j - split.lo) / kBlockTokens;
     const int64_t at = first ? j + kAhead : split.lo + block / 2 * kBlockTokens;
     if (at >= split.hi || at >= blocks.tail || (!first && block % 2 == 0)) return nullptr;
     return blocks.block(at) + (first ? 0 : blocks.at.values);
   }
-  // While values are read: the next split's keys.
+  // While values are read: the next split's keys. Apart: values further on.
   const uint8_t* after_values(const TileRows& rows, int64_t j) const {
-    const int64_t at = j + kSplit;
-    return at < rows.all.hi && at < blocks.tail ? blocks.block(at) : nullptr;
+    const int64_t at = j + (kApart ? kAhead : kSplit);
+    if (at >= rows.all.hi || at >= blocks.tail) return nullptr;
+    return blocks.block(at) + (kApart ? blocks.at.values : 0);
   }
   // During the softmax: the rest of the split's values.
   Errand values_errand(const TileRows& rows, int64_t base) const {
@@ -103,18 +108,31 @@ struct Attention {
     register_rows(rows, keys, [&](int64_t m, int64_t count, KeyRange seen) {
       const int64_t skip = (seen.lo - keys.lo) / kBlockTokens;
       const ScoreTask task{w.q + m * q_bytes, q_bytes,      d_pad / kUnit,
-                           w.factors + m,     w.starts + m, w.scores + m * kScoreStride + (seen.lo - base),
-                           kScoreStride};
+                           w.factors + m,     w.starts + m, scores + m * stride() + (seen.lo - base),
+                           stride()};
       const uint8_t* const* next = m == rows.first ? chunk.next : chunk.block;
       score_rows<Dot>(count, task, chunk.block + skip, next + skip, w.key_scales + skip * kBlockTokens,
                       (seen.hi - seen.lo + kBlockTokens - 1) / kBlockTokens);
     });
   }
 
+  // What softmax multiplies p by, where no scores were made just before.
+  void load_value_scales(const TileRows& rows, int64_t base, int64_t token) const {
+    if constexpr (Kind::kInteger) {
+      chunks(clip(rows.all, base, base + kSplit), [&](KeyRange keys) {
+        const Chunk chunk = find_chunk<Kind>(blocks, keys, token, w.gathered);
+        using Scale = typename Kind::Scale;
+        for (int64_t b = 0; b < chunk.count(); b++)
+          store(w.value_scales + (keys.lo - base) + b * kBlockTokens,
+                load(reinterpret_cast<const Scale*>(chunk.block[b] + blocks.at.value_scales)));
+      });
+    }
+  }
+
   void add_values(int64_t m, int64_t count, const uint8_t* const* from, const uint8_t* const* next,
                   int64_t number, int64_t key) const {
     const uint8_t* p = p_of(m) + key / kBlockTokens * Kind::kBlockBytes;
-    const ValueTask task{p, kScoreStride * 4, Kind::kBlockBytes, from, next, number, d_pad, part_of(m)};
+    const ValueTask task{p, stride() * 4, Kind::kBlockBytes, from, next, number, d_pad, part_of(m)};
     value_rows<Dot, kParts>(count, task);
   }
 
@@ -204,22 +222,56 @@ struct Attention {
     w.maximum[m] = top, w.total[m] = total[0];
   }
 
-  // token: of the tree, when the rows are its own and the split reaches the tail.
+  void add_scores(const TileRows& rows, int64_t base, int64_t token) const {
+    chunks(clip(rows.all, base, base + kSplit),
+           [&](KeyRange chunk) { add_scores(rows, chunk, base, token); });
+  }
+
+  // of(m): statistics of row m within the split, whose part has been started.
+  template <class F>
+  void add_split(const TileRows& rows, int64_t base, int64_t token, F of) const {
+    chunks(clip(rows.all, base, base + kSplit),
+           [&](KeyRange chunk) { add_values(rows, chunk, base, token); });
+    for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
+      const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
+      if (seen.lo < seen.hi) merge(m, tile.sees[m].lo >= base, of(m));
+    }
+  }
+
   void attend_split(const TileRows& rows, int64_t base, int64_t token) const {
     const KeyRange keys = clip(rows.all, base, base + kSplit);
-    chunks(keys, [&](KeyRange chunk) { add_scores(rows, chunk, base, token); });
+    add_scores(rows, base, token);
     RowStatistics split[kTile];
     Errand errand = values_errand(rows, base);
     for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
       const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
-      split[m] = softmax_row<Kind>(w.scores + m * kScoreStride, {seen.lo - base, seen.hi - base},
+      split[m] = softmax_row<Kind>(scores + m * stride(), {seen.lo - base, seen.hi - base},
                                    {keys.lo - base, keys.hi - base}, args.softcap, w.value_scales, errand);
       start_part(m, split[m]);
     }
-    chunks(keys, [&](KeyRange chunk) { add_values(rows, chunk, base, token); });
-    for (int64_t m = rows.first; m < rows.first + rows.count; m++) {
-      const KeyRange seen = clip(tile.sees[m], base, base + kSplit);
-      if (seen.lo < seen.hi) merge(m, tile.sees[m].lo >= base, split[m]);
+    add_split(rows, base, token, [&](int64_t m) -> const RowStatistics& { return split[m]; });
+  }
+
+  // f(rows, first key, token) for every split that the tile's rows see. token: of the tree, when the rows are
+  // its own and the split reaches the tail; else -1.
+  template <class F>
+  void splits(F f) const {
+    const TileRows all(tile, 0, tile.rows);
+    for (int64_t base = all.all.lo / kSplit * kSplit; base < all.all.hi; base += kSplit) {
+      if (base + kSplit <= blocks.tail) {
+        f(all, base, int64_t(-1));
+        continue;
+      }
+      for (int64_t i = 0; i < tile.count; i++)
+        f(TileRows(tile, i * tile.heads, tile.heads), base, blocks.before + tile.first + i);
+    }
+  }
+
+  void finish() const {
+    for (int64_t m = 0; m < tile.rows; m++) {
+      float* out = tile.out + m / tile.heads * args.ldo + m % tile.heads * d;
+      map_row(w.out + m * d_pad, out, d,
+              [s = set1(1.0f / w.total[m])](int64_t, vf v, int64_t) { return v * s; });
     }
   }
 
@@ -227,27 +279,15 @@ struct Attention {
     make_queries();
     for (int64_t r = 0; r < tile.count; r++)
       prefetch(tile.out + r * args.ldo, tile.heads * d * int64_t(sizeof(float)));
-    const TileRows all(tile, 0, tile.rows);
-    for (int64_t base = all.all.lo / kSplit * kSplit; base < all.all.hi; base += kSplit) {
-      if (base + kSplit <= blocks.tail) {
-        attend_split(all, base, -1);
-        continue;
-      }
-      for (int64_t i = 0; i < tile.count; i++)
-        attend_split(TileRows(tile, i * tile.heads, tile.heads), base, blocks.before + tile.first + i);
-    }
-    for (int64_t m = 0; m < tile.rows; m++) {
-      float* out = tile.out + m / tile.heads * args.ldo + m % tile.heads * d;
-      map_row(w.out + m * d_pad, out, d,
-              [s = set1(1.0f / w.total[m])](int64_t, vf v, int64_t) { return v * s; });
-    }
+    splits([&](const TileRows& rows, int64_t base, int64_t token) { attend_split(rows, base, token); });
+    finish();
   }
 };
 
-inline void attention(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
-                      void* scratch) {
-  const AttentionScratch w(args.kv, scratch);
-  const Blocks blocks(args, span, kv_head);
+// f(tile, its first head of the group) for the query rows [r0, r1) of a span under one kv head.
+template <class F>
+inline void attention_tiles(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0,
+                            int64_t r1, F f) {
   const int64_t group = args.heads / args.kv.kv_heads;
   for (int64_t h = 0, heads; h < group; h += heads) {
     heads = group - h < kTile ? group - h : kTile;
@@ -257,8 +297,18 @@ inline void attention(const AttentionArgs& args, const Span& span, int32_t kv_he
       for (int64_t next = r + height; next < r + 2 * height && next < r1; next++)
         prefetch(args.q + (span.row + next) * args.ldq + (kv_head * group + h) * args.kv.head_dim,
                  heads * args.kv.head_dim * int64_t(sizeof(float)));
-      const AttentionTile tile(args, span, r, count, kv_head * group + h, heads);
-      with_kind(args.kv.dtype, [&](auto kind) { Attention<decltype(kind)>{args, tile, blocks, w}.run(); });
+      f(AttentionTile(args, span, r, count, kv_head * group + h, heads), h);
     }
   }
+}
+
+inline void attention(const AttentionArgs& args, const Span& span, int32_t kv_head, int64_t r0, int64_t r1,
+                      void* scratch) {
+  const AttentionScratch w(args.kv, scratch);
+  const Blocks blocks(args, span, kv_head);
+  attention_tiles(args, span, kv_head, r0, r1, [&](const AttentionTile& tile, int64_t) {
+    with_kind(args.kv.dtype, [&](auto kind) {
+      Attention<decltype(kind)>{args, tile, blocks, w, w.scores, kScoreStride}.run();
+    });
+  });
 }

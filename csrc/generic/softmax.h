@@ -83,13 +83,13 @@ inline RowStatistics float_p(float* s, int64_t lo, int64_t hi, float maximum, Er
 }
 
 // s: scores from the split's first key; seen: by the row, all: by any row of the tile, both from there.
+// maximum: of the row's scores, whose edges are hidden.
 template <class Kind>
-inline RowStatistics softmax_row(float* s, KeyRange seen, KeyRange all, float softcap,
-                                 const float* value_scales, Errand& errand) {
+inline RowStatistics put_row(float* s, KeyRange seen, KeyRange all, float maximum, const float* value_scales,
+                             Errand& errand) {
   RowStatistics out{-kInf, 0.0f, 0.0f, {0, 0}};
   const bool any = seen.lo < seen.hi;
   if (any) {
-    const float maximum = hide_and_find_top(s, seen.lo, seen.hi, softcap);
     if constexpr (Kind::kInteger)
       out = integer_p(s, seen.lo, seen.hi, maximum, value_scales, errand);
     else
@@ -102,4 +102,12 @@ inline RowStatistics softmax_row(float* s, KeyRange seen, KeyRange all, float so
   clear(all.lo / 16 * 16, any ? seen.lo / 16 * 16 : all.hi);
   if (any) clear((seen.hi + 15) / 16 * 16, all.hi);
   return out;
+}
+
+// The same from scores as they are, of which the row sees no others.
+template <class Kind>
+inline RowStatistics softmax_row(float* s, KeyRange seen, KeyRange all, float softcap,
+                                 const float* value_scales, Errand& errand) {
+  const float maximum = seen.lo < seen.hi ? hide_and_find_top(s, seen.lo, seen.hi, softcap) : -kInf;
+  return put_row<Kind>(s, seen, all, maximum, value_scales, errand);
 }

@@ -20,6 +20,7 @@ namespace {
 #include "generic/attention_keys.h"
 #include "generic/softmax.h"
 #include "generic/attention.h"
+#include "generic/attention_materialised.h"
 #include "generic/select.h"
 #include "generic/sample.h"
 #include "generic/read.h"
@@ -43,6 +44,8 @@ static void fill_generic(Kernels& table) {
   table.attention = generic::attention;
   table.attention_rows = generic::kAttentionRows;
   table.attention_scratch = generic::attention_scratch;
+  table.attention_pass = generic::attention_pass;
+  table.score_row_bytes = generic::score_row_bytes;
   table.top_k_experts = generic::top_k_experts;
   table.sample = generic::sample;
   table.sample_scratch = generic::sample_scratch;

@@ -7,9 +7,12 @@ A message names the value given, what is allowed and the next step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ConflictError",
     "ContextLengthError",
     "DependencyError",
     "GossamerError",
@@ -30,6 +33,29 @@ class GossamerError(Exception):
 
 class ConfigError(GossamerError):
     """An option or a combination of options that cannot be."""
+
+
+class ConflictError(ConfigError):
+    """Options that are right by themselves and cannot be together.
+
+    reasons: every one that applies; ways: the nearest combinations that can be, each as changes that one
+    types ("with --backend cpu", "without --dtype"), the nearest first; nearest: that one, field -> value,
+    where fields of EngineConfig contradict each other.
+    """
+
+    def __init__(
+        self,
+        reasons: Sequence[str],
+        ways: Sequence[Sequence[str]],
+        nearest: Mapping[str, object] | None = None,
+    ) -> None:
+        self.reasons, self.ways = tuple(reasons), tuple(map(tuple, ways))
+        self.nearest = dict(nearest or {})
+        near = ", or ".join(" and ".join(way) for way in self.ways)
+        super().__init__("; ".join(self.reasons) + (f". Nearest that can be: {near}" if near else ""))
+
+    def __reduce__(self) -> tuple[type[ConflictError], tuple[object, ...]]:
+        return type(self), (self.reasons, self.ways, self.nearest)  # so that processes can hand it on
 
 
 class CheckpointError(GossamerError):

@@ -23,6 +23,7 @@ from gossamer.config import (
     Quantization,
     SpeculativeDecoding,
 )
+from gossamer.config.conflicts import belong
 from gossamer.config.dynamic_batching import GOAL_LIMITS
 from gossamer.config.weight_formats import FLOATS, weight_formats
 from gossamer.engine.request import Completion, RequestOutput, SamplingParams
@@ -101,19 +102,16 @@ def engine_config(
         if options.get("dynamic_batching") is not None:
             raise ConfigError("dynamic_batching holds itl_goal_ms and max_wait_ms; give them there or alone")
         options["dynamic_batching"] = DynamicBatching(itl_goal_ms=itl_goal_ms, max_wait_ms=max_wait_ms)
-    if options.get("static_batching") is not None and (prefill_chunk, preempt_by) != (None, None):
-        raise ConfigError(
-            "prefill_chunk and preempt_by belong to continuous batching; leave them or static_batching out"
-        )
+    if options.get("static_batching") is not None:
+        given = {"--prefill-chunk": prefill_chunk, "--preempt-by": preempt_by}
+        belong(given, "continuous batching", "--static-batching")
+        options.setdefault("continuous_batching", None)
     if dtype != "auto" and dtype not in FLOATS:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
-    if quantization is not None and FLOATS.get(dtype):
-        raise ConfigError(
-            f"quantization {quantization} and dtype {dtype} both say how weights are stored; give one "
-            "(float32 goes with quantization: all that is not quantized is float32)"
-        )
-    if quantization is None:
-        half = _checkpoint_dtype(model, options.get("revision")) if dtype == "auto" else FLOATS[dtype]
+    if dtype != "auto":
+        half = FLOATS[dtype]
+    elif quantization is None:
+        half = _checkpoint_dtype(model, options.get("revision"))
     if "weight_formats" in options:
         options["weight_formats"] = weight_formats(options["weight_formats"])
     defaults: dict[str, Any] = {
@@ -134,8 +132,8 @@ def engine_config(
     }
     if options.get("paged_attention", True) is None:
         defaults["prefix_cache"] = None
-    if swap_bytes is not None and options.get("paged_attention", True) is None:
-        raise ConfigError("contiguous KV has no pages to swap; leave out swap_bytes or use PagedAttention")
+        given = {"--swap-bytes": swap_bytes, "--swap-directory": swap_directory}
+        belong(given, "PagedAttention", "--no-paged-attention")
     if options.get("static_batching") is None:
         defaults["continuous_batching"] = ContinuousBatching(
             prefill_chunk=prefill_chunk,

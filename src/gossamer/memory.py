@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-__all__ = ["available_memory", "cgroup_limit"]
+__all__ = ["anonymous_bytes", "available_memory", "cgroup_limit", "give_back"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_STATUS = Path("/proc/self/status")
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_KEPT = 1 << 20  # bytes at the end of an arena that may stay
 _UNLIMITED = 1 << 60  # version 1 writes "no limit" as a huge number
 
 
@@ -24,6 +28,32 @@ def available_memory() -> int:
     if soft != resource.RLIM_INFINITY:
         rests.append(max(0, soft - psutil.Process().memory_info().vms))
     return min(rests)
+
+
+def anonymous_bytes() -> int:
+    """Bytes this process holds that belong to no file (anonymous and shared memory): those that the kernel
+    cannot take back. Where it does not tell them apart, all that is unique to the process."""
+    try:
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")) << 10
+    except (OSError, KeyError):
+        return int(psutil.Process().memory_full_info().uss)
+
+
+def give_back() -> None:
+    """Returns to the kernel what the C library keeps of freed memory, where it is glibc, which keeps much.
+
+    Its malloc_trim spares the end of every arena but the main one. That shrinks when a block before it is
+    freed and it is longer than a threshold, which follows the largest block that was ever freed: hence it is
+    fixed, and a block is freed.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free(ctypes.c_void_p(libc.malloc(_KEPT // 16)))
+    libc.malloc_trim(0)
 
 
 def cgroup_limit() -> int | None:

@@ -22,6 +22,7 @@ from gossamer.engine.grammar_compiler import GrammarCompiler
 from gossamer.engine.request import FinishReason, Request, SamplingParams, TokenLogprob, token_ids
 from gossamer.engine.structured_output import GrammarFactory
 from gossamer.errors import RequestError, TokenizerError
+from gossamer.memory import give_back
 from gossamer.runtime.start import Started, start
 
 __all__ = ["TextEngine", "TextUpdate"]
@@ -106,6 +107,7 @@ class TextEngine:
         )
         self.defaults: GenerationDefaults = read_generation_config(started.directory)
         self.tokenizer = _tokenizer(started)
+        give_back()  # reading a tokenizer takes twice what it keeps
         special = self.tokenizer.special_tokens if self.tokenizer is not None else {}
         self.chat_template = ChatTemplate.load(started.directory, special, chat_template)
         eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.defaults.eos_token_ids

@@ -197,7 +197,7 @@ def weights(change: dict[str, Any]) -> Change:
         (lambda c: c.update(format="marlin-24"), "marlin-24"),
         (lambda c: c.update(format="nvfp4-pack-quantized"), "nvfp4"),
         (lambda c: c.update(twist=1), r"quantization_config.twist=1 is not understood"),
-        (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme.*--kv-dtype int8"),
+        (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme.*--kv-cache-dtype int8"),
         (lambda c: c.update(quantization_status="frozen"), "compress it"),
         (lambda c: c.update(ignore=["model.layers.0.mlp.up_proj"]), r"up_proj' is quantized.*ignore"),
         (lambda c: c.update(ignore=["re:.*down_proj"]), r"down_proj' is quantized.*ignore"),
@@ -213,6 +213,7 @@ def weights(change: dict[str, Any]) -> Change:
             group({"input_activations": {"num_bits": 4, "dynamic": True, "strategy": "token"}}),
             "symmetric int8",
         ),
+        (group({"input_activations": "int8"}), "input_activations is 'int8'.*an object is right"),
         (group({"twist": 1}), r"config_groups.group_0.twist=1"),
         (weights({"num_bits": 3}), "4 or 8 bits"),
         (weights({"type": "float"}), "type is 'float'"),
@@ -248,6 +249,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         (f"{packed}.weight_packed", lambda v: v[:, :-1], "weight_shape' says"),
         (f"{packed}.weight_packed", lambda v: v.astype(np.float32), r"weight_packed' is F32"),
         (f"{packed}.weight_packed", None, "weight_packed' is missing"),
+        (f"{packed}.weight_scale", lambda v: v[:1, 0], r"weight_scale' is F16 \(1,\)"),
         (f"{plain}.weight_scale", None, "weight_scale' is missing"),
         (f"{plain}.weight_scale", lambda v: v[:-1], r"weight_scale' is F32 \(\d+, 1\)"),
         (f"{plain}.weight", lambda v: v.astype(np.float32), "weight' is F32"),
@@ -259,6 +261,34 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         write_weights(tmp_path, tensors if change is None else {**tensors, name: change(whole[name])})
         with pytest.raises(CheckpointError, match=words):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("zero", [np.int8(8), np.int8(-9), np.float32(0.5)])
+def test_zero_points_beyond_4_bits_are_damage(tmp_path: Path, zero: Any) -> None:
+    model = small_model(LLAMA)
+    write(model, encode(model, [("uint4", 32)], projections(model)), tmp_path)
+    config = read_json_object(tmp_path / "config.json")
+    groups = config["quantization_config"]["config_groups"]
+    config["quantization_config"]["format"] = "int-quantized"
+    for of in groups.values():
+        of["format"] = "int-quantized"
+    write_json(tmp_path / "config.json", config)
+    file, tensors = Checkpoint(tmp_path), {}
+    for name in file.names():
+        module, _, part = name.rpartition(".")
+        value = np.array(file.read(name))
+        if part == "weight_packed":
+            tensors[f"{module}.weight"] = np.zeros(file.read(f"{module}.weight_shape"), np.int8)
+        elif part == "weight_zero_point":
+            scales = file.info(f"{module}.weight_scale")
+            tensors[name] = np.full(scales.shape, zero)
+        elif part != "weight_shape":
+            tensors[name] = value
+    write_weights(tmp_path, tensors)
+    source = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="weight_zero_point' holds more than integers of 4 bits"):
+        for name in projections(model):
+            source.read(name)
 
 
 def test_a_quantized_model_can_be_written_as_floats(tmp_path: Path) -> None:

@@ -114,3 +114,27 @@ def test_a_certificate_is_shown(cli: Cli, tmp_path: Path) -> None:
     out = cli("eval", tmp_path, "--certificate").out
     for words in ("from owner/name", "8.00", "rtn", "seed 3", "1.0100 ± 0.0010", "against the reference"):
         assert words in out
+
+
+@pytest.mark.parametrize(
+    "place", ["created", "original.name", "recipe.sha256", "versions.gossamer", "quality.execution.kv"]
+)
+def test_a_certificate_gives_no_orders_to_the_terminal(cli: Cli, tmp_path: Path, place: str) -> None:
+    path = write_certificate(tmp_path, certificate())
+    report = json.loads(path.read_text())
+    *within, name = place.split(".")
+    table = report
+    for key in within:
+        table = table[key]
+    table[name] = "[/b]\x1b[31m"
+    path.write_text(json.dumps(report))
+    ran = cli("eval", tmp_path, "--certificate")
+    assert ran.code == 0
+    assert "[/b]\ufffd[31m" in ran.out
+
+
+def test_a_result_may_have_any_name(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "a[" / "b]"
+    ran = cli("compress", POCKET, "--recipe", "int4-rtn", "--no-measure", "--threads", 1, "-o", out)
+    assert ran.code == 0, ran.err
+    assert f"gossamer generate {out}" in ran.out

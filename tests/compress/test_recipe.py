@@ -76,6 +76,7 @@ def test_shipped_recipes_are_read_and_say_what_they_do(path: Path) -> None:
         ("[[step]]\nquantize = 'gptq'\ndamping = 7", "damping is 7.*1e-06 to 1"),
         ("[[step]]\nprune = 'wanda'\npattern = '4:2'", "4:2.*n:m"),
         ("[[step]]\nprune = 'wanda'\nsparsity = 0.7\npattern = '2:4'", "agree"),
+        ("[[step]]\nprune = 'wanda'\nskip = ['head', 1]", "prune.skip has 1; patterns in quotes"),
         ("[[step]]\nprune = 'structured'", "above 0"),
         ("[[step]]\ntrain = 'recover'\nbatch = true", "batch is True; a whole number"),
         ("[[step]]\nquantize = 'mixed_bits'", "exactly one"),
@@ -83,7 +84,11 @@ def test_shipped_recipes_are_read_and_say_what_they_do(path: Path) -> None:
         ("[data]\ncontext = 1\n[[step]]\nquantize = 'rtn'", "data.context"),
         ("[data]\ntext = 3\n[[step]]\nquantize = 'rtn'", "list of file names"),
         ("stepp = 1", "unknown key 'stepp'"),
+        ("[data]\ntext = ['a', \"b\\u0000\"]\n[[step]]\nquantize = 'rtn'", "list of file names"),
         ("[[step]", "is not TOML"),
+        (f"step = 1{'0' * 5000}", "is not TOML"),
+        (f"name = 0x{'f' * 5000}", "is not TOML"),
+        (f"step = {'[' * 9000}", "nested too deep"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(toml: str, says: str) -> None:

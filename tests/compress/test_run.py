@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from gossamer.checkpoint.safetensors import Checkpoint
 from gossamer.compress.recipe import parse_recipe
 from gossamer.compress.run import Compression, Watch, compress, estimates
 from gossamer.compress.step import Stopped
-from gossamer.config.compression import RTN
-from gossamer.errors import CheckpointError, ConfigError
+from gossamer.config.compression import RTN, Distil, Magnitude, StepConfig
+from gossamer.errors import CheckpointError, ConfigError, MemoryBudgetError
 from gossamer.export.gguf import write_gguf
 from gossamer.graph.families import build_graph
 from gossamer.quality.certificate import read_certificate
@@ -200,6 +201,33 @@ def test_text_is_needed_and_must_be_long_enough(text: Path, tmp_path: Path) -> N
     assert not job.out.exists()
 
 
+def test_a_text_that_was_too_short_may_grow(text: Path, tmp_path: Path) -> None:
+    growing = tmp_path / "growing.txt"
+    growing.write_text("Too short.")
+    job = replace(given(growing, tmp_path / "small"), recipe=replace(RECIPE, steps=RECIPE.steps[:1]))
+    with pytest.raises(ConfigError, match="calibration text has"):
+        compress(job)
+    growing.write_text(text.read_text())
+    assert compress(job) == job.out
+
+
+def test_a_disk_that_is_too_small_is_named_in_numbers_that_differ(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_500_000))
+    with pytest.raises(ConfigError, match=r"about [1-9]\d+\.\d MB of disk.*and 2\.5 MB are free"):
+        compress(given(text, tmp_path / "small"))
+
+
+def test_training_beyond_the_memory_is_refused_before_the_first_step(text: Path, tmp_path: Path) -> None:
+    steps = (*RECIPE.steps[:1], replace(RECIPE.steps[1], batch=65536, context=512))  # type: ignore[call-arg]
+    job = replace(given(text, tmp_path / "small"), recipe=replace(RECIPE, steps=steps))
+    with pytest.raises(MemoryBudgetError, match=r"train recover would take about .* GB"):
+        compress(job)
+    assert not job.work.exists()
+
+
 def test_every_step_says_what_it_will_take() -> None:
     graph = graph_of("llama")
     found = estimates(graph, RECIPE)
@@ -207,13 +235,20 @@ def test_every_step_says_what_it_will_take() -> None:
     assert all(e.seconds > 0 and e.memory > 0 and e.disk >= 0 for _, e in found)
 
 
-def test_formats_that_the_model_cannot_take_are_refused_before_the_first_step(
-    text: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        (RTN(format="int4-g32", overrides=(("no.such.*", "int8"),)), "matches no matrix"),
+        (Magnitude(skip=("no.such.*",)), "matches no matrix"),
+        (Distil(teacher="/no/such/teacher"), "no model directory at '/no/such/teacher'"),
+    ],
+)
+def test_what_the_model_cannot_take_or_is_nowhere_is_refused_before_the_first_step(
+    text: Path, tmp_path: Path, last: StepConfig, says: str
 ) -> None:
-    steps = (*RECIPE.steps, RTN(format="int4-g32", overrides=(("no.such.*", "int8"),)))
-    job = replace(given(text, tmp_path / "small"), recipe=replace(RECIPE, steps=steps))
+    job = replace(given(text, tmp_path / "small"), recipe=replace(RECIPE, steps=(*RECIPE.steps, last)))
     began: list[str] = []
-    with pytest.raises(ConfigError, match="matches no matrix"):
+    with pytest.raises((ConfigError, CheckpointError), match=says):
         compress(job, Watch(step=lambda index, name, done: began.append(name)))
     assert not began
     assert not job.work.exists()

@@ -71,7 +71,7 @@ def test_combinations_that_cannot_be() -> None:
         EngineConfig(
             model="m", continuous_batching=None, static_batching=StaticBatching(), speculative_decoding=ngram
         )
-    with pytest.raises(ConfigError, match="no pages to swap"):
+    with pytest.raises(ConfigError, match="belongs to PagedAttention"):
         engine_config("gossamer/pocket", swap_bytes=1 << 20, paged_attention=None)
     with pytest.raises(ConfigError, match="swaps no pages"):
         engine_config("gossamer/pocket", swap_bytes=1 << 20, backend="reference")

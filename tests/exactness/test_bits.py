@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gossamer.config import (
     ContinuousBatching,
     EngineConfig,
+    LayerFusion,
     MixedPrecision,
     PagedAttention,
     ParallelComputing,
@@ -185,3 +186,30 @@ def test_instruction_sets_agree_on_tokens() -> None:
         for (token, logprob, _), (token2, logprob2, _) in zip(results[0], other, strict=True):  # type: ignore[misc]
             assert token == token2
             assert abs(logprob - logprob2) < 1e-4
+
+
+@pytest.mark.parametrize("off", ["flash_attention", "dynamic_shapes", "both"])
+@pytest.mark.parametrize("layer_fusion", [LayerFusion(rows=16), None])
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int4"])
+def test_baselines_of_attention_and_shapes(off: str, layer_fusion: LayerFusion | None, kv_dtype: str) -> None:
+    """In company, with scores in memory and steps padded: the bits of being alone without either, for keys
+    here are of one split. int8 activations and scores share the workspace."""
+    requests = [
+        (
+            tuple(range(i, 40 * i + 5)),
+            SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=9, logprobs=1),
+        )
+        for i in range(5)
+    ]
+    alone = [run([r], "int8", max_num_seqs=1, kv_dtype=kv_dtype)[0] for r in requests]
+    together = run(
+        requests,
+        "int8",
+        max_num_seqs=4,
+        max_num_batched_tokens=50,
+        kv_dtype=kv_dtype,
+        layer_fusion=layer_fusion,
+        operator_fusion=None,
+        **dict.fromkeys(("flash_attention", "dynamic_shapes") if off == "both" else (off,), None),
+    )
+    assert together == alone

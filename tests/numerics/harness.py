@@ -113,6 +113,7 @@ def make_cpu(
     page_size: int = 16,
     pages: int = 8,
     kv_dtype: str = "f32",
+    flash: bool = True,
 ) -> CpuProgram:
     """The graph compiled for steps of at most `tokens` tokens."""
     most = max(tokens, 1)
@@ -125,7 +126,7 @@ def make_cpu(
         table=pages,
         kv_dtype=kv_dtype,
     )
-    return CpuProgram(graph, Arrays(arrays), shape, isa=isa, threads=threads)
+    return CpuProgram(graph, Arrays(arrays), shape, isa=isa, threads=threads, flash=flash)
 
 
 def run_reference(

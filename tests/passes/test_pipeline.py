@@ -126,5 +126,5 @@ def test_unknown_quantizations_are_refused(text: str) -> None:
 
 
 def test_contradictions_name_both_sides() -> None:
-    with pytest.raises(ConfigError, match=r"--quantization and --dtype"):
+    with pytest.raises(ConfigError, match=r"without --dtype, or without --quantization"):
         EngineConfig(model="m", quantization=Quantization(format="int8"), mixed_precision=MixedPrecision())

@@ -106,7 +106,7 @@ def test_mistakes_in_the_configuration() -> None:
     assert parse_sparsity("0.5") == (0.5, None) and parse_sparsity("2:4") == (0.5, (2, 4))
     with pytest.raises(ConfigError, match=r"1\.5 is not a share"):
         SparseWeights(least=1.5)
-    with pytest.raises(ConfigError, match="add --load-format dummy"):
+    with pytest.raises(ConfigError, match="with --load-format dummy"):
         EngineConfig(model="m", dummy_sparsity="0.5")
     with pytest.raises(ConfigError, match=r"gossamer.config.SparseWeights\(...\) turns it on"):
         EngineConfig(model="m", sparse_weights=0.5)  # type: ignore[arg-type]

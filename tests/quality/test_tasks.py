@@ -50,6 +50,7 @@ QUESTION = {"context": "He shut the", "choices": ["door", "of"], "answer": 0}
     [
         ("{", "line 2 is not JSON"),
         ("[]", "line 2 is a JSON list"),
+        ('{"prompt": "\\ud83d", "answer": "a"}', "line 2 is not JSON .*surrogates"),
         ({"answer": 0}, 'neither "choices" and "prompt"'),
         (QUESTION | {"prompt": "a"}, 'both "choices" and "prompt"'),
         (QUESTION | {"question": "a"}, 'both "context" and "question"'),
@@ -71,6 +72,14 @@ QUESTION = {"context": "He shut the", "choices": ["door", "of"], "answer": 0}
 def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=f"t.jsonl, line 2.*{said}|t.jsonl, {said}"):
         write(tmp_path, QUESTION, line)
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    prompt = "one\u2028two\x85three"
+    path.write_text(json.dumps({"prompt": prompt, "answer": "a"}, ensure_ascii=False) + "\r\n\n", "utf-8")
+    (task,) = read_tasks(path).exact
+    assert task.prompt == prompt
 
 
 def test_files_without_tasks_are_refused(tmp_path: Path) -> None:

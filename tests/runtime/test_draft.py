@@ -13,6 +13,8 @@ from gossamer.config import EngineConfig, Quantization, SpeculativeDecoding
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import Executor, LastSampled, RowResult, Sampling, Span, StepPlan
 from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.runtime import planning
+from gossamer.runtime import start as starting
 from gossamer.runtime.sizing import step_rows
 from gossamer.runtime.start import start
 from tests.graph.small import llama_config
@@ -78,8 +80,10 @@ def test_a_draft_is_named_by_its_newest_token(models: tuple[Path, Path]) -> None
         token = known.token
 
 
-def test_memory_is_one_plan(models: tuple[Path, Path]) -> None:
+def test_memory_is_one_plan(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft = models
+    monkeypatch.setattr(starting, "resting_bytes", lambda kind: 1000)
+    monkeypatch.setattr(planning, "growth_bytes", lambda *_, **__: 500)
     started = start(config(target, draft))
     one, other = start(config(target, None)).memory, start(config(draft, None)).memory
     assert started.memory.draft > other.weights + other.kv
@@ -87,7 +91,7 @@ def test_memory_is_one_plan(models: tuple[Path, Path]) -> None:
     assert started.memory.total == started.memory.draft + sum(
         (started.memory.weights, started.memory.kv, started.memory.arena, started.memory.workspace)
     )
-    least = started.memory.total
+    least = started.memory.total + 1500
     start(config(target, draft, memory_budget=least, kv_bytes=started.memory.kv))
     with pytest.raises(MemoryBudgetError, match="draft "):
         start(config(target, draft, memory_budget=least - 1, kv_bytes=started.memory.kv))

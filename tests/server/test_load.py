@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from gossamer.config import DynamicBatching
+from gossamer.server import frontend
 from tests.server.serving import STORY, Live, meddled, serving, text_engine, wait_for
 
 
@@ -150,6 +151,24 @@ def test_a_burst_past_the_queue_is_told_to_come_back(slow: Live, brake: Brake) -
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
     too_many = slow.complete(n=5)
     assert too_many.status_code == 400 and too_many.json()["error"]["param"] == "n"
+
+
+def test_prompts_that_wait_have_as_many_tokens_as_the_plan_counts(
+    slow: Live, brake: Brake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brake.seconds = 0.05
+    kv_tokens = slow.engine.started.memory.kv_tokens
+    monkeypatch.setattr(frontend, "PROMPT_TOKENS", 50 / kv_tokens)  # of all prompts together
+
+    async def burst() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=slow.url, timeout=20) as client:
+            body = {"prompt": list(range(5, 25)), "max_tokens": 3}
+            return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(4)))
+
+    refused = [response for response in asyncio.run(burst()) if response.status_code == 429]
+    assert 1 <= len(refused) <= 2 and "tokens of at most 50" in refused[0].json()["error"]["message"]
+    alone = slow.complete(prompt=list(range(5, 60)))
+    assert alone.status_code == 400 and "55 tokens" in alone.json()["error"]["message"]
 
 
 def test_silence_is_filled_with_comments(slow: Live, brake: Brake) -> None:

@@ -16,7 +16,7 @@ __all__ = ["Before", "RecordingExecutor", "Step", "recording", "run_step"]
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step. wall, inside: seconds of the whole step and of the program in it; contexts: tokens that
-    each span sees; decode: every span is one token that is sampled."""
+    each span sees; decode: every span is one token that is sampled; padding: tokens computed beside them."""
 
     began: float
     wall: float
@@ -24,6 +24,7 @@ class Step:
     tokens: int
     contexts: tuple[int, ...]
     decode: bool
+    padding: int = 0
 
 
 class Before:
@@ -61,7 +62,7 @@ class RecordingExecutor(Before):
     def __init__(self, executor: Executor) -> None:
         super().__init__(executor)
         self._sizes: dict[Handle, tuple[int, tuple[int, ...], bool]] = {}
-        self.newest: tuple[int, tuple[int, ...], bool, float] | None = None
+        self.newest: tuple[int, tuple[int, ...], bool, float, int] | None = None
         self.kv_usage: Callable[[], float] | None = None
         self.kv_peak = 0.0
 
@@ -80,9 +81,9 @@ class RecordingExecutor(Before):
         return handle
 
     def collect(self, handle: Handle) -> StepResult:
-        """The result, with its program time noted."""
+        """The result, with its program time and padding noted."""
         result = self._executor.collect(handle)
-        self.newest = (*self._sizes.pop(handle), result.seconds)
+        self.newest = (*self._sizes.pop(handle), result.seconds, result.padding)
         return result
 
 
@@ -100,5 +101,5 @@ def run_step(engine: TextEngine, recorder: RecordingExecutor) -> tuple[Step | No
     wall = time.perf_counter() - began
     if recorder.newest is None:
         return None, updates
-    tokens, contexts, decode, inside = recorder.newest
-    return Step(began, wall, inside, tokens, contexts, decode), updates
+    tokens, contexts, decode, inside, padding = recorder.newest
+    return Step(began, wall, inside, tokens, contexts, decode, padding), updates

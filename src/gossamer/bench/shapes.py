@@ -1,9 +1,7 @@
 """What dynamic shapes gain: the same requests run as they are, and padded to the maximum shape in every step.
 
-Padded is what a runtime of one fixed shape computes: every step has max_num_batched_tokens tokens and
-max_num_seqs sampled rows. The missing ones are sequences of their own on scratch pages, whose results are
-dropped; they compute all that real ones do, attention included, so nothing is estimated. Both ways share one
-program and its memory, and take turns.
+Padded is what a runtime of one fixed shape computes (runtime/padded.py). Both ways share one program and its
+memory, and take turns.
 """
 
 from __future__ import annotations
@@ -19,84 +17,13 @@ from gossamer.bench.memory import memory_figures
 from gossamer.bench.workload import Job, uncached
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
-from gossamer.engine.step import Executor, ExecutorLimits, Handle, Sampling, Span, StepPlan, StepResult
+from gossamer.engine.step import Executor
 from gossamer.errors import ConfigError
+from gossamer.runtime.padded import PaddedExecutor
 from gossamer.runtime.start import Started, start
 from gossamer.text_engine import TextEngine
 
-__all__ = ["PaddedExecutor", "Shapes", "bench_shapes", "start_shapes"]
-
-_SEQUENCE = -1  # of padding; the engine counts from 0 up
-
-
-class PaddedExecutor:
-    """Fills every step up to `tokens` tokens and `rows` rows with sequences on the scratch pages.
-
-    scratch: for each sequence of padding its pages in every KV group; together they hold `tokens` tokens.
-    """
-
-    def __init__(
-        self,
-        executor: Executor,
-        limits: ExecutorLimits,
-        scratch: Sequence[tuple[Sequence[int], ...]],
-        tokens: int,
-        rows: int,
-    ) -> None:
-        self._executor = executor
-        self._limits = limits
-        self._scratch = scratch
-        self._tokens, self._rows = tokens, rows
-        self._real: dict[Handle, int] = {}
-
-    @property
-    def limits(self) -> ExecutorLimits:
-        """What is left for real sequences."""
-        return self._limits
-
-    @property
-    def draft_limits(self) -> ExecutorLimits | None:
-        """None: nothing speculates here."""
-        return None
-
-    def submit(self, plan: StepPlan) -> Handle:
-        """Computes the step and its padding."""
-        handle = self._executor.submit(replace(plan, spans=(*plan.spans, *self._padding(plan))))
-        self._real[handle] = len(plan.spans)
-        return handle
-
-    def collect(self, handle: Handle) -> StepResult:
-        """The results of the real sequences."""
-        result = self._executor.collect(handle)
-        return replace(result, rows=result.rows[: self._real.pop(handle)])
-
-    def close(self) -> None:
-        """Closes the executor below."""
-        self._executor.close()
-
-    def _padding(self, plan: StepPlan) -> list[Span]:
-        if not plan.spans:
-            return []
-        tokens = self._tokens - plan.tokens
-        rows = self._rows - sum(len(span.rows) for span in plan.spans)
-        spans: list[Span] = []
-        for tables in self._scratch:
-            if tokens <= 0:
-                break
-            count = min(tokens, len(tables[0]) * self._limits.page_size, self._limits.max_model_len)
-            sampled = min(rows, count)
-            spans.append(
-                Span(
-                    sequence=_SEQUENCE - len(spans),
-                    tokens=(0,) * count,
-                    start=0,
-                    rows=range(sampled),
-                    tables=tables,
-                    sampling=Sampling(SamplingParams(temperature=0.0), 0, (0,), ()) if sampled else None,
-                )
-            )
-            tokens, rows = tokens - count, rows - sampled
-        return spans
+__all__ = ["Shapes", "bench_shapes", "start_shapes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,50 +40,24 @@ class Shapes:
 
 
 def start_shapes(config: EngineConfig, loading: Callable[[int, int], None] | None = None) -> Shapes:
-    """Loads the model with room for the padding's sequences and pages.
-
-    Raises ConfigError where the KV pool has no room for them beside one real sequence.
-    """
+    """Loads the model with room for the padding's sequences and pages. Raises ConfigError for what is not
+    measured."""
     if config.backend != "cpu":
         raise ConfigError(f"shapes are measured on native kernels; --backend {config.backend} has none")
     if config.static_batching is not None or config.paged_attention is None:
         raise ConfigError("shapes are measured with continuous batching over pages; drop the baseline flags")
     if config.max_model_len == 1:
         raise ConfigError("--max-model-len 1 has no room for a prompt and a token after it; give 2 at least")
+    if config.dynamic_shapes is None:
+        raise ConfigError("shapes are measured with and without padding; leave out --no-dynamic-shapes")
     config = uncached(config)
-    length = config.max_model_len or config.max_num_batched_tokens
-    dummies = -(-config.max_num_batched_tokens // length)
-    # A step of max_num_seqs sequences keeps its tokens: a program must hold more tokens than sequences.
-    tokens = max(config.max_num_batched_tokens, config.max_num_seqs + dummies)
-    started = start(
-        replace(config, max_num_seqs=config.max_num_seqs + dummies, max_num_batched_tokens=tokens), loading
-    )
-    limits = started.executor.limits
-    per_sequence = -(-min(length, limits.max_model_len) // limits.page_size)
-    left = min(limits.pages) - dummies * per_sequence
-    if left < per_sequence:
-        raise ConfigError(
-            f"the KV pool of {min(limits.pages)} pages has no room for {dummies} sequences of padding beside "
-            f"real ones, {per_sequence} pages each; raise --kv-bytes or lower --max-num-batched-tokens"
-        )
-    scratch = [
-        tuple(range(left + i * per_sequence, left + (i + 1) * per_sequence) for _ in range(len(limits.pages)))
-        for i in range(dummies)
-    ]
-    real = replace(
-        limits,
-        max_tokens=config.max_num_batched_tokens,
-        max_rows=config.max_num_seqs,
-        max_spans=config.max_num_seqs,
-        pages=(left,) * len(limits.pages),
-    )
+    started = start(replace(config, dynamic_shapes=None), loading)
+    assert isinstance(started.executor, PaddedExecutor)
     return Shapes(
         config=config,
         started=started,
-        dynamic=PaddedExecutor(started.executor, real, (), 0, 0),
-        padded=PaddedExecutor(
-            started.executor, real, scratch, config.max_num_batched_tokens, config.max_num_seqs
-        ),
+        dynamic=started.executor.unfilled(),
+        padded=started.executor,
     )
 
 
@@ -176,12 +77,13 @@ def bench_shapes(
             if index:
                 done[name].append(took)
     graph, most = shapes.started.graph, shapes.config
+    most_rows = shapes.padded.limits.max_rows
     report: dict[str, Any] = {}
     for name, found in done.items():
         tokens = [n for r in found for n in r.tokens]
         rows = [n for r in found for n in r.rows]
         if name == "padded":
-            tokens, rows = [most.max_num_batched_tokens] * len(tokens), [most.max_num_seqs] * len(rows)
+            tokens, rows = [most.max_num_batched_tokens] * len(tokens), [most_rows] * len(rows)
         counts = {"T": round(median(tokens)), "R": round(median(rows)), "S": most.max_num_seqs}
         report[name] = {
             "step_ms_median": round(median(s for r in found for s in r.steps) * 1e3, 4),

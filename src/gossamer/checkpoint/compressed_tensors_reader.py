@@ -85,8 +85,8 @@ def open_compressed_tensors(
             "kv_cache_scheme",
             read.raw("kv_cache_scheme"),
             "scales of stored keys and values are not read; "
-            "--kv-dtype int8 computes them, and --ignore-config-field quantization_config.kv_cache_scheme "
-            "goes on without",
+            "--kv-cache-dtype int8 computes them, and --ignore-config-field "
+            "quantization_config.kv_cache_scheme goes on without",
         )
     if read.raw("transform_config"):
         read.refuse(
@@ -146,6 +146,8 @@ def _scheme(name: str, group: Any, layout: Any) -> tuple[_Scheme, list[str]]:
         )
     static = False
     if inputs:
+        if not isinstance(inputs, dict):
+            read.refuse(f"{where}.input_activations", inputs, "an object is right; " + _INSTEAD)
         of = _args(f"{where}.input_activations", inputs)
         static = not of[4]
         if of[0] != 8 or not of[1] or (static and (of[2] != "tensor" or strategy == "group" or bits != 8)):
@@ -240,7 +242,7 @@ def _matrix(file: TensorFile, module: str, scheme: _Scheme, notes: list[str]) ->
     order = None
     if g_idx in file:
         order = gathered(file, expect(file, g_idx, ("I32", "I64"), (k,), of=name), scheme.group or k, groups)
-    one = file.info(scale_name).shape in ((), (1,), (1, 1))
+    one = groups == 1 and file.info(scale_name).shape in ((), (1,), (1, 1))
     if not one:
         expect(file, scale_name, FLOATS, (n, groups), *([(n,)] if groups == 1 else []), of=name)
     zero_name = None if scheme.symmetric else need("weight_zero_point")
@@ -311,6 +313,8 @@ def _zeros(file: TensorFile, name: str, scheme: _Scheme, n: int, groups: int) ->
     """Zero points [n, groups], 0 .. 15."""
     words = file.read(name)
     if scheme.whole and words.shape == (n, groups):
+        if words.dtype.kind not in "iu" or not -8 <= words.min() <= words.max() <= 7:
+            raise CheckpointError(f"tensor {name!r} holds more than integers of 4 bits; download it again")
         return (np.asarray(words, np.int16) + 8).astype(np.uint8)
     if words.dtype != np.int32 or words.shape != (-(-n * 4 // 32), groups):
         raise CheckpointError(

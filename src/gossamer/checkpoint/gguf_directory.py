@@ -18,12 +18,13 @@ from gossamer.checkpoint.gguf import GGUFCheckpoint, content_key
 from gossamer.checkpoint.gguf_config import model_config
 from gossamer.checkpoint.gguf_file import GGUFFile
 from gossamer.checkpoint.gguf_tokenizer import tokenizer_config, tokenizer_json
+from gossamer.checkpoint.hub import GGUF_POINTER
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.errors import CheckpointError
 
 __all__ = ["POINTER", "gguf_directory", "open_pointed"]
 
-POINTER = "gguf.json"
+POINTER = GGUF_POINTER
 """In such a directory: {"file": the path of the GGUF file}."""
 _VERSION = 2  # raise when what is made of metadata changes
 

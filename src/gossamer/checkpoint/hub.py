@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from typing import Any
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.errors import CheckpointError, ConfigError
 
-__all__ = ["POCKET", "POCKET_HALF", "read_config", "read_quantization", "resolve_model"]
+__all__ = [
+    "GGUF_POINTER", "POCKET", "POCKET_HALF", "has_weights", "read_config", "read_quantization",
+    "resolve_config", "resolve_model",
+]  # fmt: skip
 
 POCKET = "gossamer/pocket"
 POCKET_HALF = "gossamer/pocket-half"
 _SHIPPED = {POCKET: "pocket", POCKET_HALF: "pocket-half"}  # folders of gossamer/models
 # Not importlib.resources: under an editable install its path is of two directories at once.
 _PACKAGE = Path(__file__).resolve().parents[1]
+GGUF_POINTER = "gguf.json"
+"""In a directory that stands for a GGUF file."""
 MAX_CONFIG = 4 << 20  # bytes; real ones have a few kilobytes
 _QUANTIZATION = ("quantization_config", "compression_config")
 _EARLY_GPTQ = "quantize_config.json"
@@ -54,6 +60,22 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             f"no model directory at {model!r}; check the path, or pass a hub id (owner/name)"
         )
     return _from_hub(model, revision)
+
+
+def resolve_config(model: str, revision: str | None = None) -> Path:
+    """As `resolve_model`, but of a hub id nothing is fetched but config.json (and what early GPTQ had beside
+    it): for plans. The weights may be there all the same, from an earlier download.
+
+    Raises what `resolve_model` does.
+    """
+    if model in _SHIPPED or _looks_local(model) or Path(model).exists():
+        return resolve_model(model, revision)
+    return _config_from_hub(model, revision)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds tensors, or stands for a GGUF file."""
+    return (directory / GGUF_POINTER).is_file() or any(directory.glob("*.safetensors"))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -137,6 +159,29 @@ def _looks_local(model: str) -> bool:
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+
+    with _hub_errors(model, revision):
+        # Falls back to the cache by itself when offline or when the hub cannot be reached.
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
+
+
+def _config_from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _hub_errors(model, revision):
+        found = Path(hf_hub_download(model, "config.json", revision=revision)).parent
+        if read_quantization(found) is None:
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(model, _EARLY_GPTQ, revision=revision)
+        return found
+
+
+@contextlib.contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub's library raises into CheckpointError with what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -146,8 +191,9 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
     name = model if revision is None else f"{model} at revision {revision!r}"
     try:
-        # Falls back to the cache by itself when offline or when the hub cannot be reached.
-        found = snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        yield
+    except CheckpointError:
+        raise
     except GatedRepoError:
         raise CheckpointError(
             f"{name} is gated: accept its terms on https://huggingface.co/{model}, "
@@ -170,4 +216,3 @@ def _from_hub(model: str, revision: str | None) -> Path:
         ) from None
     except Exception as cause:  # its HTTP library differs by version, and so do the errors it lets through
         raise CheckpointError(f"cannot download {name}: {cause}; try again or pass a directory") from None
-    return Path(found)

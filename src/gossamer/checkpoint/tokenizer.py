@@ -19,7 +19,9 @@ from gossamer.checkpoint.token_pieces import Alphabet, piece_bytes
 from gossamer.checkpoint.tokenizer_family import SPECIAL_NAMES, AddedToken, Family, family_of
 from gossamer.errors import CheckpointError, RequestError, TokenizerError
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "has_tokenizer"]
+
+_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 class Encoder(Protocol):
@@ -166,6 +168,11 @@ class Tokenizer:
     def _named(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return self._encoder.id_of(text) if isinstance(text, str) else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory has files of one."""
+    return any((directory / name).is_file() for name in _FILES)
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -106,7 +106,11 @@ def compress(
         try:
             done = run.compress(given, watch)
         except Stopped:
-            stderr().print(f"stopped; what is done is kept in {given.work}: run the same command to go on")
+            stderr().print(
+                f"stopped; what is done is kept in {given.work}: run the same command to go on",
+                soft_wrap=True,
+                markup=False,
+            )
             return 130
     _result(done, json)
     return None
@@ -124,10 +128,11 @@ def _result(directory: Path, json: bool) -> None:
         emit_json({"directory": str(directory), "certificate": asdict(certificate)})
         return
     from rich.console import Console
+    from rich.markup import escape
 
     before, after = certificate.original, certificate.compressed
     console = Console(highlight=False)
-    console.print(f"[bold]{directory}[/]")
+    console.print(f"[bold]{escape(str(directory))}[/]", soft_wrap=True)
     console.print(
         f"  size        {format_size(after.bytes)} of {format_size(before.bytes)} "
         f"({after.bytes / before.bytes:.1%}), {after.bits_per_weight:.2f} bits a weight"
@@ -150,7 +155,7 @@ def _result(directory: Path, json: bool) -> None:
             + f"), same top token {kl.top1:.1%}",
             soft_wrap=True,
         )
-    console.print(f"  try it      gossamer generate {directory} --prompt ...")
+    console.print(f"  try it      gossamer generate {directory} --prompt ...", soft_wrap=True, markup=False)
 
 
 def _estimate(model: str, recipe: Recipe, json: bool) -> None:

@@ -11,7 +11,7 @@ from gossamer.cli.options import flag
 from gossamer.cli.sizes import parse_size
 from gossamer.config.operator_fusion import RULES as FUSION_RULES
 from gossamer.config.quantization import SPELLINGS
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, ConflictError
 
 if TYPE_CHECKING:
     from gossamer.config import EngineConfig
@@ -94,6 +94,12 @@ class EngineFlags:
         "cheaper.")] = None
     no_memory_reuse: Annotated[bool, flag(
         "--no-memory-reuse", panel=_MEMORY, help="One buffer per intermediate, no shared arena.")] = False
+    no_dynamic_shapes: Annotated[bool, flag(
+        "--no-dynamic-shapes", panel=_BATCHING,
+        help="Pad every step to --max-num-batched-tokens tokens, as if shapes were fixed.")] = False
+    no_flash_attention: Annotated[bool, flag(
+        "--no-flash-attention", panel=_MACHINE,
+        help="Write the scores of attention to memory, which then holds those of a whole step.")] = False
     no_operator_fusion: Annotated[bool, flag(
         "--no-operator-fusion", panel=_MACHINE, help="Run every op by itself.")] = False
     no_fusion_rule: Annotated[list[str] | None, flag(
@@ -175,15 +181,16 @@ class EngineFlags:
             options["sparse_weights"] = SparseWeights(count=True) if self.sparse_weights else None
         if self.no_paged_attention:
             options["paged_attention"] = None
-        if self.no_memory_reuse:
-            options["memory_reuse"] = None
+        for name in ("memory_reuse", "dynamic_shapes", "flash_attention"):
+            if getattr(self, f"no_{name}"):
+                options[name] = None
         options |= self._fusion()
         if self.static_batching is not None:
             options |= self._static()
         elif self.length_buckets:
-            raise ConfigError(
-                "--length-buckets shapes static batches, continuous ones have no use for like lengths; add "
-                "--static-batching ragged or padded, or leave it out"
+            raise ConflictError(
+                ["--length-buckets shapes static batches, continuous ones have no use for like lengths"],
+                [["with --static-batching ragged"], ["without --length-buckets"]],
             )
         return engine_config(
             model,
@@ -210,11 +217,13 @@ class EngineFlags:
 
     def _fusion(self) -> dict[str, Any]:
         from gossamer.config import LayerFusion, OperatorFusion
+        from gossamer.config.conflicts import belong
 
-        if self.no_operator_fusion and self.no_fusion_rule:
-            raise ConfigError("--no-operator-fusion leaves out every rule; leave out --no-fusion-rule")
-        if self.no_layer_fusion and self.layer_fusion_rows is not None:
-            raise ConfigError("--no-layer-fusion has no tiles; leave out --layer-fusion-rows")
+        if self.no_operator_fusion:
+            rules = {"--no-fusion-rule": self.no_fusion_rule or None}
+            belong(rules, "operator fusion", "--no-operator-fusion")
+        if self.no_layer_fusion:
+            belong({"--layer-fusion-rows": self.layer_fusion_rows}, "layer fusion", "--no-layer-fusion")
         without = tuple(self.no_fusion_rule or ())
         operators = None if self.no_operator_fusion else OperatorFusion(without=without)
         rows = LayerFusion() if self.layer_fusion_rows is None else LayerFusion(rows=self.layer_fusion_rows)
@@ -225,10 +234,6 @@ class EngineFlags:
 
         if self.static_batching not in ("ragged", "padded"):
             raise ConfigError(f"static batching {self.static_batching!r} is unknown; choose ragged or padded")
-        if self.preempt_by is not None:
-            raise ConfigError("--preempt-by belongs to continuous batching; leave out --static-batching")
-        if self.prefill_chunk is not None:
-            raise ConfigError("--prefill-chunk belongs to continuous batching; leave out --static-batching")
         return {
             "continuous_batching": None,
             "static_batching": StaticBatching(

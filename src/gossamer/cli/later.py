@@ -20,10 +20,6 @@ _INSTEAD = {
     "--tp": _PARALLEL,
     "--pipeline-parallel-size": "pipeline parallelism is not built yet",
     "--device": "other devices than the CPU are not built yet",
-    "plan": "the planner is not built yet; `gossamer probe` and `gossamer graph --costs` show what it will "
-    "stand on",
-    "ablate": "the ledger of techniques is not built yet; `gossamer bench` measures one by one",
-    "techniques": "the list of techniques is not built yet; ARCHITECTURE.md has the map",
     # from vLLM
     "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
     "--kv-bytes the KV pool",

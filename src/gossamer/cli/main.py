@@ -15,7 +15,22 @@ from typing import Annotated, Any
 import typer
 
 from gossamer import __version__
-from gossamer.cli import bench, cache, chat, compress, demo, evaluate, export, generate, graph, probe, serve
+from gossamer.cli import (
+    ablate,
+    bench,
+    cache,
+    chat,
+    compress,
+    demo,
+    evaluate,
+    export,
+    generate,
+    graph,
+    plan,
+    probe,
+    serve,
+    techniques,
+)
 from gossamer.cli.later import known_elsewhere
 from gossamer.cli.options import quiet_output, verb
 from gossamer.errors import GossamerError
@@ -40,10 +55,13 @@ app.command(rich_help_panel=_RUN)(verb(chat.chat))
 app.command(rich_help_panel=_RUN)(verb(serve.serve))
 app.command(rich_help_panel=_MAKE)(verb(compress.compress))
 app.command(rich_help_panel=_MAKE)(verb(export.export))
+app.command(rich_help_panel=_LOOK)(verb(plan.plan))
+app.command(rich_help_panel=_LOOK)(verb(ablate.ablate))
 app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
 app.command(name="eval", rich_help_panel=_LOOK)(verb(evaluate.evaluate))
 app.command(rich_help_panel=_LOOK)(verb(probe.probe))
 app.command(rich_help_panel=_LOOK)(verb(graph.graph))
+app.command(rich_help_panel=_LOOK)(verb(techniques.techniques))
 app.add_typer(cache.app, name="cache", rich_help_panel=_LOOK)
 
 

@@ -47,11 +47,15 @@ _CONFIG = flag(
 
 def verb(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """Completes a verb for typer: a parameter whose type is a dataclass becomes that class's flags, and
-    --config is added. A pipe closed by its reader ends the verb quietly."""
+    --config is added; a parameter `ctx` is typer's context. A pipe closed by its reader ends the verb
+    quietly."""
     hints = get_type_hints(function, include_extras=True)
     parameters: dict[str, tuple[Any, Any]] = {"ctx": (typer.Context, inspect.Parameter.empty)}
     groups: dict[str, tuple[Any, list[str]]] = {}
-    for name, own in inspect.signature(function).parameters.items():
+    wanted = inspect.signature(function).parameters
+    for name, own in wanted.items():
+        if name == "ctx":
+            continue
         group = hints[name]
         if is_dataclass(group):
             inner = get_type_hints(group, include_extras=True)
@@ -70,6 +74,8 @@ def verb(function: Callable[..., int | None]) -> Callable[..., int | None]:
             _one_model(ctx, given["model"], given["model_flag"])
         for name, (group, names) in groups.items():
             given[name] = group(**{n: given.pop(n) for n in names})
+        if "ctx" in wanted:
+            given["ctx"] = ctx
         try:
             return function(**given)
         except BrokenPipeError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from gossamer.cli.engine_flags import EngineFlags
 from gossamer.cli.options import flag
 from gossamer.cli.show import emit_json, show_start, stderr
@@ -18,6 +20,7 @@ _PANEL = "Server"
 
 
 def serve(
+    ctx: typer.Context,
     engine: EngineFlags,
     host: Annotated[
         str, flag("--host", panel=_PANEL, metavar="ADDRESS", help="Where to listen.")
@@ -42,10 +45,19 @@ def serve(
     metrics_prefix: Annotated[
         str, flag("--metrics-prefix", panel=_PANEL, metavar="NAME", help="vllm suits its dashboards.")
     ] = "gossamer",
+    no_plan: Annotated[
+        bool,
+        flag("--no-plan", panel=_PANEL, help="Take the defaults of flags that are not given, unplanned."),
+    ] = False,
     json: Annotated[bool, flag("--json", help="Print one JSON object once ready: url, memory.")] = False,
 ) -> None:
-    """Serve the OpenAI API: /v1/models, /v1/completions, /v1/chat/completions."""
+    """Serve the OpenAI API: /v1/models, /v1/completions, /v1/chat/completions.
+
+    Flags of the engine that are not given come from the easy plan (see `gossamer plan`), which is printed.
+    """
     from gossamer.bench.memory import memory_figures
+    from gossamer.cli.easy import easy_plan
+    from gossamer.cli.show_plan import two_lines
     from gossamer.server.run import serve as run
     from gossamer.server.settings import ServerSettings
 
@@ -59,7 +71,9 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         metrics_prefix=metrics_prefix,
     )
-    config = engine.config()
+    config, plan = (engine.config(), None) if no_plan else easy_plan(ctx, engine)
+    if plan is not None:
+        stderr().print(two_lines(plan), style="dim", markup=False, soft_wrap=True)
 
     def ready(running: TextEngine, url: str) -> None:
         show_start(running.started)

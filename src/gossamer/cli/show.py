@@ -71,7 +71,8 @@ def memory_table(started: Started) -> Table:
         "KV pages" if paged else "KV slots",
         format_size(memory.kv),
         f"{memory.kv_tokens:,} tokens ({keys}) in {pages:,} {'page' if paged else 'slot'}"
-        f"{'s' if pages != 1 else ''} of {size:,}",
+        f"{'s' if pages != 1 else ''} of {size:,}"
+        + (", and those of padding" if config.dynamic_shapes is None else ""),
     )
     table.add_row("context", f"{started.max_model_len:,}", "tokens, the longest sequence")
     saved = memory.arena_separate / max(memory.arena, 1)
@@ -79,7 +80,8 @@ def memory_table(started: Started) -> Table:
     if config.memory_reuse is None:
         reuse = f"{format_size(memory.arena_shared)} with memory reuse, which is off"
     table.add_row("arena", format_size(memory.arena), reuse)
-    table.add_row("workspace", format_size(memory.workspace), "")
+    scores = "" if config.flash_attention is not None else "with the scores of attention"
+    table.add_row("workspace", format_size(memory.workspace), scores)
     if memory.draft and config.speculative_decoding is not None:
         model = escape(config.speculative_decoding.model or "the head that came with the model")
         table.add_row("draft", format_size(memory.draft), f"{model}, with KV pages of its own")

@@ -52,7 +52,7 @@ def show_certificate(certificate: Certificate) -> None:
     c, console = certificate, Console(highlight=False)
     before, after = c.original, c.compressed
     console.print(
-        f"[bold]{_safe(after.name)}[/]  [dim]from {_safe(before.name)}, {c.created}[/]", soft_wrap=True
+        f"[bold]{_safe(after.name)}[/]  [dim]from {_safe(before.name)}, {_safe(c.created)}[/]", soft_wrap=True
     )
     table = _table("", "before", "after")
     table.add_row("weights", format_size(before.bytes), format_size(after.bytes))
@@ -66,8 +66,8 @@ def show_certificate(certificate: Certificate) -> None:
     console.print(steps)
     saw = "no text" if c.data is None else f"{c.data.tokens:,} tokens of text"
     console.print(
-        f"[dim]recipe {_safe(c.recipe.name)} ({c.recipe.sha256[:12]}), seed {c.seed}, {saw}; gossamer "
-        f"{c.versions.gossamer}, {_safe(c.versions.processor)}[/]",
+        f"[dim]recipe {_safe(c.recipe.name)} ({_safe(c.recipe.sha256[:12])}), seed {c.seed}, {saw}; gossamer "
+        f"{_safe(c.versions.gossamer)}, {_safe(c.versions.processor)}[/]",
         soft_wrap=True,
     )
     if c.quality is None:
@@ -114,9 +114,10 @@ def _against(console: Console, found: Comparison, made_from: str | None) -> None
     )
     if found.execution.stored:
         other = "the model that it was made from" if made_from is None else _safe(made_from)
+        stored = _safe(" and ".join(found.execution.stored))
         console.print(
-            f"[yellow]the reference keeps the values of its stored {' and '.join(found.execution.stored)} "
-            f"weights: what those lost is not in these figures; --reference {other} says it[/]",
+            f"[yellow]the reference keeps the values of its stored {stored} weights: what those lost is not "
+            f"in these figures; --reference {other} says it[/]",
             soft_wrap=True,
         )
 
@@ -135,7 +136,7 @@ def _tasks(tasks: tuple[TaskScore, ...]) -> Table:
     table = _table("tasks", "questions", "right", "by length", "by chance")
     for t in tasks:
         table.add_row(
-            f"{_safe(t.name)}, {t.kind}",
+            _safe(f"{t.name}, {t.kind}"),
             f"{t.count:,}",
             f"{t.accuracy:.1%} ± {t.error:.1%}",
             "-" if t.normalised is None else f"{t.normalised:.1%}",
@@ -149,7 +150,7 @@ def _how(run: Execution) -> str:
     weights = " and ".join(
         f"{name} {share:.0%}" if share < 1 else name for name, share in run.formats.items()
     )
-    return f"{by}, {weights} weights, {run.kv} keys and values"
+    return _safe(f"{by}, {weights} weights, {run.kv} keys and values")
 
 
 def _table(first: str, *rest: str) -> Table:
@@ -168,6 +169,7 @@ def _within(error: float | None, digits: str = ".4f") -> str:
 
 
 def _safe(text: str) -> str:
+    """Text of a certificate, which anyone may have written: neither markup nor orders to the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(c if c.isprintable() else "\ufffd" for c in text))

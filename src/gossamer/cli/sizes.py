@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from gossamer.errors import ConfigError
+from gossamer.planner.units import size as format_size
 
 __all__ = ["format_size", "parse_size"]
 
@@ -22,12 +23,3 @@ def parse_size(text: str) -> int:
     if match is None or len(match[1]) > _DIGITS:
         raise ConfigError(f"size {text!r} is not understood; write such as 2GiB, 500M or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def format_size(size: float) -> str:
-    """A size for people: 1.50 GiB, 23.4 MiB, 12 KiB."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            value = size / unit
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
-    return f"{size:.0f} B"

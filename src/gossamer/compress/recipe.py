@@ -54,7 +54,17 @@ from gossamer.config.compression.checks import check_range
 from gossamer.config.weight_formats import weight_formats
 from gossamer.errors import ConfigError
 
-__all__ = ["METHODS", "SHIPPED", "Data", "Recipe", "find_recipe", "method_of", "needs_text", "parse_recipe"]
+__all__ = [
+    "METHODS",
+    "SHIPPED",
+    "Data",
+    "Recipe",
+    "find_recipe",
+    "method_of",
+    "needs_text",
+    "parse_recipe",
+    "reads_text",
+]
 
 METHODS: Mapping[str, Mapping[str, type]] = {
     "prune": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "structured": Structured},
@@ -117,7 +127,12 @@ def method_of(step: StepConfig) -> tuple[str, str]:
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether any step calibrates or trains."""
-    return any(not isinstance(step, _NO_TEXT) for step in recipe.steps)
+    return any(reads_text(step) for step in recipe.steps)
+
+
+def reads_text(step: StepConfig) -> bool:
+    """Whether the step calibrates or trains."""
+    return not isinstance(step, _NO_TEXT)
 
 
 def find_recipe(given: str) -> Recipe:
@@ -146,8 +161,11 @@ def parse_recipe(text: str, *, name: str = "recipe", base: Path = Path()) -> Rec
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as cause:
+        repr(table)  # hexadecimal numbers are read with more digits than a message can name
+    except ValueError as cause:  # also of such numbers
         raise ConfigError(f"recipe {name!r} is not TOML: {cause}") from None
+    except RecursionError:
+        raise ConfigError(f"recipe {name!r} is not TOML that can be read: it is nested too deep") from None
     _known(table, ("name", "description", "data", "step"), f"recipe {name!r}")
     steps = table.get("step", [])
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
@@ -167,7 +185,7 @@ def _data(table: Any, name: str, base: Path) -> Data:
     given = dict(table)
     files = given.pop("text", [])
     files = [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+    if not isinstance(files, list) or not all(isinstance(file, str) and "\0" not in file for file in files):
         raise ConfigError(f"[data] of recipe {name!r}: text is {files!r}; a list of file names is right")
     for own in fields(Data):
         if own.name in given:

@@ -29,11 +29,13 @@ from gossamer.checkpoint.model_writer import write_json
 from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.checkpoint.weights import ModelSource
 from gossamer.compress.certify import certify, measure_loss
+from gossamer.compress.distill.step import check_teacher
 from gossamer.compress.model import check_floats, open_model
+from gossamer.compress.prune.unstructured import skipped_matrices
 from gossamer.compress.quantize.plan import formats_of
-from gossamer.compress.recipe import Recipe, method_of, needs_text
+from gossamer.compress.recipe import Recipe, method_of, needs_text, reads_text
 from gossamer.compress.step import Estimate, Ids, Job, StepRunner
-from gossamer.compress.text import read_tokens
+from gossamer.compress.text import Windows, read_tokens, spread_windows
 from gossamer.config.compression import (
     AWQ,
     GPTQ,
@@ -44,15 +46,18 @@ from gossamer.config.compression import (
     StepConfig,
     Structured,
 )
+from gossamer.config.compression.prune import Unstructured
 from gossamer.config.compression.train import Training
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
+from gossamer.memory import available_memory
 from gossamer.quality.certificate import FileRecord, file_records
 
 __all__ = ["Compression", "Watch", "compress", "estimates"]
 
 _MODULES = {"prune": "prune.{}", "train": "distill.step", "quantize": "quantize.{}"}
 """Verb -> the module whose `estimate` and `run` it is, {} being the method."""
+_ESTIMATES_ERR = 1.5  # times
 _HELD_BACK = 0.05  # of the text, at most _HELD_TOKENS: what quality is measured on
 _HELD_TOKENS = 32768
 
@@ -115,8 +120,12 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
         )
     torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))
     _check_formats(graph, recipe)
+    for index, step in enumerate(recipe.steps):
+        if isinstance(step, Distil) and not _is_done(given, index):  # afterwards the teacher may go
+            check_teacher(step, graph, model)
     expected = estimates(graph, recipe)
     _check_disk(given, expected, source)
+    _check_memory(expected)
     watch.estimate(expected)
     with _workplace(given.work) as work:
         _check_out(out)  # another run may have finished since
@@ -140,11 +149,13 @@ def compress(given: Compression, watch: Watch | None = None) -> Path:
 
 
 def _check_formats(graph: Graph, recipe: Recipe) -> None:
-    """Raises ConfigError now for formats that the model cannot take, rather than after hours of other steps;
-    a step that changes the model's shape leaves that to the quantizing one."""
+    """Raises ConfigError now for formats that the model cannot take and names that it lacks, rather than
+    after hours of other steps; a step that changes the model's shape leaves that to those after it."""
     for step in recipe.steps:
         if isinstance(step, Structured) or (isinstance(step, Distil) and step.student is not None):
             return
+        if isinstance(step, Unstructured):
+            skipped_matrices(graph, step.skip)
         if isinstance(step, MixedBits):
             formats = step.candidates
         elif isinstance(step, SmoothQuant):
@@ -170,8 +181,7 @@ def _step(
     place, part, scratch, facts_at = (
         work / f"{index:02d}{end}" for end in ("", ".part", ".scratch", ".json")
     )
-    later = [work / f"{i:02d}" for i in range(index + 1, len(given.recipe.steps))]
-    done = place.is_dir() or any(path.is_dir() for path in later)
+    done = _is_done(given, index)
     watch.step(index, _name(step), done)
     if done:
         return place, json.loads(facts_at.read_text())
@@ -205,6 +215,11 @@ def _step(
     return place, facts
 
 
+def _is_done(given: Compression, index: int) -> bool:
+    """Whether the step's result, or a later one's, stands there whole."""
+    return any((given.work / f"{i:02d}").is_dir() for i in range(index, len(given.recipe.steps)))
+
+
 def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
     """The text to work with, and what is held back to measure on. Tokens are kept, so that going on does not
     depend on files that changed; whose they are stands in the state, written after them."""
@@ -218,6 +233,7 @@ def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
             ids = read_tokens(files, tokenizer, _wanted(recipe))
             cut = min(_HELD_TOKENS, int(len(ids) * _HELD_BACK))
             ids, held = ids[: len(ids) - cut], ids[len(ids) - cut :]
+        _check_length(recipe, ids)  # before it is kept, so that the files can be mended
         if given.held_out and tokenizer is not None:
             held = read_tokens(given.held_out, tokenizer, _HELD_TOKENS)
         write_json(work / "files.json", [asdict(record) for record in file_records(files)])
@@ -230,6 +246,16 @@ def _text(given: Compression, model: Path, work: Path) -> tuple[Ids, Ids]:
 def _files(work: Path) -> list[FileRecord]:
     """The text's files as they were when they were read."""
     return [FileRecord(**record) for record in json.loads((work / "files.json").read_text())]
+
+
+def _check_length(recipe: Recipe, ids: Ids) -> None:
+    """Raises ConfigError for a text that is too short for one of the steps."""
+    data = recipe.data
+    for step in filter(reads_text, recipe.steps):
+        if isinstance(step, Training):
+            Windows(ids, step.context, data.seed)
+        else:
+            spread_windows(ids, data.context, data.samples)
 
 
 def _wanted(recipe: Recipe) -> int:
@@ -309,8 +335,19 @@ def _check_disk(given: Compression, expected: Sequence[tuple[str, Estimate]], so
     free = shutil.disk_usage(beside).free
     if need > free:
         raise ConfigError(
-            f"about {need / 1e9:.1f} GB of disk are needed in {beside}, and {free / 1e9:.1f} GB are free; "
+            f"about {need / 1e6:,.1f} MB of disk are needed in {beside}, and {free / 1e6:,.1f} MB are free; "
             "make room, or choose -o on another disk"
+        )
+
+
+def _check_memory(expected: Sequence[tuple[str, Estimate]]) -> None:
+    """Refuses what no error of an estimate explains."""
+    there = available_memory()
+    name, most = max(((name, e.memory) for name, e in expected), key=lambda pair: pair[1])
+    if most > _ESTIMATES_ERR * there:
+        raise MemoryBudgetError(
+            f"the step {name} would take about {most / 1e9:,.1f} GB of memory, and {there / 1e9:,.1f} GB are "
+            "there; lower batch or context of its training, or context or samples under [data]"
         )
 
 

@@ -69,7 +69,7 @@ class Windows:
         if len(tokens) < 2 * length:
             raise ConfigError(
                 f"the text has {len(tokens)} tokens, and a window takes {length}; give more text or a "
-                "shorter --context"
+                "shorter context"
             )
         self.tokens, self.length, self.seed = tokens, length, seed
         self.per_epoch = len(tokens) // length - 1

@@ -5,7 +5,9 @@ Presence of a technique's config means on, `None` means off; ablation is `replac
 
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.dynamic_batching import DynamicBatching
+from gossamer.config.dynamic_shapes import DynamicShapes
 from gossamer.config.engine import EngineConfig
+from gossamer.config.flash_attention import FlashAttention
 from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
@@ -22,7 +24,9 @@ from gossamer.config.static_batching import StaticBatching
 __all__ = [
     "ContinuousBatching",
     "DynamicBatching",
+    "DynamicShapes",
     "EngineConfig",
+    "FlashAttention",
     "HardwareKernels",
     "LayerFusion",
     "MemoryReuse",

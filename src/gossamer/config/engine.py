@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from gossamer.config.conflicts import check
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.dynamic_batching import DynamicBatching
+from gossamer.config.dynamic_shapes import DynamicShapes
+from gossamer.config.flash_attention import FlashAttention
 from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
@@ -31,7 +34,7 @@ _TECHNIQUES: dict[str, type] = {
     "memory_reuse": MemoryReuse, "hardware_kernels": HardwareKernels, "parallel_computing": ParallelComputing,
     "continuous_batching": ContinuousBatching, "static_batching": StaticBatching,
     "speculative_decoding": SpeculativeDecoding, "dynamic_batching": DynamicBatching,
-    "sparse_weights": SparseWeights,
+    "sparse_weights": SparseWeights, "flash_attention": FlashAttention, "dynamic_shapes": DynamicShapes,
 }  # fmt: skip
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
@@ -67,6 +70,8 @@ class EngineConfig:
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
     prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)
     memory_reuse: MemoryReuse | None = field(default_factory=MemoryReuse)
+    flash_attention: FlashAttention | None = field(default_factory=FlashAttention)
+    dynamic_shapes: DynamicShapes | None = field(default_factory=DynamicShapes)
     hardware_kernels: HardwareKernels | None = field(default_factory=HardwareKernels)
     parallel_computing: ParallelComputing | None = field(default_factory=ParallelComputing)
     continuous_batching: ContinuousBatching | None = field(default_factory=ContinuousBatching)
@@ -88,8 +93,9 @@ class EngineConfig:
     """Size of the KV pool; None: max_num_seqs sequences of max_model_len, at most an eighth of memory (but
     one sequence of a max_model_len that was asked for)."""
     memory_budget: int | None = None
-    """Most bytes for weights, KV, arena and workspace; never more than the machine and its control group
-    have free, which is what None means."""
+    """Most bytes that the process may take: weights, KV, arena and workspace, and beside them interpreter,
+    libraries, tokenizer and the engine's objects; never more than the machine and its control group have
+    free, which is what None means."""
 
     def __post_init__(self) -> None:
         for name, technique in _TECHNIQUES.items():
@@ -125,62 +131,4 @@ class EngineConfig:
         weight_formats(self.weight_formats)
         if self.dummy_sparsity is not None:
             parse_sparsity(self.dummy_sparsity)
-            if self.load_format != "dummy":
-                raise ConfigError(
-                    f"dummy_sparsity {self.dummy_sparsity} makes zeros of dummy weights; add --load-format "
-                    "dummy, or leave it out"
-                )
-        if self.quantization is not None and self.mixed_precision is not None:
-            raise ConfigError(
-                f"quantization {self.quantization} and mixed precision {self.mixed_precision.dtype} both say "
-                "how weights are stored; give one of --quantization and --dtype"
-            )
-        if (self.continuous_batching is None) == (self.static_batching is None):
-            raise ConfigError("exactly one of continuous batching and static batching must be on")
-        if self.prefix_cache is not None and self.paged_attention is None:
-            raise ConfigError(
-                "the prefix cache shares pages, and contiguous KV has none; turn it off "
-                "(--no-enable-prefix-caching, prefix_cache=None) or use PagedAttention"
-            )
-        if (
-            self.continuous_batching is not None
-            and self.continuous_batching.preempt_by == "swap"
-            and (self.paged_attention is None or self.paged_attention.swap_bytes is None)
-        ):
-            raise ConfigError(
-                "preemption by swap needs a slower tier; give its size (--swap-bytes 1GiB), or preempt by "
-                "recompute"
-            )
-        if self.static_batching is not None and self.speculative_decoding is not None:
-            raise ConfigError(
-                "static batching is a baseline without speculation; leave out --static-batching or "
-                "--speculative-config"
-            )
-        if self.backend == "reference":
-            self._check_reference()
-        if (
-            self.static_batching is not None
-            and self.dynamic_batching is not None
-            and self.dynamic_batching.itl_goal_ms is not None
-        ):
-            raise ConfigError(
-                f"a goal of {self.dynamic_batching.itl_goal_ms:g} ms between tokens needs continuous "
-                "batching, a static batch cannot adapt; give one of --itl-goal-ms and --static-batching"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
-                f"{self.max_num_seqs}: a step could not advance every sequence; raise one or lower the other"
-            )
-
-    def _check_reference(self) -> None:
-        """Refuses what runs on the CPU backend alone."""
-        if self.speculative_decoding is not None and self.speculative_decoding.method != "ngram":
-            raise ConfigError(
-                f"the reference backend runs one model, and {self.speculative_decoding.method} is a second; "
-                "use --backend cpu, or the method ngram"
-            )
-        if self.paged_attention is not None and self.paged_attention.swap_bytes is not None:
-            raise ConfigError(
-                "the reference backend swaps no pages; use --backend cpu or leave swap_bytes out"
-            )
+        check(self)

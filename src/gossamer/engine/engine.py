@@ -364,7 +364,8 @@ class Engine:
             live.times.setdefault("first_token", now)
             self._prompt_tokens += len(seq.prompt_ids)
             if seq.index == 0:
-                update.prompt_logprobs = live.scores
+                # Handed over, not kept: twenty a token weigh more than the token's keys and values may.
+                update.prompt_logprobs, live.scores = live.scores, None
         grammar = seq.grammar
         for row in rows:
             if row.bad:

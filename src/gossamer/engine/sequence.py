@@ -33,8 +33,8 @@ class Live:
     """A request inside the engine, shared by its sequences.
 
     ends: token -> stop_reason, for tokens that end an output. unfinished: sequences still going.
-    scores: log-probabilities of the prompt's tokens after the first, where asked for. cached: tokens of the
-    prompt that the prefix cache had. times: as in RequestOutput.
+    scores: log-probabilities of the prompt's tokens after the first, where asked for, until they are handed
+    over. cached: tokens of the prompt that the prefix cache had. times: as in RequestOutput.
     """
 
     __slots__ = ("cached", "ends", "request", "scores", "sequences", "times", "unfinished")

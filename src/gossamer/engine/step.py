@@ -142,11 +142,12 @@ class RowResult:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """rows[i]: results of plan.spans[i], in the order of its rows. seconds: inside the program;
-    move_seconds: in the plan's kv_ops."""
+    move_seconds: in the plan's kv_ops; padding: tokens that were computed on top of the plan's."""
 
     rows: list[list[RowResult]]
     seconds: float = 0.0
     move_seconds: float = 0.0
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

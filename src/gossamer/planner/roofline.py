@@ -32,7 +32,7 @@ _CACHED, _STREAMED = (
     0.5,
     1.25,
 )  # of the last cache: what is read in a step is in it up to here; none of it from here
-_SCATTERED = 0.55  # of the read rate that whole layers reach: experts are small and lie apart
+_SCATTERED_GB_S = 30.0  # of a thread, which waits at the start of every expert: they are small and lie apart
 _ATTENTION_ROWS = 32  # csrc/generic/attention_tile.h: kAttentionRows
 _ATTENTION_TILE = 64  # kTile
 _TILE_WORK = 16384  # csrc/program.h: kTileWork
@@ -177,7 +177,8 @@ class StepModel:
         as_linear = LinearWork(
             work.stored, work.inputs, 3 * work.width, work.inputs, int(work.bytes), False, False, False
         )
-        whole = self._linear(as_linear, tokens * work.chosen / touched, missed / _SCATTERED)
+        whole = self._linear(as_linear, tokens * work.chosen / touched, missed)
+        whole += missed * work.bytes / (_SCATTERED_GB_S * 1e9 * self.threads * self._clock)
         overhead = self._table.linear_of(work.stored).overhead_us * 1e-6 / self._clock
         return touched * (whole - overhead) + 3 * overhead
 

@@ -20,7 +20,15 @@ import numpy as np
 from gossamer import _native
 from gossamer.checkpoint.hub import read_config, resolve_model
 from gossamer.checkpoint.tokenizer import Tokenizer
-from gossamer.config import EngineConfig, HardwareKernels, MemoryReuse, MixedPrecision, ParallelComputing
+from gossamer.config import (
+    DynamicShapes,
+    EngineConfig,
+    FlashAttention,
+    HardwareKernels,
+    MemoryReuse,
+    MixedPrecision,
+    ParallelComputing,
+)
 from gossamer.config.weight_formats import FLOATS
 from gossamer.errors import ConfigError
 from gossamer.quality.compare import Compared, Losses, compare, divergence, mean_error, score, text_scores
@@ -165,7 +173,12 @@ def serving_config(model: str, threads: int | None = None, **options: Any) -> En
 def _in_torch(config: EngineConfig) -> EngineConfig:
     """The same model and formats on the torch reference."""
     return replace(
-        config, backend="reference", hardware_kernels=HardwareKernels(), memory_reuse=MemoryReuse()
+        config,
+        backend="reference",
+        hardware_kernels=HardwareKernels(),
+        memory_reuse=MemoryReuse(),
+        flash_attention=FlashAttention(),
+        dynamic_shapes=DynamicShapes(),
     )
 
 

@@ -80,7 +80,7 @@ class TaskFile:
 def read_tasks(path: Path) -> TaskFile:
     """The tasks of a file. Raises ConfigError with the line and the field that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts inside of texts, too
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the tasks {path}: {error}") from None
     choices: list[MultipleChoice] = []
@@ -208,6 +208,7 @@ class _Line:
         self._where, self._number = f"{file}, line {number}", number
         try:
             raw = json.loads(text)
+            json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self._where} is not JSON ({error}); write one object a line") from None
         if not isinstance(raw, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gossamer.backends.cpu.formats import kv_page_bytes
 from gossamer.checkpoint.heads import find_head, load_head
-from gossamer.checkpoint.tokenizer import Tokenizer
+from gossamer.checkpoint.tokenizer import Tokenizer, has_tokenizer
 from gossamer.checkpoint.weights import DummySource, WeightSource
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
@@ -17,8 +17,6 @@ from gossamer.graph.ir import Graph
 from gossamer.runtime.sizing import KVPlan
 
 __all__ = ["check_draft", "draft_config", "draft_pages", "has_head", "head_of"]
-
-_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def draft_config(config: EngineConfig, kv: KVPlan) -> EngineConfig | None:
@@ -96,9 +94,9 @@ def check_draft(config: EngineConfig, target: Graph, draft: Graph, kv: KVPlan, *
 
 def _difference(target: Path, draft: Path) -> str:
     """What differs between two directories' tokenizers; "" where nothing does or either has none."""
-    if not all(any((directory / name).is_file() for name in _FILES) for directory in (draft, target)):
+    if not (has_tokenizer(draft) and has_tokenizer(target)):
         return ""  # prompts are token ids then, and the sizes of the vocabularies agree
-    files = [directory / _FILES[0] for directory in (draft, target)]
+    files = [directory / "tokenizer.json" for directory in (draft, target)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return ""
     one, other = Tokenizer.load(draft), Tokenizer.load(target)

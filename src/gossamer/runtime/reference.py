@@ -25,7 +25,7 @@ from gossamer.engine.step import (
     StepPlan,
     StepResult,
 )
-from gossamer.errors import ConfigError, MemoryBudgetError, NotBuiltError
+from gossamer.errors import MemoryBudgetError, NotBuiltError
 from gossamer.graph.ir import Graph
 from gossamer.graph.ops.attention import KVCache, KVState, SpanRows, tree_depths
 from gossamer.graph.ops.sampling import sample_row
@@ -212,15 +212,6 @@ def start_reference(
         raise MemoryBudgetError(
             f"{need / 2**20:.0f} MiB are needed for weights, which the reference holds in float32, and "
             f"{budget / 2**20:.0f} MiB are there; use --backend cpu"
-        )
-    if config.hardware_kernels is not None and config.hardware_kernels.isa is not None:
-        raise ConfigError(
-            f"--isa {config.hardware_kernels.isa} chooses native kernels, and the reference runs torch; "
-            "drop it (or $GOSSAMER_ISA), or use --backend cpu"
-        )
-    if config.memory_reuse is None:
-        raise ConfigError(
-            "the reference backend has no arena, so --no-memory-reuse means nothing to it; drop it"
         )
     threads = 1 if config.parallel_computing is None else config.parallel_computing.threads
     if threads is not None:

@@ -10,39 +10,53 @@ from typing import Any
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.packing import Progress
-from gossamer.backends.cpu.program import CpuProgram, StepShape, choose_isa
+from gossamer.backends.cpu.plan import StepShape
+from gossamer.backends.cpu.program import CpuProgram
 from gossamer.checkpoint.cache_directory import cache_directory
-from gossamer.checkpoint.hub import read_config, read_quantization, resolve_model
+from gossamer.checkpoint.declared import as_declared
+from gossamer.checkpoint.heads import find_head
+from gossamer.checkpoint.hub import (
+    has_weights,
+    read_config,
+    read_quantization,
+    resolve_config,
+    resolve_model,
+)
 from gossamer.checkpoint.opening import notes_of, open_checkpoint
 from gossamer.checkpoint.sparsity import with_nonzeros
+from gossamer.checkpoint.tokenizer import has_tokenizer
 from gossamer.checkpoint.weights import DummySource, WeightSource, as_stored, check_tensors
 from gossamer.config import EngineConfig
-from gossamer.engine.step import Executor
-from gossamer.errors import ConfigError, DependencyError, MemoryBudgetError
+from gossamer.engine.step import Executor, ProgramName
+from gossamer.errors import ConfigError, DependencyError
 from gossamer.graph.families import build_graph
-from gossamer.graph.families.eagle import with_features
+from gossamer.graph.families.eagle import build_eagle
 from gossamer.graph.families.names import fit_names
 from gossamer.graph.ir import Graph
-from gossamer.memory import available_memory
-from gossamer.passes.pipeline import run_passes
-from gossamer.runtime.draft import check_draft, draft_config, draft_pages, has_head, head_of
+from gossamer.memory import anonymous_bytes, available_memory, give_back
+from gossamer.runtime.draft import check_draft, draft_config, has_head, head_of
 from gossamer.runtime.headed import HeadedExecutor
 from gossamer.runtime.local import LocalExecutor
-from gossamer.runtime.sizing import KVPlan, plan_kv, step_rows
+from gossamer.runtime.padded import PaddedExecutor, Room
+from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_options, room_of
+from gossamer.runtime.process_memory import Kind, own_kind, resting_bytes
+from gossamer.runtime.sizing import KVPlan, plan_kv
 from gossamer.runtime.swap import SwapFile
 
 __all__ = [
-    "Started", "cache_directory", "load_graph", "load_planned_graph", "packed_directory", "plan_start",
-    "start", "tuning_directory",
+    "StartPlan", "Started", "cache_directory", "load_graph", "load_planned_graph", "packed_directory",
+    "plan_start", "start", "tuning_directory",
 ]  # fmt: skip
 
+_DRAFTS = 8  # graphs of drafts that plans remember
 _LOGGER = logging.getLogger("gossamer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """An executor with all that stands behind it. receipt() lists what ran (empty on the reference), a
-    draft's after the model's. swap_bytes: size of the swap file on disk."""
+    draft's after the model's. process: most bytes that the process takes beside `memory`, what it held before
+    the start included (on the reference backend that alone). swap_bytes: size of the swap file on disk."""
 
     config: EngineConfig
     directory: Path
@@ -50,6 +64,7 @@ class Started:
     passes: tuple[str, ...]
     executor: Executor
     memory: MemoryReport
+    process: int
     max_model_len: int
     isa: str
     threads: int
@@ -73,20 +88,10 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     What reading a quantized checkpoint changes is logged. Raises UnsupportedModelError, CheckpointError.
     """
     directory = resolve_model(config.model, config.revision)
-    graph = build_graph(
-        read_config(directory),
-        name=config.model,
-        context=config.max_model_len,
-        ignore=config.ignore_config_fields,
-    )
     if config.load_format == "dummy":
-        if read_quantization(directory, config.ignore_config_fields):
-            raise ConfigError(
-                f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
-                "--ignore-config-field quantization_config, and --quantization for another format"
-            )
-        dummy = DummySource(graph, config.dummy_sparsity)
-        return _counted(graph, dummy, config), directory, dummy
+        graph, dummy = _shape(config, directory)
+        return graph, directory, dummy
+    graph = _described(config, directory)
     checkpoint = open_checkpoint(directory, config.ignore_config_fields)
     for note in notes_of(checkpoint):
         _LOGGER.warning("%s: %s", config.model, note)
@@ -95,24 +100,103 @@ def load_graph(config: EngineConfig) -> tuple[Graph, Path, WeightSource]:
     return _counted(as_stored(graph, checkpoint), checkpoint, config), directory, checkpoint
 
 
+def _described(config: EngineConfig, directory: Path) -> Graph:
+    """What config.json says the model is."""
+    return build_graph(
+        read_config(directory),
+        name=config.model,
+        context=config.max_model_len,
+        ignore=config.ignore_config_fields,
+    )
+
+
+def _shape(config: EngineConfig, directory: Path) -> tuple[Graph, WeightSource]:
+    """The graph of config.json alone, with random weights (for a plan, where it is to be quantized)."""
+    graph = _described(config, directory)
+    settings = read_quantization(directory, config.ignore_config_fields)
+    if settings and config.load_format == "dummy":
+        raise ConfigError(
+            f"{config.model} is quantized, and --load-format dummy makes floats alone; add "
+            "--ignore-config-field quantization_config, and --quantization for another format"
+        )
+    if settings:
+        graph = as_declared(graph, settings)
+    dummy = DummySource(graph, config.dummy_sparsity)
+    return _counted(graph, dummy, config), dummy
+
+
 def load_planned_graph(config: EngineConfig) -> tuple[Graph, Path, bool]:
     """The model's graph before any pass, its directory, and whether its weights are there: without them it is
-    what config.json alone says."""
-    directory = resolve_model(config.model, config.revision)
-    if config.load_format != "dummy" and any(directory.glob("*.safetensors")):
+    what config.json alone says. Of a hub id that is not here, nothing but config.json is fetched."""
+    directory = resolve_config(config.model, config.revision)
+    if config.load_format != "dummy" and has_weights(directory):
         graph, directory, _ = load_graph(config)
         return graph, directory, True
-    dummy = replace(config, load_format="dummy")
-    graph, directory, _ = load_graph(dummy)
+    graph, _ = _shape(config, directory)
     return graph, directory, config.load_format == "dummy"
 
 
-def plan_start(graph: Graph, config: EngineConfig, budget: int | None = None) -> tuple[MemoryReport, int]:
-    """What `start` would take and the longest sequence, without reading a weight. graph: before any pass."""
-    graph, _ = run_passes(graph, config)
-    kv = plan_kv(graph, config, available_memory() if budget is None else budget)
-    program = _program(graph, DummySource(graph), config, kv, budget or available_memory(), load=False)
-    return program.memory, kv.max_model_len
+def plan_start(
+    graph: Graph,
+    config: EngineConfig,
+    budget: int | None = None,
+    directory: Path | None = None,
+    *,
+    kind: Kind = "library",
+) -> StartPlan:
+    """What `start` would take, without reading a weight. graph: before any pass, as `load_planned_graph`
+    gives it with its directory. budget: bytes that there are (None: this machine's, or the configuration's).
+
+    Raises MemoryBudgetError where there is no KV memory for a sequence; whether all of it fits is for
+    `StartPlan.require` to say.
+    """
+    if budget is None:
+        budget = _budget(config)
+    if config.backend != "cpu":
+        raise ConfigError(f"the byte plan is of the CPU backend; --backend {config.backend} has none")
+    after, _ = passed(graph, config)
+    kv = plan_kv(after, config, budget)
+    own, draft = draft_config(config, kv), None
+    if own is not None:
+        draft, _ = passed(_planned_draft(config, own, graph, kv, directory), own)
+    tokenizer = directory is None or _speaks(directory, config)
+    return plan_programs(after, config, kv, budget, draft=draft, tokenizer=tokenizer, kind=kind)
+
+
+_drafts: dict[tuple[object, ...], tuple[Graph, Graph]] = {}
+
+
+def _planned_draft(
+    config: EngineConfig, own: EngineConfig, target: Graph, kv: KVPlan, directory: Path | None
+) -> Graph:
+    """The draft's graph before any pass, from config.json alone where its weights are not here."""
+    key = id(target), own.model, kv.max_model_len, own.load_format, own.sparse_weights, has_head(config)
+    found = _drafts.get(key)
+    if found is None:
+        if has_head(config):
+            draft = build_eagle(target)
+            if config.load_format != "dummy" and directory is not None and has_weights(directory):
+                assert config.speculative_decoding is not None
+                find_head(config.speculative_decoding.model, directory)
+        else:
+            draft, other, _ = load_planned_graph(own)
+            check_draft(config, target, draft, kv, *(() if directory is None else (directory, other)))
+        found = _drafts[key] = target, draft  # the target too: its id is in the key
+        while len(_drafts) > _DRAFTS:
+            _drafts.pop(next(iter(_drafts)), None)
+    return found[1]
+
+
+def _speaks(directory: Path, config: EngineConfig) -> bool:
+    """Whether there is, or once it is downloaded will be, a tokenizer."""
+    coming = config.load_format != "dummy" and not has_weights(directory)
+    return coming or has_tokenizer(directory)
+
+
+def _budget(config: EngineConfig) -> int:
+    """Bytes that there are for a start: what the machine has left, and no more than was allowed."""
+    there = available_memory()
+    return there if config.memory_budget is None else min(there, config.memory_budget)
 
 
 def _counted(graph: Graph, source: WeightSource, config: EngineConfig) -> Graph:
@@ -127,15 +211,15 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
 
     Raises GossamerError for anything a user can mend; memory is checked before any of it is taken.
     """
-    graph, directory, source = load_graph(config)
-    plain = graph
-    graph, passes = run_passes(with_features(graph) if has_head(config) else graph, config)
-    budget = available_memory()
-    if config.memory_budget is not None:
-        budget = min(budget, config.memory_budget)
+    held = anonymous_bytes()
+    plain, directory, source = load_graph(config)
+    graph, passes = passed(plain, config)
+    budget = _budget(config)
     kv = plan_kv(graph, config, budget)
-    executor: Executor
-    swap_bytes = 0
+    common: dict[str, Any] = {
+        "config": config, "directory": directory, "graph": graph, "passes": passes,
+        "max_model_len": kv.max_model_len,
+    }  # fmt: skip
     if config.backend == "reference":
         try:
             from gossamer.runtime.reference import start_reference
@@ -145,24 +229,36 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
             ) from error
 
         executor, memory, isa, threads = start_reference(graph, source, config, kv, budget)
-        receipt: Callable[[], list[ReceiptLine]] = list
-    else:
-        executor, memory, isa, threads, receipt, swap_bytes = _start_cpu(
-            graph, plain, directory, source, config, kv, budget, progress
+        return Started(
+            executor=executor, memory=memory, process=held, isa=isa, threads=threads, receipt=list, **common
         )
+    made = _start_cpu(graph, plain, directory, source, config, kv, budget, progress)
     return Started(
-        config=config,
-        directory=directory,
-        graph=graph,
-        passes=tuple(passes),
-        executor=executor,
-        memory=memory,
-        max_model_len=kv.max_model_len,
-        isa=isa,
-        threads=threads,
-        receipt=receipt,
-        swap_bytes=swap_bytes,
+        executor=made.executor,
+        memory=made.plan.memory,
+        process=held + made.plan.growth,
+        isa=made.target.isa,
+        threads=made.target.threads,
+        receipt=made.receipt,
+        swap_bytes=made.swap.bytes if made.swap else 0,
+        **common,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the CPU backend made of a plan."""
+
+    plan: StartPlan
+    target: CpuProgram
+    draft: CpuProgram | None
+    swap: SwapFile | None
+    executor: Executor
+
+    def receipt(self) -> list[ReceiptLine]:
+        """The model's lines, then the draft's."""
+        beside = [] if self.draft is None else self.draft.receipt()
+        return self.target.receipt() + [replace(line, node=f"draft.{line.node}") for line in beside]
 
 
 def _start_cpu(
@@ -174,10 +270,11 @@ def _start_cpu(
     kv: KVPlan,
     budget: int,
     progress: Progress | None,
-) -> tuple[Executor, MemoryReport, str, int, Callable[[], list[ReceiptLine]], int]:
-    """The programs of the CPU backend: the draft is planned first, and loaded once all of it fits. plain:
-    the graph before any pass."""
+) -> _Made:
+    """The programs of the CPU backend: planned, then made, then loaded. plain: the graph before any pass."""
     beside: CpuProgram | None = None
+    rooms: dict[ProgramName, Room] = {"target": room_of(graph, config, kv)}
+    draft_graph: Graph | None = None
     own = draft_config(config, kv)
     if own is not None:
         if has_head(config):
@@ -185,15 +282,25 @@ def _start_cpu(
         else:
             draft_graph, draft_directory, draft_source = load_graph(own)
             check_draft(config, graph, draft_graph, kv, directory, draft_directory)
-        draft_graph, _ = run_passes(draft_graph, own)
-        pages = draft_pages(draft_graph, config, kv, budget)
-        try:
-            beside = _program(draft_graph, draft_source, config, replace(kv, pages=pages), budget, load=False)
-        except MemoryBudgetError as error:
-            raise MemoryBudgetError(f"the draft model {own.model}: {error}") from None
-    program = _program(graph, source, config, kv, budget, draft=beside, progress=progress)
+        draft_graph, _ = passed(draft_graph, own)
+        rooms["draft"] = room_of(draft_graph, config, kv)
+    tokenizer = _speaks(directory, config)
+    kind = own_kind()
+    plan = plan_programs(graph, config, kv, budget, draft=draft_graph, tokenizer=tokenizer, kind=kind)
+    plan.require(available_memory(), process=plan.growth)  # what the process holds is taken already
+    if config.memory_budget is not None:
+        plan.require(config.memory_budget, process=resting_bytes(kind) + plan.growth)
+    if draft_graph is not None:
+        assert plan.draft is not None
+        beside = _program(draft_graph, draft_source, plan.draft.shape, config)
+    program = _program(graph, source, plan.target.shape, config, draft=beside)
     if beside is not None:
         beside.load(draft_source, progress=progress, **_cache(config))
+    program.load(source, progress=progress, **_cache(config))
+    give_back()
+    for each in (program, beside):
+        if each is not None:
+            each.touch()
     if config.hardware_kernels is not None and config.hardware_kernels.autotune:
         for each in (program, beside):
             if each is not None:
@@ -202,56 +309,32 @@ def _start_cpu(
     paged = config.paged_attention
     if paged is not None and paged.swap_bytes is not None:
         swap = SwapFile(Path(paged.swap_directory or cache_directory()), paged.swap_bytes, program.kv)
-    executor = (
+    executor: Executor = (
         HeadedExecutor(program, kv.max_model_len, head=beside, swap=swap)
         if beside is not None and has_head(config)
         else LocalExecutor(program, kv.max_model_len, draft=beside, swap=swap)
     )
-
-    def receipt() -> list[ReceiptLine]:
-        lines = program.receipt()
-        return lines if beside is None else lines + [named(line) for line in beside.receipt()]
-
-    def named(line: ReceiptLine) -> ReceiptLine:
-        return replace(line, node=f"draft.{line.node}")
-
-    return executor, program.memory, program.isa, program.threads, receipt, swap.bytes if swap else 0
+    if config.dynamic_shapes is None:
+        executor = PaddedExecutor(executor, rooms)
+    return _Made(plan, program, beside, swap, executor)
 
 
 def _program(
     graph: Graph,
     source: WeightSource,
+    shape: StepShape,
     config: EngineConfig,
-    kv: KVPlan,
-    budget: int,
     *,
     draft: CpuProgram | None = None,
-    progress: Progress | None = None,
-    load: bool = True,
 ) -> CpuProgram:
     return CpuProgram(
         graph,
         source,
-        StepShape(
-            # A head takes a sequence's first token with its first chunk, and the one behind the chunk too.
-            tokens=config.max_num_batched_tokens + (config.max_num_seqs if graph.family == "eagle" else 0),
-            rows=step_rows(config, graph.vocab),
-            spans=config.max_num_seqs,
-            page_size=kv.page_size,
-            pages=kv.pages,
-            table=-(-kv.max_model_len // kv.page_size),
-            kv_dtype=config.kv_dtype,
-        ),
-        isa="scalar" if config.hardware_kernels is None else choose_isa(config.hardware_kernels.isa),
-        threads=1 if config.parallel_computing is None else config.parallel_computing.threads or 0,
+        shape,
         pool=None if draft is None else draft.pool,
-        reuse=config.memory_reuse is not None,
-        unit_rows=None if config.layer_fusion is None else config.layer_fusion.rows,
-        memory_budget=budget,
         draft=draft,
-        progress=progress,
-        load=load,
-        **_cache(config),
+        load=False,
+        **program_options(config),
     )
 
 

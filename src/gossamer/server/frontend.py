@@ -13,6 +13,7 @@ import anyio.to_thread
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.structured_output import GrammarFactory
 from gossamer.errors import QueueFullError
+from gossamer.runtime.process_memory import PROMPT_TOKENS
 from gossamer.server.errors import ApiError, unavailable
 from gossamer.server.metrics import Metrics
 from gossamer.server.settings import ServerSettings
@@ -113,6 +114,7 @@ class Frontend:
                 )
                 for i in ids
             ]
+            self._check_tokens(ids)
             ticket = Ticket(jobs, arrival)
             self._live.add(ticket)
             self.worker.submit(ticket)
@@ -146,6 +148,26 @@ class Frontend:
                 "try again later"
             )
         self._reserved += places
+
+    def _check_tokens(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Prompts wait in memory that the byte plan counts: as many tokens as it says are taken."""
+        started, wanted = self.engine.started, sum(map(len, prompts))
+        if max(map(len, prompts), default=0) >= started.max_model_len:
+            return  # the engine says so, and keeps nothing
+        most = PROMPT_TOKENS * started.memory.kv_tokens
+        held = sum(ticket.prompt_tokens for ticket in self._live)
+        if wanted > most:
+            raise ApiError(
+                400,
+                f"the prompts have {wanted} tokens, and all that run and wait may have {most}; send fewer at "
+                "once",
+                param="prompt",
+            )
+        if held + wanted > most:
+            raise QueueFullError(
+                f"prompts that run and wait have {held} tokens of at most {most}, the request has {wanted}; "
+                "try again later"
+            )
 
     async def drain(self, timeout: float) -> None:
         """Takes no more requests, waits so many seconds for those that run, then fails the rest."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
+
+from gossamer.config import EngineConfig
+from gossamer.config.rules import RULES, Rule
 
 __all__ = ["METRICS", "Card", "Metric"]
 
@@ -45,7 +49,14 @@ class Card:
     metrics: tuple[Metric, ...]
     """What it should move."""
     fields: tuple[str, ...] = ()
-    """Fields of EngineConfig that switch it; none: it is applied to a model ahead of serving."""
+    """Fields of EngineConfig that switch it, the one that is it first; none: it is applied to a model ahead
+    of serving."""
+    steps: tuple[str, ...] = ()
+    """Steps of a recipe that apply it ahead of serving: "prune wanda"."""
+    by_default: str = ""
+    """What is so where nothing is asked, in words; "" where its first field says whether it is on."""
+    prerequisites: tuple[str, ...] = ()
+    """What it needs beside other techniques."""
     off: str
     """How to go without it, as one types it."""
     code: tuple[str, ...]
@@ -56,3 +67,44 @@ class Card:
     """What is not built yet; "" where all of it is."""
     built: bool = True
     """Whether any of it exists."""
+
+    @property
+    def state(self) -> str:
+        """What is so where nothing is asked: "on", "off", "offline" (applied to a model ahead of serving),
+        "not built", or in words."""
+        if not self.built:
+            return "not built"
+        if self.by_default:
+            return self.by_default
+        if not self.fields:
+            return "offline"
+        own = next(own for own in fields(EngineConfig) if own.name == self.fields[0])
+        return "off" if own.default is None and own.default_factory is MISSING else "on"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be there for it: prerequisites, and rules of other choices (`gossamer.config.rules`)."""
+        rules = [rule for rule in self._rules("needs") if rule.techniques[0] == self.name]
+        return self.prerequisites + tuple(_said(rule, rule.techniques[1:]) for rule in rules)
+
+    @property
+    def needed_by(self) -> tuple[str, ...]:
+        """What is not there without it."""
+        rules = [rule for rule in self._rules("needs") if rule.techniques[0] != self.name]
+        return tuple(_said(rule, rule.techniques[:1]) for rule in rules)
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """What it cannot be with: the other techniques, and why."""
+        return tuple(
+            _said(rule, [name for name in rule.techniques if name != self.name])
+            for rule in self._rules("excludes")
+        )
+
+    def _rules(self, kind: str) -> Iterator[Rule]:
+        return (rule for rule in RULES if rule.kind == kind and self.name in rule.techniques)
+
+
+def _said(rule: Rule, others: Iterable[str]) -> str:
+    """The rule in words, after the names of other techniques."""
+    return ": ".join([*(name.replace("_", " ") for name in others), rule.says])

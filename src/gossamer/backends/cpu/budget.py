@@ -16,25 +16,33 @@ if TYPE_CHECKING:
 
 __all__ = ["too_large"]
 
+_SCORES = (
+    "the workspace holds the scores of attention, which grow with --max-model-len and "
+    "--max-num-batched-tokens, and which FlashAttention does without (leave out --no-flash-attention); "
+)
 
-def too_large(budget: int, graph: Graph, shape: StepShape, **parts: int) -> MemoryBudgetError:
-    """The error for a program of these parts in a budget that is too small, with what would fit."""
+
+def too_large(budget: int, graph: Graph, shape: StepShape, *, flash: bool, **parts: int) -> MemoryBudgetError:
+    """The error for a program of these parts in a budget that is too small, with what would fit. flash: no
+    scores of attention are among them."""
     need = sum(parts.values())
     listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     room = budget - (need - parts["weights"] - parts["kv"])
+    room -= shape.padding * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
     return MemoryBudgetError(
         f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there; "
-        + _what_fits(graph, shape, room, parts["weights"])
+        + ("" if flash else _SCORES)
+        + _what_fits(graph, shape, budget, room, parts["weights"])
     )
 
 
-def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
-    """What to ask for instead, never more than was asked for. room: bytes that are there for weights and
-    KV together."""
+def _what_fits(graph: Graph, shape: StepShape, budget: int, room: int, weights: int) -> str:
+    """What to ask for instead, never more than was asked for. room: bytes of the budget that are there for
+    weights and KV together."""
     page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
 
     def kv(left: int) -> tuple[str, str]:
-        pages = min(left // page, shape.pages)
+        pages = min(left // page, shape.pages - shape.padding)
         return f"--kv-bytes {pages * page}", f"{min(pages * shape.page_size, graph.reach)}"
 
     if room - weights >= page:
@@ -43,17 +51,23 @@ def _what_fits(graph: Graph, shape: StepShape, room: int, weights: int) -> str:
             f"{size} fits, with a --max-model-len of at most {length}; "
             "a lower --max-num-batched-tokens or --max-num-seqs leaves more for it"
         )
-    least = weights
+    least, stored = weights, "as they are"
     for format in ("int8", "int4"):
-        least = min(least, _weights_in(graph, format))
+        size_there = _weights_in(graph, format)
+        if size_there < least:
+            least, stored = size_there, f"as {format}"
         if room - least >= page:
             size, length = kv(room - least)
-            whole = (room - least) // page >= shape.pages
+            whole = (room - least) // page >= shape.pages - shape.padding
             return f"--quantization {format} fits, which takes {_mib(least)} for weights" + (
                 "" if whole else f", with {size} and a --max-model-len of at most {length}"
             )
-    return f"nothing fits: weights take {_mib(least)} at least, one KV page {_mib(page)}; " + (
-        "take a smaller model"
+    rest = budget - room
+    return (
+        f"nothing fits: {_mib(least + page + rest)} are the least (weights {stored} {_mib(least)}, one KV "
+        f"page {_mib(page)}, {_mib(rest)} beside), {_mib(least + page - room)} more than there are; "
+    ) + (
+        "take a smaller model (offloading weights is not built yet)"
         if room < least
         else "lower --max-num-seqs and --max-num-batched-tokens or take a smaller model"
     )

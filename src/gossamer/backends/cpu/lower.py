@@ -16,6 +16,7 @@ _OPS = (
     "prepare", "linear", "linear_top1", "embed", "rms_norm", "layer_norm", "norm_prepare", "norm_add",
     "add", "scale", "softcap", "activation", "act_mul", "rope", "kv_write", "qkv_write", "attention",
     "take_rows", "take_columns", "top_k_experts", "experts",
+    "attention_materialised",
 )  # fmt: skip
 _ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SOURCES = {"floats": 0, "workspace": 1, "prepared": 2}
@@ -35,7 +36,8 @@ class Instruction:
 @dataclass(slots=True)
 class Lowering:
     """State of one lowering: where values lie, which of them hold a tile's rows only, which native index
-    each weight has."""
+    each weight has. score_keys: most keys of a row of attention where its scores are to lie in memory; None:
+    they stay in tiles."""
 
     graph: Graph
     program: _native.Program
@@ -45,6 +47,7 @@ class Lowering:
     matrices: Mapping[tuple[str, int], int]
     vectors: Mapping[str, int]
     kv_layers: Mapping[int, int]
+    score_keys: int | None = None
     emitted: list[Instruction] = field(default_factory=list)
     prepared: tuple[str, str, int, float] | None = None
 
@@ -252,12 +255,16 @@ def _qkv_write(l: Lowering, node: Node) -> None:
 
 def _attention(l: Lowering, node: Node) -> None:
     a = node.attrs
+    ints: tuple[int, ...] = (l.kv_layers[a["layer"]], a["heads"], a["window"] or 0)
+    if l.score_keys is not None:
+        ints = (*ints, l.score_keys)
+        l.prepared = None  # scores take the workspace
     l.emit(
         node,
-        "attention",
+        "attention" if l.score_keys is None else "attention_materialised",
         ins=node.inputs[:1],
         outs=node.outputs,
-        ints=(l.kv_layers[a["layer"]], a["heads"], a["window"] or 0),
+        ints=ints,
         reals=(a["scale"], a["softcap"] or 0.0),
     )
 

@@ -20,15 +20,28 @@ from gossamer.backends.cpu.weight_cache import read_cache, write_cache
 from gossamer.checkpoint.weights import WeightSource, evaluate, evaluate_codes
 from gossamer.errors import CheckpointError
 from gossamer.graph.ir import FLOATS, Graph, Weight
-from gossamer.graph.weights import Stack, Transpose, WeightExpr, leaves, stored_format
+from gossamer.graph.weights import Stack, Tensor, Transpose, WeightExpr, leaves, stored_format
 
-__all__ = ["Matrix", "Place", "Places", "fill_block", "layout", "load_vectors", "packed_matrices"]
+__all__ = [
+    "Matrix",
+    "Place",
+    "Places",
+    "fill_block",
+    "layout",
+    "load_vectors",
+    "loading_bytes",
+    "packed_matrices",
+]
 
 _ALIGN = 64
 _LAYOUT = 2  # raise when the packed layout changes
 _CHUNK = 16 << 20  # bytes of float32 rows packed at a time
 _CACHE_FROM = 64 << 20  # smaller models pack faster than a cache is worth
 _PANEL = 16
+# Bytes for each number of a chunk, measured: its float32 with what its reader and the check for NaN take; the
+# same of an expression that computes; integers on their way out of the words of other formats.
+_FLOAT, _COMPUTED, _CODED = 6, 12, 16
+_READER = 1 << 20  # names, records and scales
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -100,6 +113,22 @@ def layout(graph: Graph) -> tuple[Places, int]:
     return places, top
 
 
+def loading_bytes(graph: Graph, places: Places) -> int:
+    """Most bytes that `fill_block` holds beside the block: the chunk that is packed and what makes it."""
+    most = 0
+    coded = any(stored_format(_plane(w, 0)) != ("f32", 0) for w in graph.weights.values())
+    for name, index in places:
+        m, expr = places[name, index][0], _plane(graph.weights[name], index)
+        each = _CODED if coded else _FLOAT if isinstance(expr, Tensor) else _COMPUTED
+        most = max(most, each * min(_rows_at_once(m, expr), m.n) * m.k)
+    return most + _READER
+
+
+def _rows_at_once(m: Matrix, expr: WeightExpr) -> int:
+    # A transposed tensor is read whole for any row of it, so it is taken in one go.
+    return m.n if isinstance(expr, Transpose) else max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
+
+
 def load_vectors(graph: Graph, source: WeightSource) -> dict[str, npt.NDArray[np.float32]]:
     """Norms, biases and frequencies, in float32."""
     return {
@@ -157,11 +186,9 @@ def _pack(
     if stored_format(expr) == (m.format, m.group) != ("f32", 0):
         _pack_codes(expr, m, place, source, pool, block)
         return
-    # A transposed tensor is read whole for any row of it, so it is taken in one go.
-    step = m.n if isinstance(expr, Transpose) else max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
+    step = _rows_at_once(m, expr)
     for start in range(0, m.n, step):
-        rows = evaluate(expr, source, start, min(start + step, m.n))
-        floats = np.ascontiguousarray(rows, np.float32)
+        floats = np.ascontiguousarray(evaluate(expr, source, start, min(start + step, m.n)), np.float32)
         if m.format not in FLOATS and not np.isfinite(floats).all():
             names = ", ".join(leaf.name for leaf in leaves(expr))
             raise CheckpointError(
@@ -169,19 +196,21 @@ def _pack(
                 f"represent it; the checkpoint is damaged"
             )
         _native.pack(pool, FORMATS[m.format], m.group, m.n, m.k, floats, start, *place.views(block))
+        del floats  # before the next are made: one chunk is held at a time
 
 
 def _pack_codes(
     expr: WeightExpr, m: Matrix, place: Place, source: WeightSource, pool: _native.Pool, block: Bytes
 ) -> None:
     """The integers that the checkpoint stores, as they are."""
-    step = max(_PANEL, _CHUNK // (4 * m.k) // _PANEL * _PANEL)
+    step = _rows_at_once(m, expr)
     for start in range(0, m.n, step):
         rows = evaluate_codes(expr, source, start, min(start + step, m.n))
         zeros = np.zeros((0, 0), np.uint8) if rows.zeros is None else np.ascontiguousarray(rows.zeros)
         codes, scales = np.ascontiguousarray(rows.codes), np.ascontiguousarray(rows.scales)
         views = place.views(block)
         _native.pack_codes(pool, FORMATS[m.format], m.group, m.n, m.k, codes, scales, zeros, start, *views)
+        del rows, codes, scales, zeros  # before the next are made
 
 
 def _plane(weight: Weight, index: int) -> WeightExpr:

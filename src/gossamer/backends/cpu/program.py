@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,51 +10,21 @@ import numpy.typing as npt
 from gossamer import _native
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.budget import too_large
-from gossamer.backends.cpu.formats import FORMATS, group_page_bytes, kv_page_bytes, require_kernels
-from gossamer.backends.cpu.lower import Instruction, Lowering, lower
-from gossamer.backends.cpu.packing import Progress, fill_block, layout, load_vectors
+from gossamer.backends.cpu.formats import group_page_bytes
+from gossamer.backends.cpu.lower import Instruction
+from gossamer.backends.cpu.packing import Progress, fill_block, load_vectors
+from gossamer.backends.cpu.plan import SAMPLE_ROW, StepShape, lowered, native_arena, plan_program, step_arrays
 from gossamer.backends.cpu.tuning import Choice, TuningFile, autotune
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.errors import ConfigError, UnsupportedModelError
-from gossamer.graph.ir import Graph, R, Value
-from gossamer.passes.memory_reuse import ArenaPlan, SizeOf, plain_size, plan_arena
+from gossamer.errors import ConfigError
+from gossamer.graph.ir import Graph, R
 from gossamer.processor import processor_signature
 
-__all__ = ["CpuProgram", "StepShape", "choose_isa", "native_arena"]
+__all__ = ["SAMPLE_ROW", "CpuProgram", "StepShape", "choose_isa", "native_arena"]
 
-_MAX_LOGPROBS = 20
 _TUNED_FROM = 64 << 20  # bytes of weights
+_PAGE = 4096  # bytes that become resident with the first that is written
 _READ_SOME = {"embed", "experts"}  # ops that read the rows or experts they are asked for
-_MAX_HEAD_DIM = 1024  # csrc/generic/kv.h: kMaxHeadDim
-
-SAMPLE_ROW = np.dtype(
-    [
-        *((n, "<f4") for n in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")),
-        ("top_k", "<i4"),
-        ("logprobs", "<i4"),
-        ("seed", "<u8"),
-        ("output_index", "<i4"),
-        *((f"{n}_{end}", "<i4") for n in ("prompt", "output", "bias") for end in ("begin", "end")),
-        ("mask_row", "<i4"),
-        ("target", "<i4"),
-    ],
-    align=True,
-)
-"""csrc/api.h: SampleRow."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepShape:
-    """The most that one step may hold, and the KV memory there is: pages of each KV group, of which one
-    sequence has at most `table`."""
-
-    tokens: int
-    rows: int
-    spans: int
-    page_size: int
-    pages: int
-    table: int
-    kv_dtype: str
 
 
 def choose_isa(wanted: str | None) -> str:
@@ -81,6 +48,19 @@ class CpuProgram:
     SAMPLE_ROW. Outputs: token, logprob, top_ids, top_logprobs, bad, one line per row.
     """
 
+    ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    parents: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]
+    sample_rows: npt.NDArray[np.void]
+    token: npt.NDArray[np.int32]
+    logprob: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+    bad: npt.NDArray[np.uint8]
+
     def __init__(
         self,
         graph: Graph,
@@ -92,6 +72,7 @@ class CpuProgram:
         pool: _native.Pool | None = None,
         reuse: bool = True,
         unit_rows: int | None = None,
+        flash: bool = True,
         memory_budget: int | None = None,
         draft: CpuProgram | None = None,
         cache_dir: Path | None = None,
@@ -99,72 +80,62 @@ class CpuProgram:
         progress: Progress | None = None,
         load: bool = True,
     ) -> None:
-        """pool: threads to share with another program. draft: a program whose memory counts in the same
-        budget. load: whether to fill weights and touch memory now; otherwise `load` does, before any run.
+        """pool: threads to share with another program. flash: whether attention's scores stay in tiles; else
+        the workspace holds those of a step (or of a unit's tile) with the longest sequences. draft: a program
+        whose memory counts in the same budget. load: whether to fill weights and touch memory now; otherwise
+        `load` and `touch` do, before any run. Raises MemoryBudgetError before any memory is taken.
         """
-        require_kernels({w.format for w in graph.weights.values()}, shape.kv_dtype)
+        plan = plan_program(
+            graph,
+            shape,
+            isa=isa,
+            threads=threads if pool is None else int(pool.size),
+            reuse=reuse,
+            unit_rows=unit_rows,
+            flash=flash,
+            draft=0 if draft is None else draft.memory.total,
+        )
+        beside = {} if draft is None else {"draft": draft.memory.total}
+        if memory_budget is not None:
+            plan.require(memory_budget, **beside)
         self.graph, self.shape, self.isa = graph, shape, isa
+        self.memory: MemoryReport = plan.memory
         self.pool = _start_pool(threads) if pool is None else pool
         self.threads = int(self.pool.size)
-        counts = {"T": shape.tokens, "R": shape.rows, "S": shape.spans}
         self._unit_rows = unit_rows or shape.tokens
-        arena = native_arena(graph, counts, reuse=reuse, unit_rows=unit_rows)
-        self._offsets = arena.offsets
-        places, block_bytes = layout(graph)
-        kv_bytes = shape.pages * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
-        beside = {} if draft is None else {"draft": draft.memory.total}
+        self._offsets, self._places = plan.arena.offsets, plan.places
         try:  # nothing is touched yet, but a limit on address space counts what is merely reserved
-            self._block = _native.allocate(block_bytes)
-            self._allocate_kv()
+            self._block = _native.allocate(plan.block_bytes)
+            self.kv = self._allocate_kv()
+            self._arena, self._workspace, self._scratch = (
+                _native.allocate(max(size, 64)) for size in (plan.arena.bytes, plan.workspace, plan.scratch)
+            )
         except MemoryError:
-            sizes = {"weights": block_bytes, "kv": kv_bytes, "arena": arena.bytes} | beside
-            raise too_large(memory_budget or 0, graph, shape, **sizes) from None
+            m = plan.memory
+            sizes = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace} | beside
+            raise too_large(memory_budget or 0, graph, shape, flash=flash, **sizes) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
-        self._kv_layers = self._add_kv()
-        lowering = Lowering(
-            graph=graph,
-            program=self.program,
-            offsets=arena.offsets,
-            tiled=frozenset(value for unit in graph.units for value in graph.inner(unit)),
-            unit_rows=self._unit_rows,
-            matrices=self._add_matrices(places),
-            vectors={name: self.program.add_vector(v) for name, v in self._vectors.items()},
-            kv_layers=self._kv_layers,
+        self._instructions = lowered(
+            graph,
+            shape,
+            self.program,
+            places=plan.places,
+            offsets=plan.arena.offsets,
+            unit_rows=unit_rows,
+            flash=flash,
+            block=self._block,
+            kv=[layer.reshape(-1) for group in self.kv for layer in group],
+            vectors=self._vectors,
         )
-        lower(lowering)
-        self._instructions = tuple(lowering.emitted)
         self._has_top1 = any(done.op == "linear_top1" for done in self._instructions)
-        self._place_bytes = {key: p.bytes for key, (_, p) in places.items()}
-        workspace, scratch = (
-            self.program.workspace_bytes(shape.tokens, shape.rows),
-            self.program.scratch_bytes(graph.vocab, shape.tokens, shape.rows),
-        )
+        self._place_bytes = {key: p.bytes for key, (_, p) in plan.places.items()}
         self._make_step_arrays()
-        self.memory: MemoryReport = MemoryReport(
-            weights=block_bytes + sum(v.nbytes for v in self._vectors.values()),
-            kv=kv_bytes,
-            kv_tokens=shape.pages * shape.page_size,
-            arena=arena.bytes,
-            arena_separate=arena.separate,
-            arena_shared=arena.bytes
-            if reuse
-            else native_arena(graph, counts, reuse=True, unit_rows=unit_rows).bytes,
-            workspace=workspace + scratch + self._step_bytes,
-            draft=beside.get("draft", 0),
-        )
-        if memory_budget is not None and self.memory.total > memory_budget:
-            m = self.memory
-            parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
-            raise too_large(memory_budget, graph, shape, **parts, **beside)
-        self._arena, self._workspace, self._scratch = (
-            _native.allocate(max(size, 64)) for size in (arena.bytes, workspace, scratch)
-        )
         self.program.set_memory(self._arena, self._workspace, self._scratch)
         self.tunings: dict[str, dict[int, Choice]] = {}
-        self._places = places
         if load:
             self.load(source, cache_dir=cache_dir, cache_limit=cache_limit, progress=progress)
+            self.touch()
 
     def load(
         self,
@@ -174,9 +145,8 @@ class CpuProgram:
         cache_limit: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Touches the memory that was planned and fills in the weights."""
-        for block in (self._arena, self._workspace, self._scratch, *self.kv):
-            _touched(block.reshape(-1))
+        """Fills in the weights. The rest of the memory is untouched still: what loading takes for itself lies
+        within what the steps will take."""
         self.from_cache = fill_block(
             self.graph,
             source,
@@ -188,62 +158,31 @@ class CpuProgram:
             progress=progress,
         )
 
-    def _add_matrices(self, places: Mapping[tuple[str, int], Any]) -> dict[tuple[str, int], int]:
-        out = {}
-        for key, (m, place) in places.items():
-            views = place.views(self._block)
-            out[key] = self.program.add_packed(
-                FORMATS[m.format], m.group, m.activation_scale, m.n, m.k, *views
-            )
-        return out
+    def touch(self) -> None:
+        """Makes all memory of the steps resident, once the weights are there: it never grows later."""
+        for block in (self._arena, self._workspace, self._scratch, *self.kv):
+            block.reshape(-1)[::_PAGE] = 0
+        for name in step_arrays(self.shape, len(self.graph.kv_groups)):
+            getattr(self, name).fill(np.zeros((), getattr(self, name).dtype))
 
-    def _allocate_kv(self) -> None:
-        """kv[group]: [layers of the group, pages, bytes of a page]."""
-        self.kv: list[npt.NDArray[np.uint8]] = []
+    def _allocate_kv(self) -> list[npt.NDArray[np.uint8]]:
+        """Of each group: [layers of the group, pages, bytes of a page]."""
+        blocks = []
         for group in self.graph.kv_groups:
-            if group.head_dim > _MAX_HEAD_DIM:
-                raise UnsupportedModelError(
-                    f"heads of {group.head_dim} are beyond the {_MAX_HEAD_DIM} that the CPU kernels take; "
-                    "use --backend reference"
-                )
             page = group_page_bytes(group, self.shape.page_size, self.shape.kv_dtype)
             block = _native.allocate(len(group.layers) * self.shape.pages * page)
-            self.kv.append(block.reshape(len(group.layers), self.shape.pages, page))
-
-    def _add_kv(self) -> dict[int, int]:
-        out = {}
-        for index, group in enumerate(self.graph.kv_groups):
-            for i, layer in enumerate(group.layers):
-                out[layer] = self.program.add_kv(
-                    FORMATS[self.shape.kv_dtype],
-                    group.kv_heads,
-                    group.head_dim,
-                    self.shape.page_size,
-                    self.kv[index][i].reshape(-1),
-                    index,
-                )
-        return out
+            blocks.append(block.reshape(len(group.layers), self.shape.pages, page))
+        return blocks
 
     def _make_step_arrays(self) -> None:
-        s, groups = self.shape, len(self.graph.kv_groups)
-        self.ids, self.positions, self.parents = (np.zeros(s.tokens, np.int32) for _ in range(3))
-        self.rows = np.zeros(s.rows, np.int32)
-        self.spans = np.zeros((s.spans, 5), np.int32)
-        self.tables = np.zeros(groups * s.spans * s.table, np.int32)
         if SAMPLE_ROW.itemsize != _native.sample_row_bytes:
             raise AssertionError("SAMPLE_ROW and csrc/api.h: SampleRow differ")
-        self.sample_rows = np.zeros(s.rows, SAMPLE_ROW)
-        self.token, self.logprob = np.zeros(s.rows, np.int32), np.zeros(s.rows, np.float32)
-        self.top_ids = np.zeros((s.rows, _MAX_LOGPROBS), np.int32)
-        self.top_logprobs = np.zeros((s.rows, _MAX_LOGPROBS), np.float32)
-        self.bad = np.zeros(s.rows, np.uint8)
+        for name, (size, kind) in step_arrays(self.shape, len(self.graph.kv_groups)).items():
+            setattr(self, name, np.zeros(size, kind))
         self.program.bind_step(self.ids, self.positions, self.rows, self.spans, self.parents, self.tables)
         self.program.bind_sampled(self.token, self.logprob, self.top_ids, self.top_logprobs, self.bad)
         empty = np.zeros(1, np.int32)
         self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
-        self._step_bytes: int = sum(
-            a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self._block
-        )
 
     def tune(self, directory: Path | None, progress: Progress | None = None) -> None:
         """Chooses how layers are cut (backends/cpu/tuning.py), remembering it under `directory`. Models so
@@ -350,25 +289,6 @@ class CpuProgram:
         return lines
 
 
-def native_arena(graph: Graph, counts: Mapping[str, int], *, reuse: bool, unit_rows: int | None) -> ArenaPlan:
-    """The arena of a program whose steps have at most these counts of T, R and S."""
-    return plan_arena(graph, counts, reuse=reuse, unit_rows=unit_rows, size_of=_size_in(graph))
-
-
-def _size_in(graph: Graph) -> SizeOf:
-    """Bytes of the graph's values in the native layout."""
-    producers = graph.producers()
-
-    def size_of(value: Value, rows: int) -> int:
-        if value.dtype != "prepared":
-            return plain_size(value, rows)
-        attrs, columns = producers[value.name].attrs, value.shape[1]
-        assert isinstance(columns, int)
-        return int(_native.activation_bytes(FORMATS[attrs["format"]], attrs["group"], rows, columns))
-
-    return size_of
-
-
 def _start_pool(threads: int) -> _native.Pool:
     try:
         return _native.Pool(threads)
@@ -377,9 +297,3 @@ def _start_pool(threads: int) -> _native.Pool:
             f"{threads or 'as many'} threads {'' if threads else 'as processors '}could not be started "
             f"({error}); lower --threads or raise the limits on processes and memory"
         ) from None
-
-
-def _touched(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Makes every page resident now, so that the process never grows later."""
-    block[::4096] = 0
-    return block

@@ -35,7 +35,7 @@ from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
 from gossamer.graph.weights import Constant
 
-__all__ = ["estimate", "run"]
+__all__ = ["check_teacher", "estimate", "run"]
 
 _PROBE = "“Naïve” café, 3.14 — the   end.\n\tΩ"  # tells most tokenizers apart
 
@@ -89,6 +89,14 @@ def run(config: Recover | Distil, job: Job) -> dict[str, Any]:
         "zeros_kept": trainer.zeros.count,
         **made.facts,
     }
+
+
+def check_teacher(config: Distil, graph: Graph, model: Path) -> None:
+    """Raises before the steps ahead take their hours what the step itself would: of a teacher that is nowhere
+    or reads other tokens. graph: of the recipe's model; model: its directory."""
+    student = graph if config.student is None else build_graph(student_config(config.student))
+    directory = model if config.teacher is None else resolve_model(config.teacher)
+    _check_teacher(student, open_model(directory)[0], model, directory)
 
 
 class _Recovering:

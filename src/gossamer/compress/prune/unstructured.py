@@ -30,7 +30,7 @@ from gossamer.graph.ir import Graph
 from gossamer.graph.weights import leaves
 from gossamer.passes.weight_formats import plan_formats
 
-__all__ = ["Prune", "estimate_pruning", "prune_weights"]
+__all__ = ["Prune", "estimate_pruning", "prune_weights", "skipped_matrices"]
 
 Prune = Callable[[list[torch.Tensor], Hessian], list[torch.Tensor]]
 """Pruned copies of matrices [N, K] that read the same inputs, whose second moments the Hessian holds."""
@@ -68,7 +68,7 @@ def prune_weights(
     """
     graph, checkpoint = open_model(job.model)
     check_floats(graph, "pruning")
-    skipped = _skipped(graph, skip)
+    skipped = skipped_matrices(graph, skip)
     # Without calibration the walk needs a token all the same, and nothing depends on it.
     windows = calibration(graph, job) if calibrated else np.zeros((1, 1), np.int32)
     source = Changed(checkpoint, BlockResults(job.scratch))
@@ -97,7 +97,7 @@ def prune_weights(
     return {"sparsity": overall, "matrices": zeros, "unreached": unreached}
 
 
-def _skipped(graph: Graph, patterns: Collection[str]) -> set[str]:
+def skipped_matrices(graph: Graph, patterns: Collection[str]) -> set[str]:
     """Matrices that stay whole. Raises ConfigError for a pattern that matches none."""
     rules = tuple((pattern, "f32") for pattern in patterns)
     plan = plan_formats(graph, EngineConfig(model=graph.name, weight_formats=rules, mixed_precision=None))

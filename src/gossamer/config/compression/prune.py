@@ -25,6 +25,9 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         check_range("prune.sparsity", self.sparsity, 0.0, 0.99)
+        for pattern in self.skip:
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"prune.skip has {pattern!r}; patterns in quotes are right")
         if self.pattern is not None:
             kept, of = parse_pattern(self.pattern)
             if abs(1 - kept / of - self.sparsity) > 1e-9:

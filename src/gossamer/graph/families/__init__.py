@@ -25,6 +25,8 @@ FAMILIES: dict[str, Callable[[Fields, str, int | None], Graph]] = {
     "Qwen3MoeForCausalLM": qwen_moe.build,
 }
 
+_COMMONEST = "LlamaForCausalLM"
+
 # Architectures that look like one of ours and are not, with what to use instead.
 _NEIGHBOURS = {
     "EagleHead": (
@@ -60,6 +62,20 @@ def build_graph(
         )
     if architecture not in FAMILIES:
         raise UnsupportedModelError(
-            f"architecture {architecture!r} is unknown; known are {', '.join(sorted(FAMILIES))}"
+            f"architecture {architecture!r} is unknown; known are {', '.join(sorted(FAMILIES))}. "
+            + _lacks(Fields(config, ignore), name, context)
         )
     return FAMILIES[architecture](Fields(config, ignore), name, context)
+
+
+def _lacks(fields: Fields, name: str, context: int | None) -> str:
+    """What of an unknown architecture's config.json the commonest family would not know how to compute."""
+    try:
+        FAMILIES[_COMMONEST](fields, name, context)
+    except UnsupportedModelError as error:
+        # How to ignore a field is no advice here: the architecture is another all the same.
+        return f"Read as a {_COMMONEST}: {str(error).split('; if it does not matter')[0]}"
+    return (
+        f"All its fields are those of a {_COMMONEST}: if its layers are too, write that as its architecture "
+        "in config.json"
+    )

@@ -1,0 +1,131 @@
+"""`gossamer ablate`: what each technique does here, beside what is claimed of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gossamer.cli.options import flag
+from gossamer.cli.show import stderr
+from gossamer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gossamer.bench.ledger import Ledger, Mode
+
+__all__ = ["ablate"]
+
+_QUICK_SECONDS = 270.0  # of the five minutes, less what starts and probes take
+_QUICK, _USUAL, _FULL = 7, 12, 15  # rounds
+_ARM_SECONDS = {"135m": 40.0, "1b": 240.0, "own": 40.0}
+
+
+def ablate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            envvar="GOSSAMER_MODEL",
+            show_envvar=False,
+            show_default=False,
+            help="A directory, a hub id (owner/name), or gossamer/pocket.",
+        ),
+    ],
+    technique: Annotated[
+        list[str] | None,
+        flag(
+            "--technique", metavar="NAME", help="Only this one: quantization, paged_attention... Repeatable."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, flag("--quick", help="Each technique alone, within five minutes on a small machine.")
+    ] = False,
+    full: Annotated[
+        bool,
+        flag(
+            "--full",
+            help="Speed on the 1b shape, more rounds, and with --text models that are pruned and distilled "
+            "for it, where none is shipped.",
+        ),
+    ] = False,
+    speed_shape: Annotated[
+        str | None,
+        flag(
+            "--speed-shape",
+            metavar="SHAPE",
+            help="What speed is taken on: 135m or 1b (random weights), or own, the model itself; small "
+            "models sit in caches and hide effects. 135m if not given, 1b with --full.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        flag("--text", metavar="FILE", help="Text the model never saw, for quality. Repeatable."),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        flag(
+            "--rounds",
+            metavar="N",
+            help="Most rounds of each pair; slow pairs end earlier.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
+    out: Annotated[
+        Path | None,
+        flag("--html", "-o", metavar="FILE", help="Write a report with pictures, one HTML file."),
+    ] = None,
+) -> int | None:
+    """Measure what each technique does to memory, speed and quality: alone, added up, and left out.
+
+    Every pair of engines runs the same requests in turns. A verdict is 'gains' or 'loses' where the whole
+    95 % interval lies to one side and the effect is 3 % at least, else 'no difference'. Ctrl-C keeps what is
+    done.
+    """
+    from gossamer.bench.ablation.request import MODES, Request
+    from gossamer.bench.ablation.run import ablate
+    from gossamer.bench.ledger_json import ledger_to_json
+    from gossamer.cli.show_ablation import live_watch, show_ledger
+    from gossamer.quality.windows import read_texts
+    from gossamer.techniques import card
+
+    if quick and full:
+        raise ConfigError("--quick and --full are opposites; give one of them")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--html {out} is a directory; name a file")
+    shape = speed_shape or ("1b" if full else "135m")
+    modes: tuple[Mode, ...] = ("alone",) if quick else MODES
+    request = Request(
+        model=model,
+        techniques=tuple(dict.fromkeys(card(name).name for name in technique or ())),
+        modes=modes,
+        speed_shape=shape,
+        texts=tuple(read_texts(text or ())),
+        rounds=rounds or (_QUICK if quick else _FULL if full else _USUAL),
+        seconds=_QUICK_SECONDS if quick else None,
+        arm_seconds=_ARM_SECONDS.get(shape, 40.0),
+        tokens=2048 if quick else 32768 if full else 8192,
+    )
+    with live_watch(sys.stderr.isatty(), not json) as watch:
+        ledger = ablate(request, watch)
+    _keep(ledger, out)
+    if json:
+        print(ledger_to_json(ledger), flush=True)
+    else:
+        show_ledger(ledger)
+        if out is not None:
+            stderr().print(f"the report is in {out}", soft_wrap=True, markup=False)
+    if ledger.settings["interrupted"]:
+        stderr().print("interrupted: the techniques that were measured until then")
+        return 130
+    return None
+
+
+def _keep(ledger: Ledger, out: Path | None) -> None:
+    """Writes the report, before anything is printed that may fail."""
+    if out is not None:
+        from gossamer.bench.ablation.report import write_report
+
+        write_report(ledger, out)

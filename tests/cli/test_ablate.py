@@ -1,0 +1,56 @@
+"""`gossamer ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gossamer.bench.ablation import sides
+from tests.cli.conftest import Cli
+
+MODEL = "gossamer/pocket-half"
+FLAGS = ("--speed-shape", "own", "--rounds", 2, "--quick")
+
+
+def test_a_table_of_claims_and_measurements(cli: Cli) -> None:
+    ran = cli("ablate", MODEL, "--technique", "memory-reuse", "--technique", "offloading", *FLAGS)
+    assert ran.code == 0, ran.err
+    for words in ("memory reuse", "arena", "not built", "alone, against its honest baseline"):
+        assert words in ran.out
+    assert "memory_reuse alone" in ran.err
+
+
+def test_json_is_the_ledger(cli: Cli) -> None:
+    report = cli("ablate", MODEL, "--technique", "sequence_parallelism", *FLAGS, "--json").json
+    (row,) = report["rows"]
+    assert row["technique"] == "sequence_parallelism" and "not built" in row["note"]
+    assert report["speed_shape"] == "own" and report["rates"]["read_gb_s"] > 0
+
+
+def test_ctrl_c_shows_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sides, "Worker", interrupt)
+    ran = cli("ablate", MODEL, "--technique", "offloading", "--technique", "memory_reuse", *FLAGS)
+    assert ran.code == 130 and "not built" in ran.out and "interrupted" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--quick", "--full"), "opposites"),
+        (("--speed-shape", "7b"), "135m, 1b, or own"),
+        (("--technique", "magic"), "no technique"),
+        (("--rounds", 1), "at least 2"),
+        (("--text", "/no/text"), "/no/text"),
+        (("--html", "/"), "directory"),
+    ],
+)
+def test_mistakes(cli: Cli, flags: tuple[str, ...], words: str) -> None:
+    assert words in cli("ablate", MODEL, *flags).complaint
+
+
+def test_a_model_that_is_none(cli: Cli, tmp_path: Path) -> None:
+    assert "config.json" in cli("ablate", tmp_path).complaint
