@@ -62,10 +62,14 @@ def test_instructions_are_timed_by_what_they_are() -> None:
 
 def test_tables_lend_each_other_what_they_lack() -> None:
     [table] = efficiencies().tables["scalar"]
-    few = replace(table, linear={"f32": table.linear["f32"]}, read_gb_s=5.0)
+    crossing = replace(table.linear["f32"], output_ns=1.5, overhead_us=2.0)
+    few = replace(table, linear={"f32": crossing}, read_gb_s=5.0)
     first, second = filled([few, table])
     assert first.linear.keys() == second.linear.keys() == table.linear.keys()
     assert (first.read_gb_s, second.read_gb_s) == (5.0, 10.0)
+    lent = first.linear["int8"]
+    assert (lent.compute, lent.output_ns, lent.overhead_us) == (table.linear["int8"].compute, 1.5, 2.0)
+    assert second.linear == table.linear
 
 
 @pytest.mark.slow

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from gossamer.bench.throughput import Outcome
 from gossamer.bench.workload import Job
 from gossamer.errors import GossamerError
-from gossamer.memory import available_memory
+from gossamer.memory import anonymous_bytes, available_memory
 from gossamer.planner.efficiencies import Efficiencies, current_efficiencies
 from gossamer.planner.hardware import Rates, median_rates
 from gossamer.planner.history import Run, plain_config, record
@@ -31,18 +30,19 @@ __all__ = [
     "probe_spread",
 ]
 
-_STATUS = Path("/proc/self/status")
-
 
 def predictable(started: Started) -> bool:
     """Whether the time model covers a configuration: continuous batching on native kernels, without guesses
-    (what they bring depends on the text) and without a goal that reins steps in."""
+    (what they bring depends on the text), without a goal that reins steps in, and not the baselines of
+    FlashAttention and dynamic shapes."""
     config = started.config
     return (
         config.backend == "cpu"
         and config.continuous_batching is not None
         and config.speculative_decoding is None
         and config.dynamic_batching is None
+        and config.flash_attention is not None
+        and config.dynamic_shapes is not None
     )
 
 
@@ -169,13 +169,8 @@ def keep(
 
 
 def actual_bytes() -> dict[str, float]:
-    """Memory of this process that belongs to no file; nothing where the system does not tell."""
-    try:
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        held = sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")) << 10
-    except (OSError, KeyError, ValueError):
-        return {}
-    return {"total_bytes": float(held)}
+    """Memory of this process that belongs to no file."""
+    return {"total_bytes": float(anonymous_bytes())}
 
 
 def probe_spread(rates: Sequence[Rates]) -> float:
@@ -199,7 +194,7 @@ def _bytes(started: Started) -> dict[str, float]:
     config = replace(started.config, kv_bytes=started.memory.kv, max_model_len=started.max_model_len)
     try:
         model = open_planned(config)
-        plan = plan_memory(model, config, 2 * (available_memory() + started.memory.total))
+        plan = plan_memory(model, config, 2 * (available_memory() + started.memory.total), kind="command")
     except GossamerError:  # what runs cannot be planned any more: its files are gone, say
         return {}
     return {"total_bytes": float(plan.total)}

@@ -92,14 +92,24 @@ def measure_tables(isa: str, threads: int | None = None, progress: Progress | No
 
 
 def filled(tables: Sequence[Table]) -> list[Table]:
-    """Tables of one instruction set with what each lacks taken from the others."""
+    """Tables of one instruction set with what each lacks taken from the others. What a layer multiplies and
+    reads is theirs then; what passes between threads is the own state's, the median of its formats."""
 
     def joined(part: str, own: Table) -> dict[str, Any]:
         parts = [getattr(table, part) for table in (*tables, own)]
         return {name: rate for rates in parts for name, rate in rates.items()}
 
+    def linear(own: Table) -> dict[str, LinearRate]:
+        typical = {
+            name: median(getattr(rate, name) for rate in own.linear.values())
+            for name in ("output_ns", "head_ns", "overhead_us")
+            if own.linear
+        }
+        every = joined("linear", own).items()
+        return {name: rate if name in own.linear else replace(rate, **typical) for name, rate in every}
+
     return [
-        replace(t, linear=joined("linear", t), vector=joined("vector", t), attention=joined("attention", t))
+        replace(t, linear=linear(t), vector=joined("vector", t), attention=joined("attention", t))
         for t in tables
     ]
 

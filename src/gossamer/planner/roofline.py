@@ -32,6 +32,7 @@ _CACHED, _STREAMED = (
     0.5,
     1.25,
 )  # of the last cache: what is read in a step is in it up to here; none of it from here
+_SCATTERED_GB_S = 30.0  # of a thread, which waits at the start of every expert: they are small and lie apart
 _ATTENTION_ROWS = 32  # csrc/generic/attention_tile.h: kAttentionRows
 _ATTENTION_TILE = 64  # kTile
 _TILE_WORK = 16384  # csrc/program.h: kTileWork
@@ -116,7 +117,9 @@ class StepModel:
         sequences = sum(count for count, _, _ in spans)
         prompt = sum(count * new for count, _, new in spans if new > 1)
         kv = self.work.token_bytes * sum(count * (before + new) for count, before, new in spans)
-        footprint = self.work.matrix_bytes + kv
+        # Other experts are read in the next step: in the end all of them pass through the caches.
+        experts = sum(c * w.count * w.bytes for w, c in self.work.works if isinstance(w, ExpertsWork))
+        footprint = self.work.matrix_bytes + experts + kv
         missed = min(1.0, max(0.0, (footprint / max(self._caches, 1) - _CACHED) / (_STREAMED - _CACHED)))
         found: dict[str, float] = defaultdict(float)
         for work, count in self.work.works:
@@ -175,6 +178,7 @@ class StepModel:
             work.stored, work.inputs, 3 * work.width, work.inputs, int(work.bytes), False, False, False
         )
         whole = self._linear(as_linear, tokens * work.chosen / touched, missed)
+        whole += missed * work.bytes / (_SCATTERED_GB_S * 1e9 * self.threads * self._clock)
         overhead = self._table.linear_of(work.stored).overhead_us * 1e-6 / self._clock
         return touched * (whole - overhead) + 3 * overhead
 

@@ -13,7 +13,7 @@ CARD = Card(
     memory_promise="10-20% of the peak",
     speed_promise="little effect",
     here="Liveness of every intermediate gives one arena with offsets (greedy by size, verified free of "
-    "overlaps), in-place ops, and the same arena for every step. It is taken and touched at the start, "
+    "overlaps), and the same arena for every step. It is taken and touched at the start, "
     "from the byte plan.",
     tools=("TensorRT", "ONNX Runtime", "vLLM"),
     applicability="general",
