@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 
 from gossamer.cli import main
-from gossamer.cli.easy import easy_plan
+from gossamer.cli.easy import easy_plan, planned
 from gossamer.cli.engine_flags import EngineFlags
 from gossamer.cli.options import verb
 from gossamer.config import EngineConfig
+from gossamer.errors import CheckpointError, MemoryBudgetError
 from gossamer.planner import remembered
 from tests.cli.conftest import Cli
 from tests.planner.models import CONFIG, RATES
@@ -142,8 +146,9 @@ def flags_config(file: Path) -> EngineConfig:
     return found[0]
 
 
-def easy(*arguments: object) -> tuple[EngineConfig, Any]:
-    found: list[Any] = []
+def easy(*arguments: object) -> tuple[EngineConfig, str]:
+    """What `serve` would run and say."""
+    found: list[tuple[EngineConfig, str]] = []
     app = typer.Typer()
 
     def take(ctx: typer.Context, engine: EngineFlags) -> None:
@@ -152,29 +157,41 @@ def easy(*arguments: object) -> tuple[EngineConfig, Any]:
     app.command("take")(verb(take))
     app.callback()(lambda: None)
     typer.main.get_command(app).main(["take", *map(str, arguments)], standalone_mode=False)
-    config, plan = found[0]
-    return config, plan
+    return found[0]
 
 
-def test_serve_plans_what_was_not_said(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, plan = easy("gossamer/pocket")
-    assert plan is not None and config == plan.chosen.config and config.quantization is None
-    assert config.max_num_seqs == 32 and config.kv_dtype == "bf16"
-    config, plan = easy("gossamer/pocket", "-q", "int8", "--max-num-seqs", 4)
-    assert config.max_num_seqs == 4 and str(config.quantization) == "int8" and "as asked" in plan.reason
+@pytest.fixture
+def here(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans in this process."""
+
+    def run(line: list[str], *, input: bytes, **_: Any) -> Any:
+        config, given = pickle.loads(input)
+        return SimpleNamespace(stdout=pickle.dumps(planned(config, given)))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_serve_plans_what_was_not_said(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, said = easy("gossamer/pocket")
+    assert len(said.splitlines()) == 2 and "as stored" in said and "why: " in said
+    assert config.quantization is None and config.max_num_seqs == 32 and config.kv_dtype == "bf16"
+    assert config.weight_formats == () and config.speculative_decoding is None
+    config, said = easy("gossamer/pocket", "-q", "int8", "--max-num-seqs", 4)
+    assert config.max_num_seqs == 4 and str(config.quantization) == "int8" and "as asked" in said
     monkeypatch.setenv("GOSSAMER_MAX_NUM_SEQS", "5")
     assert easy("gossamer/pocket")[0].max_num_seqs == 5
     assert easy("gossamer/pocket", "--itl-goal-ms", 50)[0].max_num_batched_tokens == 1024
-    assert easy("gossamer/pocket", "--static-batching", "ragged")[1] is None
+    assert easy("gossamer/pocket", "--static-batching", "ragged")[1] == ""
 
 
-def test_serve_never_changes_the_model_unsaid(quick: None) -> None:
-    from gossamer.cli.show_plan import two_lines
-
-    config, plan = easy("gossamer/pocket")
-    text = two_lines(plan)
-    assert len(text.splitlines()) == 2 and "as stored" in text and "why: " in text
-    assert config.weight_formats == () and config.speculative_decoding is None
+def test_the_plan_of_a_server_is_made_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "measure", lambda *_: pytest.fail("measured in the server"))
+    config, said = easy("gossamer/pocket")
+    assert config.kv_bytes is not None and said.startswith("easy plan: as stored")
+    with pytest.raises(MemoryBudgetError, match=r"more than the 20\.0 MiB there are"):
+        easy("gossamer/pocket", "--memory-budget", "20MiB")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        easy("/nowhere")
 
 
 @pytest.mark.parametrize(

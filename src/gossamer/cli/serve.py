@@ -57,7 +57,6 @@ def serve(
     """
     from gossamer.bench.memory import memory_figures
     from gossamer.cli.easy import easy_plan
-    from gossamer.cli.show_plan import two_lines
     from gossamer.server.run import serve as run
     from gossamer.server.settings import ServerSettings
 
@@ -71,9 +70,9 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         metrics_prefix=metrics_prefix,
     )
-    config, plan = (engine.config(), None) if no_plan else easy_plan(ctx, engine)
-    if plan is not None:
-        stderr().print(two_lines(plan), style="dim", markup=False, soft_wrap=True)
+    config, said = (engine.config(), "") if no_plan else easy_plan(ctx, engine)
+    if said:
+        stderr().print(said, style="dim", markup=False, soft_wrap=True)
 
     def ready(running: TextEngine, url: str) -> None:
         show_start(running.started)
