@@ -51,7 +51,7 @@ def test_an_answer_that_quotes_is_guessed(started: Started) -> None:
     assert found.accepted > 10 and found.forced
     mixed = measure_work(started, replace(plain, lone=(16, 2), lengths=((40, 30),) * 3, quotes=True), 3)
     assert mixed.accepted == 0, "random tokens cannot be guessed"
-    assert len({tokens for tokens in mixed.tokens}) == 4 and len(set(mixed.tokens[-1])) > 25
+    assert len(set(mixed.tokens)) == 4 and len(set(mixed.tokens[-1])) > 25
     assert len(set(found.tokens[0])) > 10, "the quoted piece is random tokens, not a loop"
 
 
