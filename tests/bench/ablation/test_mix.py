@@ -48,7 +48,10 @@ def test_a_round_is_measured(started: Started) -> None:
 def test_an_answer_that_quotes_is_guessed(started: Started) -> None:
     plain = Work(lone=(60, 40), lengths=((4, 2), (4, 2)))
     found = measure_work(started, replace(plain, quotes=True), 3)
-    assert found.accepted > 10
+    assert found.accepted > 10 and found.forced
+    mixed = measure_work(started, replace(plain, lone=(16, 2), lengths=((40, 30),) * 3, quotes=True), 3)
+    assert mixed.accepted == 0, "random tokens cannot be guessed"
+    assert len(set(mixed.tokens)) == 4 and len(set(mixed.tokens[-1])) > 25
     assert len(set(found.tokens[0])) > 10, "the quoted piece is random tokens, not a loop"
 
 

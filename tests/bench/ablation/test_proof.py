@@ -17,6 +17,7 @@ MEMORY = MemoryReport(
 RUN = Measured(
     tokens_per_s=10.0, ttft_ms=5.0, itl_ms=1.0, tokens=((1, 2), (3,)), running_mean=2.0, running_most=4,
     steps=9, computed=40, held=0.5, preemptions=0, drafted=0, accepted=0, cpu=0.9, seconds=1.0,
+    mix_seconds=1.0, forced=False,
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class Stage:
         return Measured(
             tokens_per_s=10 / took, ttft_ms=took, itl_ms=took, tokens=((seed,),), running_mean=1.0,
             running_most=1, steps=3, computed=9, held=0.1, preemptions=0, drafted=0, accepted=0, cpu=0.9,
-            seconds=took,
+            seconds=took, mix_seconds=1.0, forced=False,
         )  # fmt: skip
 
     def keep(self, kept: Keep) -> bool:

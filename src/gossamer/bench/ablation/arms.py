@@ -106,14 +106,20 @@ def _off(name: str) -> dict[str, Any]:
 
 
 def alone(
-    names: Sequence[str], *, goal_ms: float = 50.0, student: str | None = None, pruned: str | None = None
+    names: Sequence[str],
+    *,
+    goal_ms: float = 50.0,
+    gap_ms: float = 0.0,
+    student: str | None = None,
+    pruned: str | None = None,
 ) -> list[Arm]:
-    """Each technique against its honest baseline. goal_ms: between tokens, for dynamic batching; student,
-    pruned: models made of the ledger's, if there are. Raises ConfigError for names that are none."""
-    return [_alone(card(name).name, goal_ms, student, pruned) for name in names]
+    """Each technique against its honest baseline. goal_ms, gap_ms: between tokens and, on average, between
+    requests, for dynamic batching; student, pruned: models made of the ledger's, if there are. Raises
+    ConfigError for names that are none."""
+    return [_alone(card(name).name, goal_ms, gap_ms, student, pruned) for name in names]
 
 
-def _alone(name: str, goal_ms: float, student: str | None, pruned: str | None) -> Arm:
+def _alone(name: str, goal_ms: float, gap_ms: float, student: str | None, pruned: str | None) -> Arm:
     built = card(name)
     if not built.built:
         return Arm(technique=name, mode="alone", note=f"not built: {built.missing}")
@@ -130,8 +136,9 @@ def _alone(name: str, goal_ms: float, student: str | None, pruned: str | None) -
             mode="alone",
             off=Setting(name="fixed limits"),
             on=Setting(name=f"a goal of {goal_ms:g} ms", fields=goal),
-            work=replace(USUAL, latency="mix"),
-            note="time between tokens is the 95th percentile over the mix, to first token its mean",
+            work=replace(USUAL, latency="mix", gap_ms=gap_ms),
+            note="requests come one by one, as fast as they are served; time between tokens is the 95th "
+            "percentile over the mix, to first token its mean",
         )
     off, on = Setting(name=f"without {_words(name)}", fields=_off(name)), _words(name)
     work, note = SLOW if name in _SLOW else USUAL, ""
@@ -275,7 +282,8 @@ def without(names: Sequence[str]) -> list[Arm]:
 
 
 def _arm(name: str, mode: Mode, off: Setting, on: Setting) -> Arm:
-    return Arm(technique=name, mode=mode, off=off, on=on, work=STACKED, quality=name in _NUMBERS)
+    work = replace(STACKED, quotes=name == "speculative_decoding")
+    return Arm(technique=name, mode=mode, off=off, on=on, work=work, quality=name in _NUMBERS)
 
 
 def _words(name: str) -> str:

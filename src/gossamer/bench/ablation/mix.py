@@ -19,7 +19,8 @@ import numpy as np
 from gossamer.bench.measure import RecordingExecutor
 from gossamer.bench.speculation import ReplayExecutor
 from gossamer.bench.throughput import Outcome, run_jobs
-from gossamer.bench.workload import Lengths, make_jobs
+from gossamer.bench.workload import Job, Lengths, arrivals, make_jobs
+from gossamer.engine.step import Executor, Span
 from gossamer.runtime.start import Started
 from gossamer.text_engine import TextEngine
 
@@ -51,15 +52,18 @@ def mixed_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """lone: prompt and output of a request that runs alone, times: how often one does, with other prompts;
-    lengths: of those that come together; latency: whether times to first token and between tokens (then the
+    lengths: of those that come together, or (gap_ms) one by one at random with so many milliseconds between
+    them on average; latency: whether times to first token and between tokens (then the
     95th percentile) are of the lone ones or of the mix; quotes: a lone request's answer is a piece of its
-    prompt, whatever the model would say."""
+    prompt, and those of the mix are random tokens, whatever the model would say: a model of random weights
+    repeats itself, which would flatter guesses."""
 
     lone: tuple[int, int]
     times: int = 1
     lengths: tuple[tuple[int, int], ...]
     latency: Literal["lone", "mix"] = "lone"
     quotes: bool = False
+    gap_ms: float = 0.0
 
     @property
     def longest(self) -> int:
@@ -85,7 +89,8 @@ STACKED = Work(lone=(24, 6), lengths=tuple(mixed_lengths(6, (8, 40), (4, 10), 1)
 class Measured:
     """One round of one side. tokens: of every request, lone ones first; running: sequences of each step,
     the mean and the most; computed: tokens of all steps, steps: how many; held: the largest part of the KV
-    pages; cpu: processor seconds over wall seconds and threads."""
+    pages; cpu: processor seconds over wall seconds and threads; forced: whether the tokens were not the
+    model's own."""
 
     tokens_per_s: float
     ttft_ms: float
@@ -101,6 +106,22 @@ class Measured:
     accepted: int
     cpu: float
     seconds: float
+    mix_seconds: float
+    forced: bool
+
+
+class _Random(ReplayExecutor):
+    """Makes the model say random tokens, other ones to every job."""
+
+    def __init__(self, executor: Executor, jobs: Sequence[Job], vocab: int) -> None:
+        super().__init__(executor)
+        answers = make_jobs([(job.output_len, 1) for job in jobs], [0.0] * len(jobs), vocab, len(jobs))
+        self._answers = {job.prompt: answer.prompt for job, answer in zip(jobs, answers, strict=True)}
+
+    def _next(self, span: Span) -> dict[int, int]:
+        if span.sampling is not None:
+            self.reference = self._answers[tuple(span.sampling.prompt_ids)]
+        return super()._next(span)
 
 
 def pages_needed(work: Work, sequences: int, page: int = 16) -> int:
@@ -121,8 +142,9 @@ def measure_work(started: Started, work: Work, seed: int) -> Measured:
         if forced is not None:
             forced.reference = lone.prompt[_QUOTED : _QUOTED + lone.output_len]
         alone.append(run_jobs(engine, recorder, [lone]))
-    recorder = RecordingExecutor(started.executor)
-    jobs = make_jobs(list(work.lengths), [0.0] * len(work.lengths), vocab, seed + 1)
+    rate = 1e3 / work.gap_ms if work.gap_ms else math.inf
+    jobs = make_jobs(list(work.lengths), arrivals(len(work.lengths), rate, seed), vocab, seed + 1)
+    recorder = RecordingExecutor(_Random(started.executor, jobs, vocab) if work.quotes else started.executor)
     mix = run_jobs(TextEngine(replace(started, executor=recorder)), recorder, jobs)
     first, between = _latency(alone, mix, work)
     spent = sum(one.cpu for one in (*alone, mix))
@@ -142,6 +164,8 @@ def measure_work(started: Started, work: Work, seed: int) -> Measured:
         accepted=alone[-1].after.accepted + mix.after.accepted,
         cpu=spent / seconds / threads,
         seconds=seconds,
+        mix_seconds=mix.seconds,
+        forced=work.quotes,
     )
 
 

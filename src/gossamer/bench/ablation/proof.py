@@ -65,7 +65,7 @@ def _differing(off: Kernels, on: Kernels) -> tuple[tuple[str, int, int], ...]:
 def _same_tokens(off: Evidence, on: Evidence) -> str | None:
     """How many requests had the same output on both sides."""
     pairs = [(a, b) for x, y in zip(off.runs, on.runs) for a, b in zip(x.tokens, y.tokens, strict=True)]
-    if not pairs:
+    if not pairs or any(run.forced for run in (*off.runs, *on.runs)):
         return None
     same = sum(a == b for a, b in pairs)
     if same == len(pairs):

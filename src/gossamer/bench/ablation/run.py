@@ -113,9 +113,9 @@ class _Ablation:
         names = request.techniques or NAMES
         arms: list[Arm] = []
         if "alone" in request.modes:
-            goal = self._goal() if "dynamic_batching" in names else 50.0
+            goal, gap = self._goal() if "dynamic_batching" in names else (50.0, 0.0)
             student, pruned = self._made(names)
-            arms += alone(names, goal_ms=goal, student=student, pruned=pruned)
+            arms += alone(names, goal_ms=goal, gap_ms=gap, student=student, pruned=pruned)
         if "cumulative" in request.modes:
             arms += cumulative(names)
         if "without" in request.modes:
@@ -142,15 +142,18 @@ class _Ablation:
                 self._notes[name] = f"none could be made: {error}"
         return found["distillation"], found["pruning"]
 
-    def _goal(self) -> float:
-        """Milliseconds between tokens that leave a decode step some room for prompts."""
+    def _goal(self) -> tuple[float, float]:
+        """Milliseconds between tokens that leave a decode step some room for prompts, and between requests
+        that keep the engine busy."""
         self._say(Arm(technique="dynamic_batching", mode="alone"), "what a step takes")
         try:
             worker = self._pool.get(self._config(Setting(name=""), speed=True))
             worker.run(SLOW, 0)
-            return max(1.0, round(_GOAL * worker.run(USUAL, 0).itl_ms, 1))
+            found = worker.run(USUAL, 0)
+            gap = 1e3 * found.mix_seconds / len(USUAL.lengths)
+            return max(1.0, round(_GOAL * found.itl_ms, 1)), gap
         except (GossamerError, WorkerError):  # its arm will say what is wrong
-            return 50.0
+            return 50.0, 0.0
 
     def _config(self, setting: Setting, *, speed: bool) -> EngineConfig:
         """A setting on the model or on the speed's shape."""
