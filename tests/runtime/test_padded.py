@@ -17,8 +17,9 @@ from gossamer.engine.step import Handle, Span, StepPlan
 from gossamer.errors import MemoryBudgetError
 from gossamer.runtime.null import NullExecutor
 from gossamer.runtime.padded import PaddedExecutor, Room, room_for
+from gossamer.runtime.process_memory import own_kind, resting_bytes
 from gossamer.runtime.sizing import KVPlan
-from gossamer.runtime.start import Started, start
+from gossamer.runtime.start import Started, load_planned_graph, plan_start, start
 from gossamer.text_engine import TextEngine
 from tests.engine.serving import limits
 
@@ -145,7 +146,10 @@ def test_logits_are_those_of_the_real_rows(shared: Path) -> None:
 
 
 def test_what_is_said_to_fit_beside_padding_does(shared: Path) -> None:
-    need = start(config(shared, dynamic_shapes=None, kv_bytes=1 << 20)).memory.total
+    padded = config(shared, dynamic_shapes=None, kv_bytes=1 << 20)
+    graph, directory, _ = load_planned_graph(padded)
+    plan = plan_start(graph, padded, directory=directory, kind=own_kind())
+    need = plan.memory.total + plan.growth + resting_bytes(own_kind())
     with pytest.raises(MemoryBudgetError) as told:
         start(config(shared, dynamic_shapes=None, kv_bytes=1 << 20, memory_budget=need - 1))
     kv_bytes, length = (
@@ -155,7 +159,7 @@ def test_what_is_said_to_fit_beside_padding_does(shared: Path) -> None:
         )[0]
     )
     fitting = {"kv_bytes": kv_bytes, "max_model_len": min(length, 64), "memory_budget": need - 1}
-    assert start(config(shared, dynamic_shapes=None, **fitting)).memory.total < need
+    assert start(config(shared, dynamic_shapes=None, **fitting)).memory.total < plan.memory.total
 
 
 def test_scores_that_do_not_fit_are_named(shared: Path) -> None:

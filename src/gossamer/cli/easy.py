@@ -61,6 +61,7 @@ def easy_plan(ctx: typer.Context, engine: EngineFlags) -> tuple[EngineConfig, st
 def answer() -> None:
     """The other process: takes what was asked from standard input and writes the answer, or the refusal."""
     config, given = pickle.loads(sys.stdin.buffer.read())
+    logging.getLogger("gossamer").setLevel(logging.ERROR)  # the start says what there is to say
     found: object
     try:
         found = planned(config, given)
@@ -80,7 +81,6 @@ def planned(config: EngineConfig, given: Collection[str]) -> tuple[EngineConfig,
 
     there = available_memory()
     budget = there if config.memory_budget is None else min(there, config.memory_budget)
-    logging.getLogger("gossamer").setLevel(logging.ERROR)  # the start says what there is to say
     model = open_planned(config)
     most = config.max_model_len or model.graph.max_positions
     kernels, parallel = config.hardware_kernels, config.parallel_computing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "Matrix",
     "Place",
     "Places",
+    "SameGraph",
     "fill_block",
     "layout",
     "load_vectors",
@@ -100,8 +102,30 @@ def packed_matrices(graph: Graph) -> Iterator[Matrix]:
             yield Matrix(name, index, n, k, *weight.reads, kept)
 
 
+class SameGraph:
+    """A graph as a key: equal to itself alone, for graphs are large and made anew rather than changed."""
+
+    __slots__ = ("graph",)
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def __hash__(self) -> int:
+        return id(self.graph)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameGraph) and self.graph is other.graph
+
+
 def layout(graph: Graph) -> tuple[Places, int]:
-    """Places of all native weights, and the bytes of the block."""
+    """Places of all native weights, and the bytes of the block. Those of the latest graphs are remembered,
+    for a planner asks for the same ones again and again."""
+    return _layout(SameGraph(graph))
+
+
+@lru_cache(32)
+def _layout(same: SameGraph) -> tuple[Places, int]:
+    graph = same.graph
     places: dict[tuple[str, int], tuple[Matrix, Place]] = {}
     top = 0
     for m in packed_matrices(graph):

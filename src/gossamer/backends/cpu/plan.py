@@ -21,7 +21,7 @@ from gossamer.backends.base import MemoryReport
 from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.formats import FORMATS, group_page_bytes, kv_page_bytes, require_kernels
 from gossamer.backends.cpu.lower import Instruction, Lowering, lower
-from gossamer.backends.cpu.packing import Places, layout, loading_bytes
+from gossamer.backends.cpu.packing import Places, SameGraph, layout, loading_bytes
 from gossamer.errors import UnsupportedModelError
 from gossamer.graph.ir import Graph, Value
 from gossamer.passes.memory_reuse import ArenaPlan, SizeOf, plain_size, plan_arena
@@ -118,7 +118,7 @@ def plan_program(
                 f"heads of {group.head_dim} are beyond the {_MAX_HEAD_DIM} that the CPU kernels take; "
                 "use --backend reference"
             )
-    same = _Same(graph)
+    same = SameGraph(graph)
     arena = _arena(same, (shape.tokens, shape.rows, shape.spans), reuse, unit_rows)
     shared = arena if reuse else _arena(same, (shape.tokens, shape.rows, shape.spans), True, unit_rows)
     places, block_bytes, loading = _layout(same)
@@ -218,40 +218,25 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Same:
-    """A graph as a key: equal to itself alone, for graphs are large and made anew rather than changed."""
-
-    __slots__ = ("graph",)
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def __hash__(self) -> int:
-        return id(self.graph)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.graph is other.graph
-
-
 def _remembered(function: Callable[..., _T]) -> Callable[..., _T]:
     return lru_cache(_KEPT)(function)
 
 
 @_remembered
-def _layout(same: _Same) -> tuple[Places, int, int]:
+def _layout(same: SameGraph) -> tuple[Places, int, int]:
     """Places, bytes of the block, and what filling it takes beside."""
     places, size = layout(same.graph)
     return places, size, loading_bytes(same.graph, places)
 
 
 @_remembered
-def _arena(same: _Same, counts: tuple[int, int, int], reuse: bool, unit_rows: int | None) -> ArenaPlan:
+def _arena(same: SameGraph, counts: tuple[int, int, int], reuse: bool, unit_rows: int | None) -> ArenaPlan:
     return native_arena(same.graph, dict(zip("TRS", counts, strict=True)), reuse=reuse, unit_rows=unit_rows)
 
 
 @_remembered
 def _native_bytes(
-    same: _Same, shape: StepShape, isa: str, unit_rows: int | None, flash: bool
+    same: SameGraph, shape: StepShape, isa: str, unit_rows: int | None, flash: bool
 ) -> tuple[int, int]:
     """Workspace, and scratch of one worker."""
     graph = same.graph
