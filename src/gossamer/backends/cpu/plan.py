@@ -122,7 +122,7 @@ def plan_program(
     arena = _arena(same, (shape.tokens, shape.rows, shape.spans), reuse, unit_rows)
     shared = arena if reuse else _arena(same, (shape.tokens, shape.rows, shape.spans), True, unit_rows)
     places, block_bytes, loading = _layout(same)
-    workspace, scratch = _native_bytes(same, replace(shape, pages=1), isa, unit_rows, flash)
+    workspace, scratch = _native_bytes(same, shape, isa, unit_rows, flash)
     threads = threads or processors()
     scratch *= threads
     return ProgramPlan(
@@ -234,18 +234,39 @@ def _arena(same: SameGraph, counts: tuple[int, int, int], reuse: bool, unit_rows
     return native_arena(same.graph, dict(zip("TRS", counts, strict=True)), reuse=reuse, unit_rows=unit_rows)
 
 
-@_remembered
 def _native_bytes(
     same: SameGraph, shape: StepShape, isa: str, unit_rows: int | None, flash: bool
 ) -> tuple[int, int]:
     """Workspace, and scratch of one worker."""
+    # All that instructions know of a step is how much of it goes through them at once, and what scores take.
+    known = replace(
+        shape,
+        tokens=1 if unit_rows else shape.tokens,
+        rows=1,
+        spans=1,
+        pages=1,
+        padding=0,
+        table=1 if flash else shape.table,
+    )
+    program = _dry_program(same, known, isa, unit_rows, flash)
+    return (
+        program.workspace_bytes(shape.tokens, shape.rows),
+        program.scratch_bytes(same.graph.vocab, shape.tokens, shape.rows),
+    )
+
+
+@lru_cache(8)
+def _dry_program(
+    same: SameGraph, shape: StepShape, isa: str, unit_rows: int | None, flash: bool
+) -> _native.Program:
+    """A native program to ask for sizes, lowered as it would be, over addresses where nothing is."""
     graph = same.graph
     program = _native.Program(isa, _native.Pool(1))
     page = max(
         (group_page_bytes(g, shape.page_size, shape.kv_dtype) for g in graph.kv_groups),
         default=0,
     )
-    places, block_bytes, _ = _layout(same)
+    places, block_bytes = layout(graph)
     lowered(
         graph,
         shape,
@@ -262,10 +283,7 @@ def _native_bytes(
             if len(w.shape) == 1
         },
     )
-    return (
-        program.workspace_bytes(shape.tokens, shape.rows),
-        program.scratch_bytes(graph.vocab, shape.tokens, shape.rows),
-    )
+    return program
 
 
 def _nowhere(size: int) -> _Bytes:
