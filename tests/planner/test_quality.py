@@ -82,6 +82,8 @@ def test_the_front_is_no_worse_than_any_uniform_choice(tmp_path: Path) -> None:
         ({"matrices": [odd(names=["embedding"])]}, "another"),
         ({"matrices": [odd(candidates={"int8": {"bytes": 1, "kl": "nan"}})]}, "kl"),
         ({"matrices": [odd(names=[])]}, "without names"),
+        ({"matrices": []}, "no matrices"),
+        ({"matrices": [odd(candidates={"int99": {"bytes": 1, "kl": 1}})]}, "int99"),
         ({"matrices": 3}, "matrices"),
     ],
 )  # fmt: skip

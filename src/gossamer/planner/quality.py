@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.checkpoint.opening import open_checkpoint
+from gossamer.config.weight_formats import parse_stored
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.passes.weight_formats import matrices as held
 from gossamer.planner.model import PlannedModel
@@ -144,8 +145,9 @@ def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: matrices.{where} is {first['input']!r:.60}: {first['msg']}") from None
-    if any(not unit.candidates or not unit.names for unit in matrices):
-        raise CheckpointError(f"{path}: a matrix without names or candidates; measure anew")
+    if not matrices or any(not unit.candidates or not unit.names for unit in matrices):
+        raise CheckpointError(f"{path}: no matrices, or one without names or candidates; measure anew")
+    _check_formats(path, matrices)
     if raw.get("method") != "rtn":
         raise ConfigError(
             f"{path} knows what formats lose that were made by {str(raw.get('method'))[:20]!r}, and loading "
@@ -167,6 +169,14 @@ def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
     known = {name for unit in matrices for name in unit.names}
     covers = known >= held(model.graph).keys()
     return SensitivityFile(source=source, covers=covers, matrices=matrices)
+
+
+def _check_formats(path: Path, matrices: tuple[MatrixLosses, ...]) -> None:
+    for name in sorted({name for unit in matrices for name in unit.candidates}):
+        try:
+            parse_stored(name)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}; measure anew") from None
 
 
 def certified(certificate: Certificate | None, kv: str) -> Loss:
