@@ -44,6 +44,7 @@ def test_ctrl_c_shows_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatc
         (("--speed-shape", "7b"), "135m, 1b, or own"),
         (("--technique", "magic"), "no technique"),
         (("--rounds", 1), "at least 2"),
+        (("--rounds", 0), "at least 2"),
         (("--text", "/no/text"), "/no/text"),
         (("--html", "/"), "directory"),
     ],

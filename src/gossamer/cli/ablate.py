@@ -106,7 +106,7 @@ def ablate(
         modes=modes,
         speed_shape=shape,
         texts=tuple(read_texts(text or ())),
-        rounds=rounds or (_QUICK if quick else _FULL if full else _USUAL),
+        rounds=(_QUICK if quick else _FULL if full else _USUAL) if rounds is None else rounds,
         seconds=_QUICK_SECONDS if quick else None,
         arm_seconds=_ARM_SECONDS.get(shape, 40.0),
         tokens=2048 if quick else 32768 if full else 8192,
