@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.bench.ablation import sides
+from gossamer.bench.ablation import report, sides
+from gossamer.errors import ConfigError
 from tests.cli.conftest import Cli
 
 MODEL = "gossamer/pocket-half"
@@ -47,10 +48,22 @@ def test_ctrl_c_shows_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatc
         (("--rounds", 0), "at least 2"),
         (("--text", "/no/text"), "/no/text"),
         (("--html", "/"), "directory"),
+        (("--html", "/no/folder/ledger.html"), "/no/folder is no directory"),
     ],
 )
 def test_mistakes(cli: Cli, flags: tuple[str, ...], words: str) -> None:
     assert words in cli("ablate", MODEL, *flags).complaint
+
+
+def test_a_report_that_cannot_be_written_costs_no_measurement(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise ConfigError("no space left")
+
+    monkeypatch.setattr(report, "write_report", full)
+    ran = cli("ablate", MODEL, "--technique", "offloading", *FLAGS, "-o", tmp_path / "ledger.html")
+    assert ran.code == 2 and "not built" in ran.out and "no space left" in ran.err
 
 
 def test_a_model_that_is_none(cli: Cli, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,8 +97,8 @@ def ablate(
 
     if quick and full:
         raise ConfigError("--quick and --full are opposites; give one of them")
-    if out is not None and out.is_dir():
-        raise ConfigError(f"--html {out} is a directory; name a file")
+    if out is not None:
+        _check_out(out)
     shape = speed_shape or ("1b" if full else "135m")
     modes: tuple[Mode, ...] = ("alone",) if quick else ("alone", "without") if technique else MODES
     request = Request(
@@ -113,22 +114,39 @@ def ablate(
     )
     with live_watch(sys.stderr.isatty(), not json) as watch:
         ledger = ablate(request, watch)
-    _keep(ledger, out)
+    lost = _keep(ledger, out)
     if json:
         print(ledger_to_json(ledger), flush=True)
     else:
         show_ledger(ledger)
-        if out is not None:
+        if out is not None and lost is None:
             stderr().print(f"the report is in {out}", soft_wrap=True, markup=False)
+    if lost is not None:
+        raise lost
     if ledger.settings["interrupted"]:
         stderr().print("interrupted: the techniques that were measured until then")
         return 130
     return None
 
 
-def _keep(ledger: Ledger, out: Path | None) -> None:
-    """Writes the report, before anything is printed that may fail."""
+def _check_out(out: Path) -> None:
+    """Raises ConfigError where no report can be written, before the minutes that it takes."""
+    if out.is_dir():
+        raise ConfigError(f"--html {out} is a directory; name a file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--html {out}: {out.parent} is no directory; make it, or name a file elsewhere")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--html {out}: {out.parent} cannot be written; name a file elsewhere")
+
+
+def _keep(ledger: Ledger, out: Path | None) -> ConfigError | None:
+    """Writes the report, before anything is printed that may fail. What stands against that is given, so that
+    the ledger is printed all the same."""
     if out is not None:
         from gossamer.bench.ablation.report import write_report
 
-        write_report(ledger, out)
+        try:
+            write_report(ledger, out)
+        except ConfigError as error:
+            return error
+    return None
