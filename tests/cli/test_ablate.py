@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.bench.ablation import report, sides
+from gossamer.bench.ablation import report, run, sides
+from gossamer.bench.ablation.request import Request
 from gossamer.errors import ConfigError
 from tests.cli.conftest import Cli
 
@@ -64,6 +65,23 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
     monkeypatch.setattr(report, "write_report", full)
     ran = cli("ablate", MODEL, "--technique", "offloading", *FLAGS, "-o", tmp_path / "ledger.html")
     assert ran.code == 2 and "not built" in ran.out and "no space left" in ran.err
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_full_with_text_makes_models(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, full: bool
+) -> None:
+    asked: list[Request] = []
+
+    def keep(request: Request, _: object) -> None:
+        asked.append(request)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(run, "ablate", keep)
+    text = tmp_path / "book.txt"
+    text.write_text("The sea was calm. " * 50)
+    assert "enough" in cli("ablate", MODEL, *(("--full",) if full else ()), "--text", text).complaint
+    assert [request.make for request in asked] == [full]
 
 
 def test_a_model_that_is_none(cli: Cli, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def ablate(
         seconds=_QUICK_SECONDS if quick else None,
         arm_seconds=_ARM_SECONDS.get(shape, 40.0),
         tokens=2048 if quick else 32768 if full else 8192,
+        make=full and bool(text),
     )
     with live_watch(sys.stderr.isatty(), not json) as watch:
         ledger = ablate(request, watch)
