@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,10 @@ def test_json_is_the_ledger(cli: Cli) -> None:
     assert report["speed_shape"] == "own" and report["rates"]["read_gb_s"] > 0
 
 
-def test_ctrl_c_shows_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_show_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(sides, "Worker", interrupt)
     ran = cli("ablate", MODEL, "--technique", "offloading", "--technique", "memory_reuse", *FLAGS)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,7 +116,7 @@ def ablate(
         tokens=2048 if quick else 32768 if full else 8192,
         make=full and bool(text),
     )
-    with live_watch(sys.stderr.isatty(), not json) as watch:
+    with _ended_like_ctrl_c(), live_watch(sys.stderr.isatty(), not json) as watch:
         ledger = ablate(request, watch)
     lost = _keep(ledger, out)
     if json:
@@ -128,6 +131,20 @@ def ablate(
         stderr().print("interrupted: the techniques that were measured until then")
         return 130
     return None
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, too, keeps what is done, and leaves neither workers nor files."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_out(out: Path) -> None:
