@@ -170,6 +170,7 @@ def test_units_hold_what_only_they_need_for_a_tile_of_rows() -> None:
     counts = {"T": 512, "R": 4, "S": 4}
     whole, tiled = plan_arena(graph, counts), plan_arena(graph, counts, unit_rows=64)
     assert tiled.bytes < whole.bytes / 2
+    assert graph.tiled() == frozenset().union(*map(graph.inner, graph.units)) != frozenset()
     for unit in graph.units:
         for life in intervals(graph, counts, unit_rows=64):
             if life.value in graph.inner(unit):

@@ -230,6 +230,18 @@ class Graph:
         outside |= set(self.outputs.values())
         return frozenset(out for node in nodes for out in node.outputs if out not in outside)
 
+    def tiled(self) -> frozenset[str]:
+        """The inner values of all units."""
+        last = {v: index for index, node in enumerate(self.nodes) for v in node.inputs}
+        outputs = set(self.outputs.values())
+        return frozenset(
+            out
+            for unit in self.units
+            for node in self.nodes[unit.first : unit.last]
+            for out in node.outputs
+            if last.get(out, -1) < unit.last and out not in outputs
+        )
+
     def _block(self, scope: str, start: int, stop: int) -> Block:
         nodes = self.nodes[start:stop]
         made = {out for node in nodes for out in node.outputs}

@@ -66,7 +66,7 @@ def intervals(
         for name in node.inputs:
             last[name] = max(last.get(name, 0), index)
     unit_of = {i: unit for unit in graph.units for i in range(unit.first, unit.last)}
-    inner = {name for unit in graph.units for name in graph.inner(unit)}
+    inner = graph.tiled()
     found = []
     for name in graph.inputs:
         if len(graph.values[name].shape) > 1:
@@ -108,17 +108,18 @@ def plan_arena(
             offsets[life.value] = top
             top += life.bytes
         return ArenaPlan(offsets, top, separate)
-    placed: list[tuple[int, Interval]] = []
+    alive: dict[int, list[Interval]] = {}  # node -> what is placed and lives at it
     for life in sorted(lives, key=lambda v: (-v.bytes, v.first)):
         offset = 0
-        for start, other in placed:  # kept sorted by offset
-            if other.first <= life.last and life.first <= other.last:
-                if start - offset >= life.bytes:
-                    break
-                offset = max(offset, start + other.bytes)
+        at = range(life.first, life.last + 1)
+        beside = {other.value: other for node in at for other in alive.get(node, ())}
+        for start, other in sorted(((offsets[v], i) for v, i in beside.items()), key=lambda pair: pair[0]):
+            if start - offset >= life.bytes:
+                break
+            offset = max(offset, start + other.bytes)
         offsets[life.value] = offset
-        placed.append((offset, life))
-        placed.sort(key=lambda p: p[0])
+        for node in at:
+            alive.setdefault(node, []).append(life)
         top = max(top, offset + life.bytes)
     return ArenaPlan(offsets, top, separate)
 

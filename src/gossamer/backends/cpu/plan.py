@@ -174,7 +174,7 @@ def lowered(
         graph=graph,
         program=program,
         offsets=offsets,
-        tiled=frozenset(value for unit in graph.units for value in graph.inner(unit)),
+        tiled=graph.tiled(),
         unit_rows=unit_rows or shape.tokens,
         matrices={
             key: program.add_packed(
