@@ -30,7 +30,7 @@ __all__ = ["ProgramSteps"]
 
 _ROW = struct.Struct("<6f2iQ9i4x")
 _BAD = {1: "nan", 2: "empty"}
-_REMEMBERED = 4096  # sequences whose newest token LastSampled may still name
+_REMEMBERED = 4  # times the sequences of a step: those whose newest token LastSampled may still name
 
 assert _ROW.size == SAMPLE_ROW.itemsize
 
@@ -178,7 +178,7 @@ class ProgramSteps:
                 # A bad row has no token: any stands in, for a step that nobody will use.
                 self._last[span.sequence] = max(tokens[row - 1], 0)
                 self._last.move_to_end(span.sequence)
-        while len(self._last) > _REMEMBERED:
+        while len(self._last) > _REMEMBERED * self.program.shape.spans:
             self._last.popitem(last=False)
         return out
 
