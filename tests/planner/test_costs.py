@@ -17,19 +17,9 @@ from gossamer.graph.ir import Graph
 from gossamer.passes.pipeline import run_passes
 from gossamer.planner.costs import ExpertBytes, StepCosts, step_costs
 from gossamer.planner.hardware import Rates, median_rates
+from tests.planner.small import SHAPE
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
+CONFIG = SHAPE | {"max_position_embeddings": 64}
 LAYER = 128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256  # q, o; k, v; gate, up, down
 HEAD = 320 * 128
 RATES = Rates(read_gb_s=2e-9, int8_gmacs=4e-9, bf16_gmacs=1e-9, fp32_gmacs=1e-9, threads=2, isa="scalar")
