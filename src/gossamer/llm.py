@@ -45,7 +45,7 @@ _COUNTS = {
 }  # fmt: skip
 _BYTES = {"kv_bytes", "memory_budget", "weight_cache_limit", "swap_bytes"}
 _NEEDED = {
-    "model", "dtype", "kv_cache_dtype", "page_size", "max_num_seqs", "max_num_batched_tokens",
+    "model", "dtype", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens",
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def engine_config(
     isa: str | None = None,
     autotune: bool = True,
     threads: int | None = None,
-    page_size: int = 16,
+    page_size: int | None = None,
     swap_bytes: int | None = None,
     swap_directory: str | None = None,
     prefill_chunk: int | None = None,
@@ -114,6 +114,15 @@ def engine_config(
         half = _checkpoint_dtype(model, options.get("revision"))
     if "weight_formats" in options:
         options["weight_formats"] = weight_formats(options["weight_formats"])
+    pages: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("page_size", page_size),
+            ("swap_bytes", swap_bytes),
+            ("swap_directory", swap_directory),
+        )
+        if value is not None
+    }
     defaults: dict[str, Any] = {
         "quantization": None if quantization is None else Quantization.parse(quantization),
         "mixed_precision": None if half is None else MixedPrecision(dtype=half),  # type: ignore[arg-type]
@@ -123,16 +132,14 @@ def engine_config(
             autotune=autotune,
         ),
         "parallel_computing": ParallelComputing(threads=threads),
-        "paged_attention": PagedAttention(
-            page_size=page_size, swap_bytes=swap_bytes, swap_directory=swap_directory
-        ),
+        "paged_attention": PagedAttention(**pages),
         "speculative_decoding": None
         if speculative_config is None
         else SpeculativeDecoding.parse(speculative_config),
     }
     if options.get("paged_attention", True) is None:
         defaults["prefix_cache"] = None
-        given = {"--swap-bytes": swap_bytes, "--swap-directory": swap_directory}
+        given = {"--" + name.replace("_", "-"): value for name, value in pages.items()}
         belong(given, "PagedAttention", "--no-paged-attention")
     if options.get("static_batching") is None:
         defaults["continuous_batching"] = ContinuousBatching(

@@ -117,6 +117,7 @@ def test_formats_are_shown_alone(cli: Cli, stories: Path, flags: tuple[str, ...]
             ("--no-paged-attention", "--swap-bytes", "1M", "--swap-directory", "/"),
             "-directory belong to",
         ),
+        (("--no-paged-attention", "--page-size", "32"), "--page-size belongs to PagedAttention"),
         (("--temperature", "-1"), "temperature"),
         (("--temperature", "nan"), "temperature"),
         (("--temperature", "warm"), "--temperature"),

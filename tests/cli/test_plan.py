@@ -202,6 +202,7 @@ def test_the_plan_of_a_server_is_made_in_a_process_of_its_own(monkeypatch: pytes
         (("-O", "speed"), "objective 'speed' is unknown"),
         (("--memory-budget", "20MiB"), "more than the 20.0 MiB there are"),
         (("--itl-limit-ms", "0.0001"), "above --itl-limit-ms"),
+        (("--ttft-limit-ms", "0"), "--ttft-limit-ms 0 must be a number of milliseconds above 0"),
         (("--input-len", "600"), "--input-len"),
         (("--acceptance", "ngram"), "METHOD=RATE"),
         (("--acceptance", "guess=0.3"), "METHOD=RATE"),

@@ -12,10 +12,13 @@ from gossamer.errors import CheckpointError
 __all__ = ["parse_json_object", "read_json_object", "read_text"]
 
 MAX_BYTES = 64 << 20
+RENEW = "download the file again"
 
 
-def read_text(path: Path, *, cap: int = MAX_BYTES, error: type[CheckpointError] = CheckpointError) -> str:
-    """Text of a UTF-8 file of at most `cap` bytes.
+def read_text(
+    path: Path, *, cap: int = MAX_BYTES, error: type[CheckpointError] = CheckpointError, renew: str = RENEW
+) -> str:
+    """Text of a UTF-8 file of at most `cap` bytes. renew: what would help where it is damaged.
 
     Raises `error` when the file is missing, unreadable, larger than `cap` or not UTF-8.
     """
@@ -24,7 +27,7 @@ def read_text(path: Path, *, cap: int = MAX_BYTES, error: type[CheckpointError] 
             data = file.read(cap + 1)
     except OSError as cause:
         reason = cause.strerror or cause
-        raise error(f"cannot read {path}: {reason}; check the path or download the file again") from None
+        raise error(f"cannot read {path}: {reason}; check the path or {renew}") from None
     if len(data) > cap:
         raise error(
             f"{path} is larger than the {cap} bytes allowed for it; it is damaged or not what it says"
@@ -33,20 +36,20 @@ def read_text(path: Path, *, cap: int = MAX_BYTES, error: type[CheckpointError] 
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(
-            f"{path} is not UTF-8 text (byte {cause.start} is {data[cause.start]:#04x}); "
-            "download the file again"
+            f"{path} is not UTF-8 text (byte {cause.start} is {data[cause.start]:#04x}); {renew}"
         ) from None
 
 
 def read_json_object(
-    path: Path, *, cap: int = MAX_BYTES, error: type[CheckpointError] = CheckpointError
+    path: Path, *, cap: int = MAX_BYTES, error: type[CheckpointError] = CheckpointError, renew: str = RENEW
 ) -> dict[str, Any]:
     """The object that a JSON file holds. Raises `error` as `read_text` and `parse_json_object` do."""
-    return parse_json_object(read_text(path, cap=cap, error=error), str(path), error=error)
+    text = read_text(path, cap=cap, error=error, renew=renew)
+    return parse_json_object(text, str(path), error=error, renew=renew)
 
 
 def parse_json_object(
-    text: str, source: str, *, error: type[CheckpointError] = CheckpointError
+    text: str, source: str, *, error: type[CheckpointError] = CheckpointError, renew: str = RENEW
 ) -> dict[str, Any]:
     """The object written in `text`; `source` names it in messages.
 
@@ -58,7 +61,7 @@ def parse_json_object(
         made = dict(pairs)
         if len(made) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise error(f"{source}: the key {twice!r} is given twice; download the file again")
+            raise error(f"{source}: the key {twice!r} is given twice; {renew}")
         return made
 
     def constant(name: str) -> NoReturn:
@@ -67,9 +70,9 @@ def parse_json_object(
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except RecursionError:
-        raise error(f"{source}: JSON nested too deeply to be what it says; download the file again") from None
+        raise error(f"{source}: JSON nested too deeply to be what it says; {renew}") from None
     except ValueError as cause:
-        raise error(f"{source} is not valid JSON ({cause}); download the file again") from None
+        raise error(f"{source} is not valid JSON ({cause}); {renew}") from None
     if not isinstance(value, dict):
         raise error(f"{source} holds a JSON {type(value).__name__}; an object {{...}} is needed")
     return value

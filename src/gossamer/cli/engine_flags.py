@@ -74,8 +74,9 @@ class EngineFlags:
     memory_budget: Annotated[str | None, flag(
         "--memory-budget", panel=_MEMORY, metavar="SIZE",
         help="Most memory to take in all; a model that needs more is refused.")] = None
-    page_size: Annotated[int, flag(
-        "--page-size", panel=_MEMORY, metavar="TOKENS", help="Tokens in a KV page, a multiple of 16.")] = 16
+    page_size: Annotated[int | None, flag(
+        "--page-size", panel=_MEMORY, metavar="TOKENS",
+        help="Tokens in a KV page, a multiple of 16; 16 if not given.")] = None
     swap_bytes: Annotated[str | None, flag(
         "--swap-bytes", panel=_MEMORY, metavar="SIZE",
         help="Size of a file on disk for KV pages of sequences that had to make room.")] = None

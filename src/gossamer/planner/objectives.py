@@ -68,10 +68,9 @@ class Limits:
     quality: QualityLimit | None = None
 
     def __post_init__(self) -> None:
-        for name in ("itl_ms", "ttft_ms"):
-            value = getattr(self, name)
+        for flag, value in (("--itl-limit-ms", self.itl_ms), ("--ttft-limit-ms", self.ttft_ms)):
             if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"the limit {name} {value} must be a number of milliseconds above 0")
+                raise ConfigError(f"{flag} {value:g} must be a number of milliseconds above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,7 +134,7 @@ def read_sensitivity(path: Path, model: PlannedModel) -> SensitivityFile:
             f"no sensitivities at {path}; a recipe of mixed_bits for `gossamer compress` measures them, and "
             f"leaves {SENSITIVITY} in its result"
         )
-    raw = read_json_object(path, cap=_MOST)
+    raw = read_json_object(path, cap=_MOST, renew="measure anew")
     if raw.get("version") != 1:
         raise CheckpointError(
             f"{path} is of version {raw.get('version')!r}, and this one reads 1; measure anew"

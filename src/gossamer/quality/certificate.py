@@ -168,7 +168,7 @@ def read_certificate(directory: Path) -> Certificate | None:
     path = directory / CERTIFICATE
     if not path.is_file():
         return None
-    raw = read_json_object(path, cap=_MOST)
+    raw = read_json_object(path, cap=_MOST, renew="compress the model anew, or delete the file")
     if raw.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{path} is of schema {raw.get('schema')!r}, and this version reads {SCHEMA}; update gossamer, "

@@ -7,18 +7,32 @@ from itertools import pairwise
 import pytest
 import typer
 
-from gossamer.bench.ablation.arms import NAMES, ORDER, Arm, Setting, alone, base, cumulative, typed, without
+from gossamer.bench.ablation.arms import (
+    NAMES,
+    ORDER,
+    Arm,
+    Setting,
+    alone,
+    base,
+    cumulative,
+    further,
+    typed,
+    without,
+)
 from gossamer.cli.main import app
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 
 ALL = [*alone(NAMES, student="gossamer/pocket-half"), *cumulative(NAMES), *without(NAMES)]
 MEASURED = [arm for arm in ALL if arm.on is not None]
+FURTHER = [*further(NAMES, student="gossamer/pocket-half"), *further(NAMES, pruned="gossamer/pocket-half")]
 
 
 def config(setting: Setting | None, arm: Arm) -> EngineConfig:
     assert setting is not None
-    given = {**setting.fields, **setting.limits} | ({"load_format": "dummy"} if arm.shaped else {})
+    zeros = () if arm.shaped else ("dummy_sparsity", "sparse_weights")  # a model has its own
+    limits = {key: value for key, value in setting.limits.items() if key not in zeros}
+    given = {**setting.fields, **limits} | ({"load_format": "dummy"} if arm.shaped else {})
     return base(setting.model or "gossamer/pocket", **given)
 
 
@@ -26,7 +40,7 @@ def named(arm: Arm) -> str:
     return f"{arm.technique}-{arm.mode}"
 
 
-@pytest.mark.parametrize("arm", MEASURED, ids=named)
+@pytest.mark.parametrize("arm", [*MEASURED, *FURTHER], ids=named)
 def test_both_sides_can_be_and_differ(arm: Arm) -> None:
     assert arm.off is not None and arm.on is not None
     off, on = config(arm.off, arm), config(arm.on, arm)
@@ -45,6 +59,12 @@ def test_every_technique_stands_alone_in_the_handbooks_order() -> None:
     assert len(set(NAMES)) == 17
     for arm in alone(NAMES):
         assert arm.on is not None or arm.note, f"{arm.technique} says nothing of why it is not measured"
+
+
+def test_zeros_are_held_against_fewer_bits_and_a_students_guesses_against_none() -> None:
+    assert [arm.technique for arm in FURTHER] == ["pruning", "speculative_decoding", "pruning"]
+    assert [arm.shaped for arm in FURTHER] == [True, False, False]
+    assert not further(("quantization",), student="gossamer/pocket-half")
 
 
 def test_what_a_technique_changes_is_that_technique_alone() -> None:

@@ -23,7 +23,19 @@ from gossamer.config import (
 )
 from gossamer.techniques import CARDS, card
 
-__all__ = ["LIMITS", "NAMES", "ORDER", "Arm", "Setting", "alone", "base", "cumulative", "typed", "without"]
+__all__ = [
+    "LIMITS",
+    "NAMES",
+    "ORDER",
+    "Arm",
+    "Setting",
+    "alone",
+    "base",
+    "cumulative",
+    "further",
+    "typed",
+    "without",
+]
 
 _FIELDS = {f.name: f for f in fields(EngineConfig)}
 _SEQUENCES, _LENGTH = 8, 512
@@ -42,6 +54,12 @@ ORDER = (
 """The order in which techniques are added: what changes no output first, the cheapest to have before the
 others; then how requests share the machine; then what costs quality or may lose."""
 
+_SPARSE = {"dummy_sparsity": "2:4", "sparse_weights": SparseWeights(count=True)}
+_PRUNED_NOTE = (
+    "random weights with such zeros: what pruning costs in quality follows from the model, and "
+    "`gossamer compress MODEL --recipe sparse-2of4-int8` measures it",
+    "pruned by SparseGPT and not trained after it",
+)
 _SLOW = ("hardware_kernels", "dynamic_shapes")  # whose baselines take many times as long
 _NUMBERS = ("quantization", "mixed_precision")  # which change what the model computes
 
@@ -206,21 +224,14 @@ def _needed(work: Work, sequences: int = _SEQUENCES) -> int:
 
 
 def _pruning(pruned: str | None) -> Arm:
-    sparse = {"dummy_sparsity": "2:4", "sparse_weights": SparseWeights(count=True)}
-    on = Setting(name="two of four weights zero", limits=sparse, model=pruned)
-    if pruned is not None:
-        note = "pruned by SparseGPT and not trained after it"
-        return Arm(
-            technique="pruning", mode="alone", off=Setting(name="dense"), on=on, quality=True, note=note
-        )
     return Arm(
         technique="pruning",
         mode="alone",
         off=Setting(name="dense"),
-        on=on,
-        shaped=True,
-        note="random weights with such zeros: what pruning costs in quality follows from the model, and "
-        "`gossamer compress MODEL --recipe sparse-2of4-int8` measures it",
+        on=Setting(name="two of four weights zero", limits=_SPARSE, model=pruned),
+        quality=pruned is not None,
+        shaped=pruned is None,
+        note=_PRUNED_NOTE[pruned is not None],
     )
 
 
@@ -240,6 +251,46 @@ def _distillation(student: str | None) -> Arm:
         quality=True,
         own=True,
     )
+
+
+def further(names: Sequence[str], *, student: str | None = None, pruned: str | None = None) -> list[Arm]:
+    """Second comparisons, where one baseline does not answer what people ask: whether zeros are worth having
+    beside fewer bits, and guesses of a smaller model beside those looked up."""
+    arms = []
+    if "pruning" in names:
+        note = "against the better known way to as few bytes; " + _PRUNED_NOTE[pruned is not None]
+        arms.append(
+            Arm(
+                technique="pruning",
+                mode="alone",
+                off=Setting(name="dense int4", fields=_on("quantization")),
+                on=Setting(
+                    name="int8, two of four weights zero",
+                    fields={"quantization": Quantization(format="int8"), "mixed_precision": None},
+                    limits=_SPARSE,
+                    model=pruned,
+                ),
+                quality=pruned is not None,
+                shaped=pruned is None,
+                note=note,
+            )
+        )
+    if "speculative_decoding" in names and student is not None:
+        arms.append(
+            Arm(
+                technique="speculative_decoding",
+                mode="alone",
+                off=Setting(name="plain decoding"),
+                on=Setting(
+                    name="drafts of the student",
+                    fields={"speculative_decoding": SpeculativeDecoding(method="draft_model", model=student)},
+                ),
+                work=replace(USUAL, lone=(96, 32)),
+                own=True,
+                note="prompts are random tokens; no more is drafted where it does not pay",
+            )
+        )
+    return arms
 
 
 def cumulative(names: Sequence[str]) -> list[Arm]:

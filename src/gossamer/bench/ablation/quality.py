@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from gossamer.bench.ablation.verdict import exact, figure
 from gossamer.bench.ledger import Effect, Figure
+from gossamer.checkpoint.hub import resolve_model
+from gossamer.checkpoint.tokenizer import Tokenizer
 from gossamer.config import EngineConfig
-from gossamer.quality.measure import measure, reference_config
-from gossamer.quality.windows import Text
+from gossamer.quality.measure import begin_token, measure, reference_config
+from gossamer.quality.windows import Text, read_documents
 
 __all__ = ["Qualities", "Score", "quality_effects", "quality_figures"]
 
@@ -29,9 +31,13 @@ class Score:
 
 
 class Qualities:
-    """Measures on `texts`, at most `tokens` of them, against `model` in fp32; what it has it keeps."""
+    """Measures on `texts`, at most `tokens` of them, against `model` in fp32; what it has it keeps. Raises
+    GossamerError for a model without a tokenizer, and for texts that nothing can be measured on."""
 
     def __init__(self, model: str, texts: Sequence[Text], tokens: int) -> None:
+        if texts:  # said now, and not in the minutes that come
+            tokenizer = Tokenizer.load(resolve_model(model))
+            read_documents(texts, tokenizer, bos=begin_token(tokenizer), most=tokens)
         self._model, self._texts, self._tokens = model, texts, tokens
         self._found: dict[tuple[object, ...], Score] = {}
 

@@ -23,6 +23,7 @@ from gossamer.bench.ablation.arms import (
     alone,
     base,
     cumulative,
+    further,
     typed,
     without,
 )
@@ -116,6 +117,8 @@ class _Ablation:
             goal, gap = self._goal() if "dynamic_batching" in names else (50.0, 0.0)
             student, pruned = self._made(names)
             arms += alone(names, goal_ms=goal, gap_ms=gap, student=student, pruned=pruned)
+            if request.seconds is None:
+                arms += further(names, student=student, pruned=pruned)
         if "cumulative" in request.modes:
             arms += cumulative(names)
         if "without" in request.modes:
