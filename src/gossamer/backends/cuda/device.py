@@ -1,0 +1,75 @@
+"""Which device runs: an NVIDIA GPU, or Triton's interpreter where TRITON_INTERPRET=1 asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.errors import ConfigError, DependencyError
+
+__all__ = ["Device", "interpreted", "open_device"]
+
+_LEAST = (8, 0)  # bf16 and asynchronous copies: Ampere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """name: as people know it; capability: (major, minor) of the chip, (0, 0) of the interpreter; memory:
+    bytes that are free."""
+
+    torch: torch.device
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    @property
+    def isa(self) -> str:
+        """For receipts: sm_90, or interpreter."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" if major else "interpreter"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: Triton decides when its kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def open_device() -> Device:
+    """The first GPU that this process may use.
+
+    Raises DependencyError where Triton is missing, ConfigError where there is no GPU or none that will do.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise DependencyError("the cuda backend needs Triton; install it with: pip install 'gossamer[cuda]'")
+    if interpreted():
+        from gossamer.memory import available_memory
+
+        return Device(
+            torch=torch.device("cpu"),
+            name="Triton's interpreter",
+            capability=(0, 0),
+            memory=available_memory(),
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        why = (
+            "torch sees none (nvidia-smi shows what the driver sees, CUDA_VISIBLE_DEVICES what is hidden)"
+            if built
+            else f"torch {torch.__version__} is built without CUDA; install a CUDA build of it"
+        )
+        raise ConfigError(
+            f"--device cuda needs an NVIDIA GPU: {why}. --device cpu runs here; TRITON_INTERPRET=1 runs the "
+            "GPU's kernels on the CPU, very slowly, for tests"
+        )
+    chip = torch.cuda.get_device_properties(0)
+    capability = (chip.major, chip.minor)
+    if capability < _LEAST:
+        raise ConfigError(
+            f"{chip.name} is of compute capability {chip.major}.{chip.minor}, and the kernels need "
+            f"{_LEAST[0]}.{_LEAST[1]} (bf16) at least; --device cpu runs here"
+        )
+    free, _ = torch.cuda.mem_get_info(0)
+    return Device(torch=torch.device("cuda", 0), name=chip.name, capability=capability, memory=free)
