@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU, which has to be known before they are imported."""
+"""Kernels run in Triton's interpreter where there is no GPU: to be known before they are imported."""
 
 from __future__ import annotations
 
