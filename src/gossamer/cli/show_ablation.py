@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -123,8 +124,12 @@ def _table(rows: Sequence[Row], *, claims: bool) -> Table:
         table.add_column("claimed", style="dim", overflow="fold", max_width=34)
     for name in ("memory", "speed", "quality"):
         table.add_column(name)
+    count = Counter(row.technique for row in rows)
     for row in rows:
-        cells = [row.technique.replace("_", " ")] + ([escape(_claim(row.technique))] if claims else [])
+        name = row.technique.replace("_", " ")
+        if count[row.technique] > 1 and row.on is not None and row.off is not None:
+            name += f"\n[dim]{escape(row.on.name)}, against {escape(row.off.name)}[/]"
+        cells = [name] + ([escape(_claim(row.technique))] if claims else [])
         if not row.effects:
             red = row.note.startswith("error")
             note = "not built yet" if row.note.startswith("not built") else row.note

@@ -145,6 +145,25 @@ def test_figures_are_the_ledgers() -> None:
     assert part.count("<circle") == 2 + 2 + 6 + 0  # an interval's dot for each effect, and every sample
 
 
+def test_a_second_comparison_stands_below_the_first() -> None:
+    first = row(
+        "pruning", "alone", side("dense", itl_ms=4.0), side("zeros", itl_ms=2.0), (effect("itl_ms", 0.5),)
+    )
+    second = row(
+        "pruning",
+        "alone",
+        side("dense int4", itl_ms=1.0),
+        side("sparse int8", itl_ms=2.0),
+        (effect("itl_ms", 2.0),),
+    )
+    html = report_html(ledger((first, second)), CARDS)
+    part = section(html, "pruning")
+    assert part.index("zeros") < part.index("And sparse int8, against dense int4")
+    assert Page(html).text.count("0.500\u00d7") >= 1 and 'id="p-pruning-2"' in html
+    summary = html[: html.index('id="t-')]
+    assert "4.00 \u2192 2.00 ms" in Page(html).text and "dense int4" not in summary
+
+
 def test_speed_says_its_shape_where_it_is_another() -> None:
     rows = pair(itl_ms=8.0)
     effects = (replace(rows[0].effects[0], shape=""),)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gossamer.bench.ablation.verdict import _signed_rank, effect, exact, figure, overall, verdict_of
+from gossamer.bench.ablation.verdict import _signed_rank, effect, exact, figure, overall, typical, verdict_of
 
 
 def test_the_signed_rank_table() -> None:
@@ -87,6 +87,13 @@ def test_a_figure_has_quartiles() -> None:
     assert figure([3.0]).low == 3.0
     found = figure([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found.low, found.median, found.high, found.samples[0]) == (2.0, 3.0, 4.0, 1.0)
+
+
+def test_the_typical_round_shows_the_ratio_where_medians_do_not() -> None:
+    off, on = figure([1.0, 2.0, 40.0]), figure([0.5, 1.1, 20.0])  # the machine slowed down
+    assert typical(off, on, 0.5) in ((1.0, 0.5), (40.0, 20.0))
+    assert typical(figure([3.0]), figure([2.0]), 0.9) == (3.0, 2.0)
+    assert typical(figure([0.0, 0.0]), figure([2.0, 4.0]), 0.9) == (0.0, 3.0)
 
 
 def test_overall_is_the_first_that_differs() -> None:

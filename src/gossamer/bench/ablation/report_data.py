@@ -56,11 +56,12 @@ _CARD_TO_LEDGER = {"total_bytes": "resident_bytes"}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A technique: its card, if it has one, and its rows by mode."""
+    """A technique: its card, if it has one, its rows by mode, and further ones, against other baselines."""
 
     name: str
     card: Card | None
     rows: dict[Mode, Row]
+    further: tuple[Row, ...] = ()
 
     @property
     def title(self) -> str:
@@ -96,11 +97,14 @@ def entries(ledger: Ledger, cards: Iterable[Card]) -> tuple[Entry, ...]:
     """Every technique that has a card or a row: the cards' order, then the ledger's."""
     known = {card.name: card for card in cards}
     rows: dict[str, dict[Mode, Row]] = {name: {} for name in known}
+    further: dict[str, tuple[Row, ...]] = {}
     for row in ledger.rows:
         mine = rows.setdefault(row.technique, {})
         if row.mode not in mine or (row.effects and not mine[row.mode].effects):
             mine[row.mode] = row
-    return tuple(Entry(name, known.get(name), mine) for name, mine in rows.items())
+        elif row.effects or row.note:
+            further[row.technique] = (*further.get(row.technique, ()), row)
+    return tuple(Entry(name, known.get(name), mine, further.get(name, ())) for name, mine in rows.items())
 
 
 def headline(row: Row, group: str, card: Card | None, shape: str) -> Effect | None:

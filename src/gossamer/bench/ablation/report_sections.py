@@ -11,6 +11,7 @@ from itertools import chain
 from gossamer.bench.ablation.report_charts import badge, interval, strip, text_class
 from gossamer.bench.ablation.report_data import GROUPS, SHORT, Entry, bounds, headline, sorted_out
 from gossamer.bench.ablation.report_markup import Child, Html, amount, change, el, gain, pair, prose
+from gossamer.bench.ablation.verdict import typical
 from gossamer.bench.ledger import METRICS, Effect, Ledger, Mode, Proof, Row
 
 __all__ = ["MODES", "Scales", "badges", "cell", "group_ends", "smallest_effects", "technique"]
@@ -77,7 +78,8 @@ def technique(entry: Entry, scales: Scales, docs: Callable[[str], str | None]) -
         el("p", prose(card.principle), class_="principle") if card else None,
         *((_promises(entry), _measured(row, scales)) if row else (_why_not(entry), _promises(entry))),
         _modes(entry, scales),
-        _proof(entry) if row else None,
+        _proof(_proof_of(entry), f"p-{entry.name}") if row else None,
+        (_further(each, scales, f"p-{entry.name}-{i}") for i, each in enumerate(entry.further, 2)),
         _links(entry, docs),
     ]
     return el("section", parts, id=f"t-{entry.name}", class_="technique")
@@ -121,15 +123,16 @@ def _what(effect: Effect) -> Html:
 
 
 def _values(row: Row, effect: Effect, scales: Scales) -> str:
-    """Medians without and with the technique, and where they were taken if not where others were; for a
+    """Values without and with the technique, and where they were taken if not where others were; for a
     quality both metrics."""
     metric = effect.metric
     metrics = {"perplexity": ("perplexity", "kl"), "kl": ("kl", "perplexity")}.get(metric, (metric,))
     found = []
     for name in metrics:
-        sides = [side.figures[name].median for side in (row.off, row.on) if side and name in side.figures]
+        sides = [side.figures[name] for side in (row.off, row.on) if side and name in side.figures]
         if len(sides) == 2:
-            found.append((f"{SHORT[name]} " if len(metrics) == 2 else "") + pair(sides[0], sides[1], name))
+            off, on = typical(sides[0], sides[1], effect.ratio)
+            found.append((f"{SHORT[name]} " if len(metrics) == 2 else "") + pair(off, on, name))
     usual = scales.shape if metric in GROUPS["speed"] else ""
     where = "" if effect.shape == usual else f", on {effect.shape or 'the model itself'}"
     return "; ".join(found) + where
@@ -161,7 +164,15 @@ def _promises(entry: Entry) -> Html | None:
     return el("details", el("summary", "what the handbook says of it"), list_)
 
 
-def _measured(row: Row, scales: Scales) -> Html:
+def _further(row: Row, scales: Scales, anchor: str) -> Html:
+    """A second comparison."""
+    title = f"And {row.on.name}, against {row.off.name}" if row.on and row.off else "And"
+    if not row.effects:
+        return el("div", el("h4", title), el("p", prose(row.note), class_="note"))
+    return el("div", _measured(row, scales, title), _proof(row.proof, anchor))
+
+
+def _measured(row: Row, scales: Scales, heading: str = "Measured") -> Html:
     sides = [(name, side) for name, side in (("off", row.off), ("on", row.on)) if side]
     configs = (
         el("div", el("span", name, class_="side"), el("b", side.name), " ", el("code", side.config))
@@ -178,7 +189,7 @@ def _measured(row: Row, scales: Scales) -> Html:
                 boxes.append(el("div", title, drawn, strip(metric, figures), class_="metric"))
     return el(
         "div",
-        el("h4", "Measured ", el("span", MODES[row.mode], class_="quiet")),
+        el("h4", f"{heading} ", el("span", MODES[row.mode], class_="quiet")),
         el("div", configs, class_="configs"),
         el("p", prose(row.note), class_="note") if row.note else None,
         el("div", boxes, class_="metrics"),
@@ -217,10 +228,13 @@ def _modes(entry: Entry, scales: Scales) -> Html | None:
     )
 
 
-def _proof(entry: Entry) -> Html:
+def _proof_of(entry: Entry) -> Proof:
+    """That of the row shown, or of any other."""
     proofs = [entry.shown, *entry.rows.values()]
-    found = next((r.proof for r in proofs if r and (r.proof.kernels or r.proof.facts)), Proof())
-    anchor = f"p-{entry.name}"
+    return next((r.proof for r in proofs if r and (r.proof.kernels or r.proof.facts)), Proof())
+
+
+def _proof(found: Proof, anchor: str) -> Html:
     if not found.kernels and not found.facts:
         return el(
             "div", el("h4", "Proof"), el("p", "No receipt shows that it ran.", class_="note"), id=anchor

@@ -16,7 +16,7 @@ from statistics import mean, median, quantiles, stdev
 
 from gossamer.bench.ledger import METRICS, Effect, Figure, Verdict
 
-__all__ = ["SMALLEST", "effect", "exact", "figure", "overall", "verdict_of"]
+__all__ = ["SMALLEST", "effect", "exact", "figure", "overall", "typical", "verdict_of"]
 
 SMALLEST = {"perplexity": 0.01, "other": 0.03}
 """Metric -> the least effect of interest, as a part."""
@@ -46,6 +46,15 @@ def exact(metric: str, off: float, on: float, shape: str = "", error: float = 0.
     centre = math.log(on / off)
     low, high = math.exp(centre - _Z * error), math.exp(centre + _Z * error)
     return _effect(metric, on / off, low, high, shape)
+
+
+def typical(off: Figure, on: Figure, ratio: float) -> tuple[float, float]:
+    """Both sides of the round that comes nearest to the ratio of them all. Medians of each side need not show
+    it, where the machine's speed moved between the rounds."""
+    rounds = [(a, b) for a, b in zip(off.samples, on.samples) if 0 < a < math.inf and 0 < b < math.inf]
+    if len(rounds) < 2 or not 0 < ratio < math.inf:
+        return off.median, on.median
+    return min(rounds, key=lambda pair: abs(math.log(pair[1] / pair[0] / ratio)))
 
 
 def verdict_of(metric: str, ratio: float, low: float, high: float) -> Verdict:
