@@ -81,9 +81,8 @@ class Place:
 
     def views(self, block: Bytes) -> tuple[Bytes, Bytes, Bytes, Bytes]:
         """The four, in the block."""
-        parts = (self.data, self.scales, self.zeros, self.starts)
-        data, scales, zeros, starts = (block[o : o + n] for o, n in parts)
-        return data, scales, zeros, starts
+        (d, data), (s, scales), (z, zeros), (t, starts) = self.data, self.scales, self.zeros, self.starts
+        return block[d : d + data], block[s : s + scales], block[z : z + zeros], block[t : t + starts]
 
 
 Places = Mapping[tuple[str, int], tuple[Matrix, Place]]
@@ -127,10 +126,14 @@ def layout(graph: Graph) -> tuple[Places, int]:
 def _layout(same: SameGraph) -> tuple[Places, int]:
     graph = same.graph
     places: dict[tuple[str, int], tuple[Matrix, Place]] = {}
+    sizes: dict[tuple[object, ...], tuple[int, ...]] = {}  # a model has thousands of matrices, and few shapes
     top = 0
     for m in packed_matrices(graph):
+        shape = m.format, m.group, m.n, m.k, m.kept
+        if shape not in sizes:
+            sizes[shape] = _native.packed_bytes(FORMATS[m.format], m.group, m.n, m.k, m.kept)
         spans = []
-        for size in _native.packed_bytes(FORMATS[m.format], m.group, m.n, m.k, m.kept):
+        for size in sizes[shape]:
             spans.append((top, size))
             top = _aligned(top + size)
         places[m.weight, m.index] = (m, Place(*spans))
