@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-__all__ = ["MemoryReport", "ReceiptLine"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gossamer.graph.ir import Graph
+
+__all__ = ["MemoryReport", "Program", "ReceiptLine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +53,47 @@ class ReceiptLine:
     seconds: float
     share: float
     gb_s: float | None
+
+
+class Program(Protocol):
+    """A graph that runs steps: arrays are filled in place, `run` executes the step and fills those of results.
+    `backends/cpu/program.py:CpuProgram` says what each of them holds; shape is a StepShape."""
+
+    graph: Graph
+    shape: Any
+    ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    parents: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]
+    sample_rows: npt.NDArray[np.void]
+    token: npt.NDArray[np.int32]
+    logprob: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+    bad: npt.NDArray[np.uint8]
+
+    def bind_sampling(
+        self,
+        history: npt.NDArray[np.int32],
+        bias_ids: npt.NDArray[np.int32],
+        bias_values: npt.NDArray[np.float32],
+        masks: npt.NDArray[np.int32],
+    ) -> None:
+        """Points the sampler at this step's token histories, biases and masks."""
+
+    def run(
+        self, tokens: int, spans: int, rows: int, table_stride: int, *, sample: bool = True, top1: bool = False
+    ) -> float:
+        """One step; gives the seconds spent inside."""
+        ...
+
+    def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
+        """An output ("logits", ...) after a step, [rows, width]; valid until the next one."""
+        ...
+
+    def copy_tokens(
+        self, group: int, source: int, source_slot: int, target: int, target_slot: int, tokens: int
+    ) -> None:
+        """Copies tokens from page to page, in every layer of a KV group."""

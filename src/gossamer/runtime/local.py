@@ -1,4 +1,4 @@
-"""The executor of one process on the CPU backend: a native call for each step."""
+"""The executor of one process: a call of its program for each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.backends.cpu.program import CpuProgram
+from gossamer.backends.base import Program
 from gossamer.engine.step import ExecutorLimits, Handle, ProgramName, StepPlan, StepResult
 from gossamer.errors import NotBuiltError
 from gossamer.runtime.steps import ProgramSteps
@@ -27,10 +27,10 @@ class LocalExecutor:
 
     def __init__(
         self,
-        program: CpuProgram,
+        program: Program,
         max_model_len: int,
         *,
-        draft: CpuProgram | None = None,
+        draft: Program | None = None,
         swap: SwapFile | None = None,
     ) -> None:
         self.program = program

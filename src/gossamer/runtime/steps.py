@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gossamer.backends.cpu.program import SAMPLE_ROW, CpuProgram
+from gossamer.backends.base import Program
+from gossamer.backends.cpu.plan import SAMPLE_ROW
 from gossamer.engine.request import TokenLogprob
 from gossamer.engine.step import (
     ExecutorLimits,
@@ -40,7 +41,7 @@ class ProgramSteps:
     other programs of an executor."""
 
     def __init__(
-        self, program: CpuProgram, max_model_len: int, last: OrderedDict[int, int], swap: SwapFile | None
+        self, program: Program, max_model_len: int, last: OrderedDict[int, int], swap: SwapFile | None
     ) -> None:
         self.program = program
         shape, groups = program.shape, program.graph.kv_groups
@@ -305,7 +306,7 @@ class _Sampler:
         self.extras = True
         return len(self._masks) - 1
 
-    def bind(self, program: CpuProgram) -> None:
+    def bind(self, program: Program) -> None:
         """Hands the collected arrays to the program for this step."""
         program.bind_sampling(
             np.asarray(self._history or [0], np.int32),

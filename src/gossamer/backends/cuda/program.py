@@ -1,0 +1,310 @@
+"""A graph compiled for a GPU: kernels over an arena, pages of keys and values, and packed weights, all of it in
+device memory that is taken at start. Steps come in and results go out through arrays on the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.backends.cpu.plan import StepShape, step_arrays
+from gossamer.backends.cuda.device import Device
+from gossamer.backends.cuda.kernels.attention import scratch_bytes
+from gossamer.backends.cuda.kernels.kv_copy import copy_tokens
+from gossamer.backends.cuda.kernels.sampling import DeviceSampler
+from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
+from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
+from gossamer.backends.cuda.step import Batch, KvLayer
+from gossamer.backends.cuda.values import Quantized, plan_values, views
+from gossamer.checkpoint.weights import WeightSource
+from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.graph.ir import Graph, KVGroup
+from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
+
+__all__ = ["CudaProgram", "plan_memory"]
+
+_KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_MIB = 1 << 20
+_SOME = {"embed", "experts"}  # read the rows or experts that are asked for
+
+
+@dataclass(slots=True)
+class _Ran:
+    calls: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    kernels: Counter[str] = field(default_factory=Counter)
+
+
+def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> MemoryReport:
+    """Bytes of device memory that a program of this shape takes, exactly, before any is taken. Raises
+    ConfigError and NotBuiltError for formats that no kernel reads."""
+    if shape.kv_dtype not in _KV:
+        raise ConfigError(
+            f"the cuda backend stores keys and values in {', '.join(_KV)}, not in {shape.kv_dtype}; "
+            "--kv-cache-dtype int8 is nearest"
+        )
+    arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
+    shared = arena if reuse else plan_values(graph, shape.tokens, shape.rows, reuse=True)
+    read = {name for node in graph.nodes for name in node.weights}
+    return MemoryReport(
+        weights=sum(packed_bytes(graph.weights[name]) for name in read),
+        kv=sum(_kv_bytes(group, shape) for group in graph.kv_groups),
+        kv_tokens=shape.pages * shape.page_size,
+        arena=arena.bytes,
+        arena_separate=arena.separate,
+        arena_shared=shared.bytes,
+        workspace=_scratch(graph, shape) + _quantized_bytes(graph, shape) + _step_bytes(graph, shape),
+    )
+
+
+class CudaProgram:
+    """One program with its memory. The arrays are those of `backends/cpu/program.py:CpuProgram`; `run` brings
+    them to the device, runs the kernels, and brings back what was sampled."""
+
+    ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    parents: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]
+    sample_rows: npt.NDArray[np.void]
+    token: npt.NDArray[np.int32]
+    logprob: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+    bad: npt.NDArray[np.uint8]
+
+    def __init__(
+        self,
+        graph: Graph,
+        source: WeightSource,
+        shape: StepShape,
+        device: Device,
+        *,
+        reuse: bool = True,
+        memory_budget: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """memory_budget: bytes of the device; None: what is free. Raises MemoryBudgetError before any memory
+        is taken."""
+        self.memory = plan_memory(graph, shape, reuse=reuse)
+        budget = device.memory if memory_budget is None else min(device.memory, memory_budget)
+        if self.memory.total > budget:
+            m = self.memory
+            raise MemoryBudgetError(
+                f"{m.total / _MIB:.1f} MiB of device memory are needed (weights {m.weights / _MIB:.1f}, KV "
+                f"{m.kv / _MIB:.1f}, intermediates {(m.arena + m.workspace) / _MIB:.1f}) and "
+                f"{budget / _MIB:.1f} are there on {device.name}; a smaller --max-num-batched-tokens, "
+                "--kv-bytes or weight format takes less"
+            )
+        self.graph, self.shape, self.device = graph, shape, device
+        self.isa, self.threads = device.isa, 1
+        at = device.torch
+        self.weights: dict[str, PackedWeight] = pack(graph, source, at, progress=progress)
+        arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
+        self._arena = torch.zeros(max(arena.bytes, 1), dtype=torch.uint8, device=at)
+        self._values = views(graph, self._arena, arena.offsets, shape.tokens, shape.rows)
+        self.kv: list[list[KvLayer]] = [_allocate_kv(group, shape, at) for group in graph.kv_groups]
+        layers = {
+            number: (index, layer)
+            for index, (group, held) in enumerate(zip(graph.kv_groups, self.kv, strict=True))
+            for number, layer in zip(group.layers, held, strict=True)
+        }
+        width = _quantized_width(graph)
+        quantized = None
+        if width:
+            data = torch.zeros(shape.tokens, width, dtype=torch.int8, device=at)
+            quantized = Quantized(data, torch.zeros(shape.tokens, device=at))
+        size = _scratch(graph, shape)
+        self._instructions: list[Instruction] = lower(
+            Lowering(
+                graph=graph,
+                values=self._values,
+                weights=self.weights,
+                layers=layers,
+                quantized=quantized,
+                scratch=torch.zeros(size, dtype=torch.uint8, device=at) if size else None,
+            )
+        )
+        self._ran = [_Ran() for _ in self._instructions]
+        for name, (extent, kind) in step_arrays(shape, len(graph.kv_groups)).items():
+            setattr(self, name, np.zeros(extent, kind))
+        self._sampler = DeviceSampler(at, shape.rows, graph.vocab)
+        empty = np.zeros(1, np.int32)
+        self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
+
+    def bind_sampling(
+        self,
+        history: npt.NDArray[np.int32],
+        bias_ids: npt.NDArray[np.int32],
+        bias_values: npt.NDArray[np.float32],
+        masks: npt.NDArray[np.int32],
+    ) -> None:
+        """Points the sampler at this step's token histories, biases and masks."""
+        self._sampling = (history, bias_ids, bias_values, masks)
+
+    def run(
+        self, tokens: int, spans: int, rows: int, table_stride: int, *, sample: bool = True, top1: bool = False
+    ) -> float:
+        """One step over the filled arrays; gives the seconds it took. top1: every row takes its largest logit
+        as it is."""
+        began = time.perf_counter()
+        step = self._step(tokens, spans, rows, table_stride)
+        for done, ran in zip(self._instructions, self._ran, strict=True):
+            count = rows if done.sampled else tokens
+            if count == 0:
+                continue
+            start = time.perf_counter()
+            ran.kernels[done.call(step)] += 1
+            ran.seconds += time.perf_counter() - start
+            ran.calls += 1
+            ran.rows += count
+        if sample and rows:
+            self._sample(rows, top1)
+        elif self.device.torch.type == "cuda":
+            torch.cuda.synchronize(self.device.torch)
+        return time.perf_counter() - began
+
+    def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
+        """An output ("logits", ...) after a step, [rows, width], on the host."""
+        value = self._values[self.graph.outputs[name]]
+        assert isinstance(value, torch.Tensor)
+        found: npt.NDArray[np.float32] = value[:rows].float().cpu().numpy()
+        return found
+
+    def copy_tokens(
+        self, group: int, source: int, source_slot: int, target: int, target_slot: int, tokens: int
+    ) -> None:
+        """Copies tokens of page `source` from a slot on to page `target` from a slot on, in every layer of a
+        KV group; within a page to lower slots only."""
+        copy_tokens(self.kv[group], source, source_slot, target, target_slot, tokens)
+
+    def receipt(self) -> list[ReceiptLine]:
+        """What ran since the start, node by node. Seconds are those of the launches: kernels run on."""
+        whole = sum(ran.seconds for ran in self._ran) or 1.0
+        lines = []
+        for done, ran in zip(self._instructions, self._ran, strict=True):
+            size = sum(packed_bytes(self.graph.weights[name]) for name in done.weights)
+            kernel = " + ".join(ran.kernels) or done.op
+            lines.append(
+                ReceiptLine(
+                    node=done.node,
+                    kernel=kernel,
+                    isa=self.isa,
+                    calls=ran.calls,
+                    rows=ran.rows,
+                    weight_bytes=size,
+                    seconds=ran.seconds,
+                    share=ran.seconds / whole,
+                    gb_s=None,
+                )
+            )
+        return lines
+
+    def _step(self, tokens: int, spans: int, rows: int, stride: int) -> Step:
+        lines = self.spans[:spans]
+        width = stride // spans
+        tables = self.tables[: len(self.graph.kv_groups) * stride].reshape(-1, stride)
+        tree = bool((lines[:, 4] >= 0).any())
+        batch = Batch(
+            positions=self._bring(self.positions[:tokens]),
+            spans=self._bring(lines),
+            tables=self._bring(tables),
+            parents=self._bring(self.parents[: tokens if tree else 1]),
+            row_spans=self._bring(np.repeat(np.arange(spans, dtype=np.int32), lines[:, 1])),
+            most_rows=int(lines[:, 1].max()),
+            most_slots=min(int((lines[:, 1] + lines[:, 2]).max()), width * self.shape.page_size),
+            tree=tree,
+        )
+        return Step(self._bring(self.ids[:tokens]), self._bring(self.rows[:rows]), batch)
+
+    def _bring(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        """To the device; the array may change at once."""
+        there = torch.from_numpy(np.ascontiguousarray(array))
+        return there.to(self.device.torch, copy=True)
+
+    def _sample(self, rows: int, top1: bool) -> None:
+        value = self._values[self.graph.outputs["logits"]]
+        assert isinstance(value, torch.Tensor)
+        logits = value[:rows]
+        if top1:
+            self.token[:rows], self.bad[:rows] = self._sampler.greedy(logits)
+            return
+        found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling)
+        self.token[:rows], self.logprob[:rows] = found.token, found.logprob
+        self.top_ids[:rows], self.top_logprobs[:rows], self.bad[:rows] = (
+            found.top_ids, found.top_logprobs, found.bad,
+        )  # fmt: skip
+
+
+def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[KvLayer]:
+    """Pages of a group's layers."""
+    kind = _KV[shape.kv_dtype]
+    size = (shape.pages, shape.page_size, group.kv_heads, group.head_dim)
+    scaled = kind == torch.int8
+    return [
+        KvLayer(
+            keys=torch.zeros(size, dtype=kind, device=at),
+            values=torch.zeros(size, dtype=kind, device=at),
+            key_scales=torch.zeros(size[:3], device=at) if scaled else None,
+            value_scales=torch.zeros(size[:3], device=at) if scaled else None,
+        )
+        for _ in group.layers
+    ]
+
+
+def _kv_bytes(group: KVGroup, shape: StepShape) -> int:
+    kind = _KV[shape.kv_dtype]
+    each = group.head_dim * kind.itemsize + (4 if kind == torch.int8 else 0)
+    return 2 * len(group.layers) * shape.pages * shape.page_size * group.kv_heads * each
+
+
+def _quantized_width(graph: Graph) -> int:
+    """Columns of the widest rows that a layer of int8 weights quantizes for itself; 0 where none does."""
+    widths = [0]
+    for node in graph.nodes:
+        if node.op in LINEAR_OPS and graph.values[node.inputs[0]].dtype != "prepared":
+            weight = graph.weights[matrix_weights(node)[0]]
+            if weight.stored == "int8":
+                widths.append(weight.shape[-1])
+    for node in graph.nodes:
+        if node.op == "layer_norm_quantize" and (node.attrs["format"], node.attrs["group"]) == ("int8", 0):
+            width = graph.values[node.outputs[0]].shape[1]
+            assert isinstance(width, int)
+            widths.append(width)
+    return max(widths)
+
+
+def _quantized_bytes(graph: Graph, shape: StepShape) -> int:
+    width = _quantized_width(graph)
+    return shape.tokens * (width + 4) if width else 0
+
+
+def _step_bytes(graph: Graph, shape: StepShape) -> int:
+    """The step's arrays on the device: those of `_step`."""
+    table = len(graph.kv_groups) * shape.spans * shape.table
+    return 4 * (4 * shape.tokens + shape.rows + 5 * shape.spans + table)
+
+
+def _scratch(graph: Graph, shape: StepShape) -> int:
+    """Workspace of attention: layers take turns."""
+    sizes = [0]
+    for node in graph.nodes:
+        if node.op == "attention":
+            _, group = graph.group_of(node.attrs["layer"])
+            sizes.append(
+                scratch_bytes(
+                    node.attrs["heads"], group.head_dim, shape.tokens, shape.table * shape.page_size
+                )
+            )
+    return max(sizes)
+
+
