@@ -42,7 +42,9 @@ MAY_IMPORT = {
     "__init__": {"llm", "engine.request"},
     "__main__": {"cli"},
 }
-TORCH = ("backends.reference", "backends.cuda", "compress", "runtime.distributed", "runtime.reference")
+TORCH = (
+    "backends.reference", "backends.cuda", "compress", "runtime.cuda", "runtime.distributed", "runtime.reference",
+)  # fmt: skip
 LAZY_TORCH = ("graph.ops",)
 FILES = sorted((SRC / "gossamer").rglob("*.py"))
 

@@ -139,8 +139,8 @@ class EngineFlags:
         "--length-buckets", panel=_BATCHING,
         help="Make static batches of prompts of like length.")] = False
     backend: Annotated[str, flag(
-        "--backend", panel=_MACHINE, metavar="NAME",
-        help="cpu (native kernels) or reference (eager torch).")] = "cpu"
+        "--backend", "--device", panel=_MACHINE, metavar="NAME",
+        help="cpu (native kernels), cuda (an NVIDIA GPU) or reference (eager torch).")] = "cpu"
     isa: Annotated[str | None, flag(
         "--isa", panel=_MACHINE, metavar="NAME", help="Force scalar, avx2 or avx512 kernels.")] = None
     no_autotune: Annotated[bool, flag(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 __all__ = ["known_elsewhere"]
 
-_GPU = "GPUs are not built yet; the processors do all the work"
+_GPU = "a model runs on one device as a whole: --device cuda or --device cpu"
 _LOGGED = "prompts and outputs are never logged; leave it out"
 _PARALLEL = "tensor parallelism is not built yet; --threads uses the cores of this machine"
 _SPECULATIVE = (
@@ -19,15 +19,14 @@ _INSTEAD = {
     "--tensor-parallel-size": _PARALLEL,
     "--tp": _PARALLEL,
     "--pipeline-parallel-size": "pipeline parallelism is not built yet",
-    "--device": "other devices than the CPU are not built yet",
     # from vLLM
-    "--gpu-memory-utilization": "there is no GPU memory to divide; --memory-budget limits all memory, "
+    "--gpu-memory-utilization": "--memory-budget limits the memory of the device that runs, "
     "--kv-bytes the KV pool",
     "--kv-cache-memory-bytes": "--kv-bytes sets the size of the KV pool",
     "--swap-space": "--swap-bytes sets the size of the file that KV pages are swapped to",
     "--block-size": "--page-size sets the tokens of a KV page",
     "--enable-chunked-prefill": "always on; --prefill-chunk sets its size",
-    "--enforce-eager": "there are no CUDA graphs to turn off; --backend reference runs eager torch",
+    "--enforce-eager": "steps are not captured as CUDA graphs yet; --backend reference runs eager torch",
     "--trust-remote-code": "code from a checkpoint is never run; leave it out",
     "--download-dir": "HF_HOME says where the hub cache is",
     "--tokenizer": "the tokenizer is the one in the model's directory",

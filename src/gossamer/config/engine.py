@@ -25,7 +25,7 @@ from gossamer.config.static_batching import StaticBatching
 from gossamer.config.weight_formats import WeightFormats, weight_formats
 from gossamer.errors import ConfigError
 
-BackendName = Literal["cpu", "reference"]
+BackendName = Literal["cpu", "cuda", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVType = Literal["f32", "f16", "bf16", "int8", "int4"]
 _TECHNIQUES: dict[str, type] = {
@@ -58,7 +58,7 @@ class EngineConfig:
     weight_cache_limit: int | None = None
     """Most bytes that the whole cache may take on disk; the least recently used goes first."""
     backend: BackendName = "cpu"
-    """"cpu" (native kernels) or "reference" (eager torch, the oracle)."""
+    """"cpu" (native kernels), "cuda" (NVIDIA GPUs) or "reference" (eager torch, the oracle)."""
 
     quantization: Quantization | None = None
     mixed_precision: MixedPrecision | None = None

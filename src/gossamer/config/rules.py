@@ -70,6 +70,10 @@ def _reference(c: Choices) -> bool:
     return bool(c.backend == "reference")
 
 
+def _not_cpu(c: Choices) -> bool:
+    return bool(c.backend != "cpu")
+
+
 def _swaps(c: Choices) -> bool:
     return c.paged_attention is not None and c.paged_attention.swap_bytes is not None
 
@@ -210,39 +214,39 @@ RULES: tuple[Rule, ...] = (
         repairs=lambda c: (("load_format", "dummy"), ("dummy_sparsity", None)),
     ),
     Rule(
-        name="the reference runs one model",
+        name="one model beside the CPU backend",
         kind="needs",
         techniques=("speculative_decoding",),
-        says="draft models and heads run on the CPU backend; on the reference, ngram does",
+        says="draft models and heads run on the CPU backend; on the others, ngram does",
         holds=lambda c: (
-            not _reference(c) or c.speculative_decoding is None or c.speculative_decoding.method == "ngram"
+            not _not_cpu(c) or c.speculative_decoding is None or c.speculative_decoding.method == "ngram"
         ),
         reason=lambda c: (
-            f"the reference backend runs one model, and {c.speculative_decoding.method} is a second"
+            f"the {c.backend} backend runs one model, and {c.speculative_decoding.method} is a second"
         ),
         repairs=lambda c: (_CPU, ("speculative_decoding", _ngram(c)), ("speculative_decoding", None)),
     ),
     Rule(
-        name="the reference does not swap",
+        name="the CPU backend swaps",
         kind="needs",
         techniques=("paged_attention",),
-        says="pages are swapped by the CPU backend, not by the reference",
-        holds=lambda c: not (_reference(c) and _swaps(c)),
-        reason=lambda c: "the reference backend swaps no pages",
+        says="pages are swapped by the CPU backend, not by the others",
+        holds=lambda c: not (_not_cpu(c) and _swaps(c)),
+        reason=lambda c: f"the {c.backend} backend swaps no pages",
         repairs=lambda c: (
             _CPU,
             ("paged_attention", replace(c.paged_attention, swap_bytes=None, swap_directory=None)),
         ),
     ),
     Rule(
-        name="the reference has no kernels",
+        name="the CPU backend has instruction sets",
         kind="needs",
         techniques=("hardware_kernels",),
-        says="--isa chooses native kernels, and the reference backend runs torch",
-        holds=lambda c: not _reference(c) or c.hardware_kernels is None or c.hardware_kernels.isa is None,
+        says="--isa chooses native kernels of the CPU backend; the others run torch and Triton",
+        holds=lambda c: not _not_cpu(c) or c.hardware_kernels is None or c.hardware_kernels.isa is None,
         reason=lambda c: (
-            f"instruction set {c.hardware_kernels.isa} chooses native kernels, and the reference "
-            "backend runs torch"
+            f"instruction set {c.hardware_kernels.isa} chooses native kernels, and the {c.backend} "
+            f"backend runs {'torch' if _reference(c) else 'the GPU'}"
         ),
         repairs=lambda c: (_CPU, ("hardware_kernels", replace(c.hardware_kernels, isa=None))),
     ),
@@ -256,21 +260,26 @@ RULES: tuple[Rule, ...] = (
         repairs=lambda c: (_CPU, ("memory_reuse", MemoryReuse())),
     ),
     Rule(
-        name="the reference has no FlashAttention",
+        name="FlashAttention goes off on the CPU",
         kind="needs",
         techniques=("flash_attention",),
-        says="the reference backend writes scores out as it is, so FlashAttention cannot be turned off there",
-        holds=lambda c: not _reference(c) or c.flash_attention is not None,
-        reason=lambda c: "the reference backend has no FlashAttention to turn off",
+        says="the reference backend writes scores out as it is, and the cuda backend has kernels of "
+        "FlashAttention alone, so that it can be turned off on neither",
+        holds=lambda c: not _not_cpu(c) or c.flash_attention is not None,
+        reason=lambda c: (
+            "the reference backend has no FlashAttention to turn off"
+            if _reference(c)
+            else "the cuda backend has no other attention than FlashAttention"
+        ),
         repairs=lambda c: (_CPU, ("flash_attention", FlashAttention())),
     ),
     Rule(
-        name="the reference does not pad",
+        name="the CPU backend pads",
         kind="needs",
         techniques=("dynamic_shapes",),
-        says="the reference backend pads no steps, so dynamic shapes cannot be turned off there",
-        holds=lambda c: not _reference(c) or c.dynamic_shapes is not None,
-        reason=lambda c: "the reference backend pads no steps, and dynamic shapes are turned off",
+        says="the other backends pad no steps, so dynamic shapes cannot be turned off there",
+        holds=lambda c: not _not_cpu(c) or c.dynamic_shapes is not None,
+        reason=lambda c: f"the {c.backend} backend pads no steps, and dynamic shapes are turned off",
         repairs=lambda c: (_CPU, ("dynamic_shapes", DynamicShapes())),
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from gossamer.backends.cuda.device import Device, open_device
 from gossamer.backends.cuda.program import CudaProgram
@@ -14,15 +13,7 @@ from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.planning import step_shape
 from gossamer.runtime.sizing import KVPlan
 
-__all__ = ["CudaStart", "open_device", "start_cuda"]
-
-
-@dataclass(frozen=True, slots=True)
-class CudaStart:
-    """What the CUDA backend made."""
-
-    program: CudaProgram
-    executor: LocalExecutor
+__all__ = ["open_device", "start_cuda"]
 
 
 def start_cuda(
@@ -32,8 +23,8 @@ def start_cuda(
     kv: KVPlan,
     device: Device,
     progress: Callable[[int, int], None] | None = None,
-) -> CudaStart:
-    """graph: after its passes. kv: planned within the device's memory. Raises MemoryBudgetError before any
+) -> tuple[CudaProgram, LocalExecutor]:
+    """The program and its executor. graph: after its passes. kv: planned within the device's memory. Raises MemoryBudgetError before any
     device memory is taken."""
     program = CudaProgram(
         graph,
@@ -44,4 +35,4 @@ def start_cuda(
         memory_budget=config.memory_budget,
         progress=progress,
     )
-    return CudaStart(program, LocalExecutor(program, kv.max_model_len))
+    return program, LocalExecutor(program, kv.max_model_len)

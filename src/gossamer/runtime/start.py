@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.packing import Progress
@@ -42,6 +42,9 @@ from gossamer.runtime.planning import StartPlan, passed, plan_programs, program_
 from gossamer.runtime.process_memory import Kind, own_kind, resting_bytes
 from gossamer.runtime.sizing import KVPlan, plan_kv
 from gossamer.runtime.swap import SwapFile
+
+if TYPE_CHECKING:
+    from gossamer.backends.cuda.device import Device
 
 __all__ = [
     "StartPlan", "Started", "cache_directory", "load_graph", "load_planned_graph", "packed_directory",
@@ -193,9 +196,21 @@ def _speaks(directory: Path, config: EngineConfig) -> bool:
     return coming or has_tokenizer(directory)
 
 
-def _budget(config: EngineConfig) -> int:
-    """Bytes that there are for a start: what the machine has left, and no more than was allowed."""
-    there = available_memory()
+def _open_cuda() -> Device:
+    """The GPU, before anything is read. Raises DependencyError, ConfigError."""
+    try:
+        from gossamer.runtime.cuda import open_device
+    except ImportError as error:
+        raise DependencyError(
+            "the cuda backend needs torch and Triton; install them with: pip install 'gossamer[cuda]'"
+        ) from error
+    return open_device()
+
+
+def _budget(config: EngineConfig, there: int | None = None) -> int:
+    """Bytes that there are for a start: what the machine (or a device: `there`) has left, and no more than
+    was allowed."""
+    there = available_memory() if there is None else there
     return there if config.memory_budget is None else min(there, config.memory_budget)
 
 
@@ -212,9 +227,10 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     Raises GossamerError for anything a user can mend; memory is checked before any of it is taken.
     """
     held = anonymous_bytes()
+    device = _open_cuda() if config.backend == "cuda" else None
     plain, directory, source = load_graph(config)
     graph, passes = passed(plain, config)
-    budget = _budget(config)
+    budget = _budget(config, None if device is None else device.memory)
     kv = plan_kv(graph, config, budget)
     common: dict[str, Any] = {
         "config": config, "directory": directory, "graph": graph, "passes": passes,
@@ -232,6 +248,14 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
         return Started(
             executor=executor, memory=memory, process=held, isa=isa, threads=threads, receipt=list, **common
         )
+    if device is not None:
+        from gossamer.runtime.cuda import start_cuda
+
+        program, on_device = start_cuda(graph, source, config, kv, device, progress)
+        return Started(
+            executor=on_device, memory=program.memory, process=held, isa=program.isa,
+            threads=program.threads, receipt=program.receipt, **common,
+        )  # fmt: skip
     made = _start_cpu(graph, plain, directory, source, config, kv, budget, progress)
     return Started(
         executor=made.executor,
