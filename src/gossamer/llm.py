@@ -63,7 +63,7 @@ def engine_config(
     swap_directory: str | None = None,
     prefill_chunk: int | None = None,
     preempt_by: str | None = None,
-    enable_prefix_caching: bool = True,
+    enable_prefix_caching: bool | None = None,
     speculative_config: str | Mapping[str, Any] | None = None,
     itl_goal_ms: float | None = None,
     max_wait_ms: float | None = None,
@@ -92,9 +92,9 @@ def engine_config(
         | options
     )
     _check_names(options)
-    if not isinstance(enable_prefix_caching, bool):
+    if enable_prefix_caching not in (None, True, False):
         raise ConfigError(f"enable_prefix_caching is {enable_prefix_caching!r}; True or False is right")
-    if not enable_prefix_caching:
+    if enable_prefix_caching is False:
         if options.get("prefix_cache") is not None:
             raise ConfigError("prefix_cache turns on what enable_prefix_caching turns off; leave one out")
         options["prefix_cache"] = None
@@ -140,6 +140,7 @@ def engine_config(
     if options.get("paged_attention", True) is None:
         defaults["prefix_cache"] = None
         given = {"--" + name.replace("_", "-"): value for name, value in pages.items()}
+        given["--enable-prefix-caching"] = enable_prefix_caching or None
         belong(given, "PagedAttention", "--no-paged-attention")
     if options.get("static_batching") is None:
         defaults["continuous_batching"] = ContinuousBatching(

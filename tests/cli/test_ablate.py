@@ -25,8 +25,9 @@ def test_a_table_of_claims_and_measurements(cli: Cli) -> None:
 
 
 def test_json_is_the_ledger(cli: Cli) -> None:
-    report = cli("ablate", MODEL, "--technique", "sequence_parallelism", *FLAGS, "--json").json
-    (row,) = report["rows"]
+    names = ("--technique", "sequence_parallelism", "--technique", "memory_reuse")
+    report = cli("ablate", MODEL, *names, *FLAGS, "--json").json
+    row, _ = report["rows"]
     assert row["technique"] == "sequence_parallelism" and "not built" in row["note"]
     assert report["speed_shape"] == "own" and report["rates"]["read_gb_s"] > 0
 
@@ -47,6 +48,8 @@ def test_signals_show_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatc
         (("--quick", "--full"), "opposites"),
         (("--speed-shape", "7b"), "135m, 1b, or own"),
         (("--technique", "magic"), "no technique"),
+        (("--technique", "offloading", "--quick"), "nothing that was asked for can be measured"),
+        (("--technique", "pruning", "--quick", "--speed-shape", "own"), "drop --speed-shape own"),
         (("--rounds", 1), "at least 2"),
         (("--rounds", 0), "at least 2"),
         (("--text", "/no/text"), "/no/text"),
@@ -65,8 +68,8 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
         raise ConfigError("no space left")
 
     monkeypatch.setattr(report, "write_report", full)
-    ran = cli("ablate", MODEL, "--technique", "offloading", *FLAGS, "-o", tmp_path / "ledger.html")
-    assert ran.code == 2 and "not built" in ran.out and "no space left" in ran.err
+    ran = cli("ablate", MODEL, "--technique", "memory_reuse", *FLAGS, "-o", tmp_path / "ledger.html")
+    assert ran.code == 2 and "memory reuse" in ran.out and "no space left" in ran.err
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -118,6 +118,8 @@ def test_formats_are_shown_alone(cli: Cli, stories: Path, flags: tuple[str, ...]
             "-directory belong to",
         ),
         (("--no-paged-attention", "--page-size", "32"), "--page-size belongs to PagedAttention"),
+        (("--no-paged-attention", "--enable-prefix-caching"), "--enable-prefix-caching belongs to"),
+        (("--kv-bytes", "1GiB", "--memory-budget", "500MiB"), "are needed"),
         (("--temperature", "-1"), "temperature"),
         (("--temperature", "nan"), "temperature"),
         (("--temperature", "warm"), "--temperature"),

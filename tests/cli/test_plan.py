@@ -207,6 +207,7 @@ def test_the_plan_of_a_server_is_made_in_a_process_of_its_own(monkeypatch: pytes
         (("--acceptance", "ngram"), "METHOD=RATE"),
         (("--acceptance", "guess=0.3"), "METHOD=RATE"),
         (("--concurrency", "0"), "concurrency 0 must be at least 1"),
+        (("--concurrency", "16", "--max-num-seqs", "4"), "--max-num-seqs 4 runs fewer"),
         (("--sensitivity", "nowhere.json"), "no sensitivities at nowhere.json"),
         (("--max-model-len", "100000"), "positions"),
         (("-o", "/nowhere/plan.toml"), "cannot write the plan"),

@@ -70,7 +70,7 @@ def test_a_closed_pipe_is_no_error(stories: Path) -> None:
 def test_ctrl_c(stories: Path) -> None:
     with start(stories, "-n", "500", "--backend", "cpu", "--isa", "scalar", "--n", "64") as process:
         assert process.stderr is not None
-        while b"resident" not in process.stderr.readline():
+        while b"program files" not in process.stderr.readline():
             pass
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -33,7 +33,7 @@ def test_generate_writes_the_story_alone_on_stdout(cli: Cli, stories: Path) -> N
         "generate", stories, "-p", "-", "--temperature", 0, "-n", 30, "--receipt", stdin="Once upon a time"
     )
     assert ran.code == 0 and ran.out.startswith(STORY)
-    for word in ("weights", "KV pages", "arena", "workspace", "resident", "linear", "attention"):
+    for word in ("weights", "KV pages", "arena", "workspace", "process", "linear", "attention"):
         assert word in ran.err
 
 

@@ -86,9 +86,9 @@ class EngineFlags:
     no_paged_attention: Annotated[bool, flag(
         "--no-paged-attention", panel=_MEMORY,
         help="Contiguous KV: every sequence reserves --max-model-len.")] = False
-    enable_prefix_caching: Annotated[bool, flag(
+    enable_prefix_caching: Annotated[bool | None, flag(
         "--enable-prefix-caching/--no-enable-prefix-caching", panel=_MEMORY,
-        help="Keep pages of earlier prompts, and use them for prompts that begin alike.")] = True
+        help="Keep pages of earlier prompts, and use them for prompts that begin alike.")] = None
     preempt_by: Annotated[str | None, flag(
         "--preempt-by", panel=_MEMORY, metavar="HOW",
         help="What becomes of the pages of a request that makes room: recompute, swap or auto, the "

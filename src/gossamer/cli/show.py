@@ -44,6 +44,7 @@ def memory_table(started: Started) -> Table:
     from rich.table import Table
 
     from gossamer.bench.memory import resident_bytes
+    from gossamer.memory import anonymous_bytes
 
     memory, config = started.memory, started.config
     pages = started.executor.limits.pages[0]
@@ -87,7 +88,10 @@ def memory_table(started: Started) -> Table:
         table.add_row("draft", format_size(memory.draft), f"{model}, with KV pages of its own")
     table.add_section()
     table.add_row("total", format_size(memory.total), "", style="bold")
-    table.add_row("resident", format_size(resident_bytes()), "the whole process, now")
+    own = anonymous_bytes()
+    files = format_size(max(0, resident_bytes() - own))
+    most = "" if reference else f", of at most {format_size(memory.total + started.process)}"
+    table.add_row("process", format_size(own), f"now{most}; program files: {files}")
     if started.swap_bytes:
         slots = started.executor.limits.swap_pages[0]
         table.add_row("swap", format_size(started.swap_bytes), f"on disk, {slots:,} KV pages of each group")

@@ -83,6 +83,11 @@ def make_plan(
     """
     begun = time.perf_counter()
     _check_quality(model, goal, sensitivity)
+    if goal.fixed_concurrency and "seqs" in given and base.max_num_seqs < goal.work.concurrency:
+        raise ConfigError(
+            f"--concurrency {goal.work.concurrency} are to run at once, and --max-num-seqs "
+            f"{base.max_num_seqs} runs fewer; leave out one of them, or make them agree"
+        )
     efficiencies = current_efficiencies() if efficiencies is None else efficiencies
     evaluator = Evaluator(model, goal, rates, efficiencies, acceptance or {})
     space = space_of(
@@ -250,14 +255,18 @@ def _reason(picked: Candidate, able: Sequence[Candidate], tried: Sequence[Candid
             f"memory does not hold the model as it is stored{why}; {choice.weights.name} with {choice.kv} KV "
             "changes it least of what fits"
         )
+    if goal.objective == "easy":
+        return figure
     which = "" if len(able) == len(tried) else f" of the {len(able)} choices that hold the limits"
+    if goal.soft_itl_ms is not None and times.itl_ms > goal.soft_itl_ms:
+        return f"the shortest time between tokens, {ms(times.itl_ms)}{which}"
     soft = goal.limits.itl_ms or goal.soft_itl_ms
     if goal.objective == "production" and soft is not None and times.itl_ms <= soft:
         figure += f" with at most {soft:g} ms between tokens"
     near = ""
     if goal.objective == "memory":
         near = "; of those within 2 % of the engine's part, the quickest"
-    elif goal.objective != "easy":
+    else:
         near = "; of those within 2 % of it, what changes the model least, then the smallest"
     return figure.rstrip(",") + which + near
 

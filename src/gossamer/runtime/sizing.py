@@ -28,6 +28,7 @@ class KVPlan:
 
 def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
     """Pages for max_num_seqs sequences of max_model_len, within kv_bytes (default: an eighth of budget).
+    kv_bytes that was asked for is taken as a whole where a prefix cache makes use of it.
 
     A max_model_len that was asked for must fit at least once; the model's own is cut to what does.
     Raises MemoryBudgetError with the numbers otherwise, ConfigError where the model's positions end earlier.
@@ -49,7 +50,9 @@ def plan_kv(graph: Graph, config: EngineConfig, budget: int) -> KVPlan:
         if not asked:
             wanted = min(wanted, max(1, fits // config.max_num_seqs))
         size, most = _ceil(wanted, unit) * unit, config.max_num_seqs
-    pages = min(limit // (unit_bytes * size // unit), most)
+    pages = limit // (unit_bytes * size // unit)
+    if config.kv_bytes is None or config.prefix_cache is None:  # prefixes take all that was asked for
+        pages = min(pages, most)
     if asked and config.kv_bytes is None:
         pages = max(pages, _ceil(wanted, size))
     length = min(wanted, pages * size)

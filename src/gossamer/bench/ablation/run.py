@@ -96,6 +96,9 @@ class _Ablation:
         try:
             arms = self._plan()
             self._arms = len(arms)
+            if all(self._why_not(arm) for arm in arms):
+                why = self._why_not(arms[0])
+                raise ConfigError(f"nothing that was asked for can be measured: {arms[0].technique}: {why}")
             for arm in arms:
                 self._rows.append(self._row(arm))
                 self._probes.append(prober.measure())
@@ -179,29 +182,32 @@ class _Ablation:
         return replace(config, kv_bytes=room // 16 * kv_page_bytes(graph, 16, config.kv_dtype))
 
     def _row(self, arm: Arm) -> Row:
-        off, on = arm.off, arm.on
+        off, on, why = arm.off, arm.on, self._why_not(arm)
         said = self._notes.get(arm.technique)
         if said is not None:
             arm = replace(arm, note=f"{arm.note}; {said}")
-        if off is None or on is None:
-            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=arm.note)
+        if off is None or on is None or why:
+            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=why or arm.note)
         try:
             return self._measured(arm, off, on)
         except (GossamerError, WorkerError) as error:
             note = "error: " + " ".join(str(error).split())
             return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
 
+    def _why_not(self, arm: Arm) -> str:
+        """Why an arm cannot be measured; "" where it can."""
+        if arm.off is None or arm.on is None:
+            return arm.note
+        if (arm.own or self._shape_dir is None) and arm.work.longest > self._length:
+            longest = arm.work.longest
+            return f"not measured: its requests have up to {longest} tokens, the context {self._length}"
+        if arm.shaped and self._shape_dir is None:
+            return "not measured: random weights take a shape; drop --speed-shape own"
+        return ""
+
     def _measured(self, arm: Arm, off: Setting, on: Setting) -> Row:
         until = self._until()
         own, shape = arm.own or self._shape_dir is None, self._request.speed_shape
-        if own and arm.work.longest > self._length:
-            note = (
-                f"not measured: its requests have up to {arm.work.longest} tokens, the context {self._length}"
-            )
-            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
-        if arm.shaped and self._shape_dir is None:
-            note = "not measured: random weights take a shape; drop --speed-shape own"
-            return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=note)
         label = "" if own else shape
         effects: list[Effect] = []
         figures: tuple[dict[str, Figure], dict[str, Figure]] = ({}, {})

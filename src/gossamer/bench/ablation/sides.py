@@ -29,7 +29,10 @@ class Worker:
         # -m: the module's classes must have the same names on both sides of the pipe.
         code = "from gossamer.bench.ablation.worker import main; main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for the ablation, which ends its workers
         )
         try:
             self.state: State = self._ask(Begin(config))
