@@ -130,7 +130,7 @@ def _cut(runs: int, size: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and what kernels are told of their tiles: some runs whole, whatever their length."""
     block = max(triton.next_power_of_2(size), 16)
     each = max(1, _TILE // block)
-    warps = min(max(each * block // _PER_WARP, 1), 16)
+    warps = min(max(each * block // _PER_WARP, 1), 32)
     return (triton.cdiv(runs, each),), {"RUNS": each, "BLOCK": block, "num_warps": warps}
 
 

@@ -15,7 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.backends.cpu.plan import MAX_LOGPROBS, SAMPLE_ROW
+from gossamer.backends.cpu.plan import MAX_LOGPROBS
+from gossamer.backends.cuda.kernels.sample_row import (
+    LOGPROBS,
+    MIN_P,
+    TARGET,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    WORDS,
+    field,
+    gumbel_noise,
+    is_treated,
+    treat,
+)
 from gossamer.backends.cuda.kernels.selection import (
     MOST,
     NOTHING,
@@ -28,109 +41,12 @@ from gossamer.backends.cuda.kernels.selection import (
     value_of,
 )
 
-__all__ = ["DeviceSampler", "Sampled", "gumbel_noise"]
+__all__ = ["DeviceSampler", "Sampled"]
 
 
-def _word(field: str) -> tl.constexpr:
-    """Where a field lies in a row of 32-bit words."""
-    return tl.constexpr(SAMPLE_ROW.fields[field][1] // 4)  # type: ignore[index]
-
-
-_WORDS: tl.constexpr = tl.constexpr(SAMPLE_ROW.itemsize // 4)
-_TEMPERATURE: tl.constexpr = _word("temperature")
-_TOP_P: tl.constexpr = _word("top_p")
-_MIN_P: tl.constexpr = _word("min_p")
-_REPETITION: tl.constexpr = _word("repetition")
-_PRESENCE: tl.constexpr = _word("presence")
-_FREQUENCY: tl.constexpr = _word("frequency")
-_TOP_K: tl.constexpr = _word("top_k")
-_LOGPROBS: tl.constexpr = _word("logprobs")
-_SEED: tl.constexpr = _word("seed")
-_OUTPUT_INDEX: tl.constexpr = _word("output_index")
-_PROMPT: tl.constexpr = _word("prompt_begin")
-_OUTPUT: tl.constexpr = _word("output_begin")
-_BIAS: tl.constexpr = _word("bias_begin")
-_MASK_ROW: tl.constexpr = _word("mask_row")
-_TARGET: tl.constexpr = _word("target")
 _TOP: tl.constexpr = tl.constexpr(MAX_LOGPROBS)
 _HISTORY = 1024  # tokens of a history that are counted at a time
 _CUT_TILE = 4096
-
-
-@triton.jit
-def _float(row, FIELD: tl.constexpr):
-    return tl.load(row + FIELD).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mix(x):
-    """SplitMix64's finaliser, of uint64."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def gumbel_noise(row, ids):
-    """The noise of int32 ids for a row's seed and output index: -log(-log1p(-v)), float32."""
-    low, high = tl.load(row + _SEED).to(tl.int64) & 0xFFFFFFFF, tl.load(row + _SEED + 1).to(tl.int64)
-    seed, index = ((high << 32) | low).to(tl.uint64), tl.load(row + _OUTPUT_INDEX).to(tl.uint64)
-    key = _mix(_mix(seed + 0x9E3779B97F4A7C15) + index + 0x9E3779B97F4A7C15)
-    bits = (_mix(key + ids.to(tl.uint64)) >> 33).to(tl.int32)
-    v = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.9999999403953552)
-    # -log(1 - v): by its series where 1 - v would lose v's digits.
-    u = 1.0 - v
-    near = v * (1.0 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6))))))
-    far = -tl.log(u) * (v / (1.0 - u))
-    return -tl.log(tl.where(v < 0.03125, near, far))
-
-
-@triton.jit
-def _treated(row):
-    """Whether anything happens to a row's logits before it is sampled."""
-    return (
-        (tl.load(row + _BIAS) < tl.load(row + _BIAS + 1))
-        | (_float(row, _REPETITION) != 1.0)
-        | (_float(row, _PRESENCE) != 0.0)
-        | (_float(row, _FREQUENCY) != 0.0)
-        | (tl.load(row + _MASK_ROW) >= 0)
-    ) & (tl.load(row + _TARGET) < 0)
-
-
-@triton.jit
-def _counts(history, begin, end, first, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    """How often each of TILE ids from `first` on is in history[begin, end)."""
-    counts = tl.zeros([TILE], tl.int32)
-    for start in range(begin, end, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        ids = tl.load(history + at, mask=at < end, other=-1)
-        here = (ids >= first) & (ids < first + TILE)
-        counts += tl.histogram(tl.where(here, ids - first, 0), TILE, mask=here)
-    return counts
-
-
-@triton.jit
-def _treat(
-    x, row, history, bias_ids, bias_values, masks, first, vocab, TILE: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Biases, penalties and mask over the logits x of TILE ids from `first` on."""
-    ids = first + tl.arange(0, TILE)
-    for i in range(tl.load(row + _BIAS), tl.load(row + _BIAS + 1)):
-        x = tl.where(ids == tl.load(bias_ids + i), x + tl.load(bias_values + i), x)
-    output_begin = tl.load(row + _OUTPUT)
-    outputs = _counts(history, output_begin, tl.load(row + _OUTPUT + 1), first, TILE, CHUNK)
-    repetition = _float(row, _REPETITION)
-    if repetition != 1.0:
-        begin = tl.load(row + _PROMPT)
-        seen = outputs + _counts(history, begin, tl.load(row + _PROMPT + 1), first, TILE, CHUNK)
-        penalty = tl.zeros_like(x) + repetition
-        x = tl.where(seen > 0, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
-    less = _float(row, _FREQUENCY) * outputs.to(tl.float32) + _float(row, _PRESENCE)
-    x = tl.where(outputs > 0, x - less, x)
-    mask_row = tl.load(row + _MASK_ROW)
-    words = masks + mask_row.to(tl.int64) * ((vocab + 31) // 32) + ids // 32
-    allowed = tl.load(words, mask=(mask_row >= 0) & (ids < vocab), other=-1)
-    return tl.where(((allowed >> (ids % 32)) & 1) != 0, x, float("-inf"))
 
 
 @triton.jit
@@ -159,9 +75,9 @@ def _scan_kernel(
         powers = tl.exp(x - tl.where(maximum == float("-inf"), 0.0, maximum))
         tl.store(sums + at, tl.sum(powers, 0))
     if TREAT:
-        row = rows + r * _WORDS
-        if _treated(row):
-            x = _treat(x, row, history, bias_ids, bias_values, masks, tile * TILE, vocab, TILE, CHUNK)
+        row = rows + r * WORDS
+        if is_treated(row):
+            x = treat(x, row, history, bias_ids, bias_values, masks, tile * TILE, vocab, TILE, CHUNK)
             x = tl.where(there, x, float("-inf"))
             tl.store(treated + r * vocab + ids, x, mask=there)
             best = tl.max(tl.where(there, key_of(x, ids), NOTHING), 0)
@@ -182,14 +98,14 @@ def _cut_kernel(
 ):
     """The key of the last token that top-k and top-p leave to a row."""
     r = tl.program_id(0).to(tl.int64)
-    row = rows + r * _WORDS
-    temperature, top_p, top_k = _float(row, _TEMPERATURE), _float(row, _TOP_P), tl.load(row + _TOP_K)
-    drawn = (temperature != 0.0) & (tl.load(row + _TARGET) < 0)
+    row = rows + r * WORDS
+    temperature, top_p, top_k = field(row, TEMPERATURE), field(row, TOP_P), tl.load(row + TOP_K)
+    drawn = (temperature != 0.0) & (tl.load(row + TARGET) < 0)
     maximum = value_of(tl.max(_over_tiles(keys, r, tiles, NOTHING, TILES), 0))
     drawn = drawn & (maximum != float("-inf"))
     cut = tl.full((), NOTHING, tl.int64)
     if drawn & (((top_k > 0) & (top_k < vocab)) | (top_p < 1.0)):
-        if _treated(row):  # noqa: SIM108
+        if is_treated(row):  # noqa: SIM108
             x = treated + r * vocab
         else:
             x = logits + r * stride
@@ -208,19 +124,19 @@ def _draw_kernel(
 ):  # fmt: skip
     """The largest z + noise of one tile of a row, among what is left of it."""
     r, tile, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    row = rows + r * _WORDS
-    temperature = _float(row, _TEMPERATURE)
-    if (temperature != 0.0) & (tl.load(row + _TARGET) < 0):
+    row = rows + r * WORDS
+    temperature = field(row, TEMPERATURE)
+    if (temperature != 0.0) & (tl.load(row + TARGET) < 0):
         ids = tile * TILE + tl.arange(0, TILE)
         there = ids < vocab
-        own = _treated(row)
+        own = is_treated(row)
         x = tl.load(logits + r * stride + ids, mask=there & (own == 0), other=float("-inf"))
         y = tl.load(treated + r * vocab + ids, mask=there & own, other=float("-inf"))
         x = tl.where(own, y, x)
         maximum = value_of(tl.max(_over_tiles(keys, r, tiles, NOTHING, TILES), 0))
         z = tl.div_rn(x - maximum, tl.zeros_like(x) + temperature)
         # p >= min_p * p_max is z >= log(min_p), as the largest z is 0.
-        min_p = _float(row, _MIN_P)
+        min_p = field(row, MIN_P)
         least = tl.where(min_p < 1.0, tl.log(tl.maximum(min_p, 1e-38)), 0.0)
         least = tl.where(min_p > 0.0, least, float("-inf"))
         kept = there & (z >= least)
@@ -241,10 +157,10 @@ def _finish_kernel(
     best = tl.max(_over_tiles(keys, r, tiles, NOTHING, TILES), 0)
     chosen = id_of(best)
     if SAMPLE:
-        row = rows + r * _WORDS
-        target = tl.load(row + _TARGET)
+        row = rows + r * WORDS
+        target = tl.load(row + TARGET)
         random = id_of(tl.max(_over_tiles(drawn, r, tiles, NOTHING, TILES), 0))
-        chosen = tl.where(_float(row, _TEMPERATURE) != 0.0, random, chosen)
+        chosen = tl.where(field(row, TEMPERATURE) != 0.0, random, chosen)
         chosen = tl.where(target >= 0, target, chosen)
     flag = tl.max(_over_tiles(bads, r, tiles, 0, TILES), 0)
     flag = tl.where(flag > 0, 1, tl.where(value_of(best) == float("-inf"), 2, 0))
@@ -256,7 +172,7 @@ def _finish_kernel(
         parts = _over_tiles(sums, r, tiles, 0.0, TILES)
         mass = tl.log(tl.sum(tl.where(parts > 0, parts * tl.exp(raws - maximum), 0.0), 0)) + maximum
         tl.store(log_mass + r, mass)
-        asked = (flag == 0) & ((tl.load(row + _LOGPROBS) >= 0) | (target >= 0))
+        asked = (flag == 0) & ((tl.load(row + LOGPROBS) >= 0) | (target >= 0))
         x = tl.load(logits + r * stride + chosen, mask=asked, other=0.0).to(tl.float32)
         tl.store(logprob + r, tl.where(asked, x - mass, 0.0))
 
@@ -268,7 +184,7 @@ def _top_kernel(logits, rows, candidates, vocab, stride, TILE: tl.constexpr):
     ids = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + r * stride + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
     keys = tl.where(ids < vocab, key_of(x, ids), NOTHING)
-    count = tl.minimum(tl.load(rows + r * _WORDS + _LOGPROBS), _TOP)
+    count = tl.minimum(tl.load(rows + r * WORDS + LOGPROBS), _TOP)
     tl.store(candidates + (r * tl.num_programs(1) + tile) * MOST + tl.arange(0, MOST), top_keys(keys, count))
 
 
@@ -277,7 +193,7 @@ def _top_of_tiles_kernel(rows, candidates, log_mass, bad, top_ids, top_logprobs,
     """Of the candidates of a row's tiles, the largest."""
     r = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PLACES)
-    count = tl.minimum(tl.load(rows + r * _WORDS + _LOGPROBS), _TOP)
+    count = tl.minimum(tl.load(rows + r * WORDS + LOGPROBS), _TOP)
     count = tl.where(tl.load(bad + r) > 0, 0, count)
     keys = tl.load(candidates + r * tiles * MOST + at, mask=at < tiles * MOST, other=NOTHING)
     top = top_keys(keys, count)
@@ -287,6 +203,12 @@ def _top_of_tiles_kernel(rows, candidates, log_mass, bad, top_ids, top_logprobs,
     tl.store(top_ids + to, tl.where(there, id_of(top), -1), mask=slots < _TOP)
     values = tl.where(there, value_of(top) - tl.load(log_mass + r), float("-inf"))
     tl.store(top_logprobs + to, values, mask=slots < _TOP)
+
+
+def _any_treated(rows: npt.NDArray[np.void]) -> np.bool_:
+    """As is_treated has it: mostly there is none, and then histories, biases and masks stay on the host."""
+    plain = (rows["bias_begin"] >= rows["bias_end"]) & (rows["mask_row"] < 0) & (rows["repetition"] == 1)
+    return (~plain | (rows["presence"] != 0) | (rows["frequency"] != 0)).any()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,8 +255,8 @@ class DeviceSampler:
         """Token and bad, as in Sampled, of rows that take their largest logit, the lowest id among equals.
         logits: float [R, V]."""
         nothing = self._nothing
-        self._scan(logits, nothing, nothing, nothing, nothing, nothing, treat=False, sum=False)
-        self._finish(logits, nothing, sample=False, sum=False)
+        self._scan(logits, nothing, nothing, nothing, nothing, nothing, treated=False, sums=False)
+        self._finish(logits, nothing, sample=False, sums=False)
         return self._token[: len(logits)], self._bad[: len(logits)]
 
     def sample(
@@ -353,10 +275,13 @@ class DeviceSampler:
         drawn = (rows["temperature"] != 0) & ~given
         top_k, top_p = rows["top_k"], rows["top_p"]
         cut = bool((drawn & (((top_k > 0) & (top_k < self.vocab)) | (top_p < 1))).any())
-        sum = bool((given | (rows["logprobs"] >= 0)).any())
+        sums = bool((given | (rows["logprobs"] >= 0)).any())
         words = self._there(np.ascontiguousarray(rows).view(np.int32).reshape(count, -1))
-        arrays = (self._there(a) for a in (history, bias_ids, bias_values, masks))
-        self._scan(logits, words, *arrays, treat=True, sum=sum)
+        treated = bool(_any_treated(rows))
+        arrays = (
+            self._there(a) if treated else self._nothing for a in (history, bias_ids, bias_values, masks)
+        )
+        self._scan(logits, words, *arrays, treated=treated, sums=sums)
         grid, stride, tiles = (count, self._tiles), logits.stride(0), {"TILES": self._padded}
         if cut:
             _cut_kernel[(count,)](
@@ -366,9 +291,9 @@ class DeviceSampler:
         if drawn.any():
             _draw_kernel[grid](
                 logits, words, self._treated, self._keys, self._cuts, self._drawn, self.vocab, stride,
-                CUT=cut, TILE=self._tile, enable_fp_fusion=False, **tiles,
+                CUT=cut, TILE=self._tile, num_warps=8, enable_fp_fusion=False, **tiles,
             )  # fmt: skip
-        self._finish(logits, words, sample=True, sum=sum)
+        self._finish(logits, words, sample=True, sums=sums)
         if (rows["logprobs"] > 0).any():
             _top_kernel[grid](logits, words, self._candidates, self.vocab, stride, TILE=self._tile)
             _top_of_tiles_kernel[(count,)](
@@ -398,18 +323,19 @@ class DeviceSampler:
         bias_values: torch.Tensor,
         masks: torch.Tensor,
         *,
-        treat: bool,
-        sum: bool,
+        treated: bool,
+        sums: bool,
     ) -> None:
         _scan_kernel[(len(logits), self._tiles)](
             logits, rows, history, bias_ids, bias_values, masks, self._treated, self._raw_keys, self._keys,
             self._sums, self._bads, self.vocab, logits.stride(0),
-            TREAT=treat, SUM=sum, TILE=self._tile, CHUNK=_HISTORY, enable_fp_fusion=False,
+            TREAT=treated, SUM=sums, TILE=self._tile, CHUNK=_HISTORY, num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
-    def _finish(self, logits: torch.Tensor, rows: torch.Tensor, *, sample: bool, sum: bool) -> None:
+    def _finish(self, logits: torch.Tensor, rows: torch.Tensor, *, sample: bool, sums: bool) -> None:
         _finish_kernel[(len(logits),)](
             logits, rows, self._raw_keys, self._keys, self._drawn, self._sums, self._bads,
             self._token, self._logprob, self._log_mass, self._bad, logits.stride(0), self._tiles,
-            SAMPLE=sample, SUM=sum, TILES=self._padded,
+            SAMPLE=sample, SUM=sums, TILES=self._padded,
         )  # fmt: skip
