@@ -233,3 +233,14 @@ def test_a_row_does_not_depend_on_its_company(device: torch.device) -> None:
         alone = sampled(logits[i : i + 1], [row], device, logprobs=5)
         for name in ("token", "logprob", "top_ids", "top_logprobs", "bad"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i])
+
+
+@pytest.mark.parametrize("treatment", [{"min_p": 0.05}, {"min_p": 0.4}, {"top_k": 5}, {"top_p": 0.8}])
+def test_what_is_left_to_draw_from(treatment: dict[str, float], device: torch.device) -> None:
+    """Over seeds and at a temperature by which what is cut off would often win."""
+    logits = np.repeat(table(1, 40), 16, 0)
+    asked: list[dict[str, Any]] = [{"temperature": 3.0, "seed": i, **treatment} for i in range(16)]
+    want = [sample_row(logits[i], **row) for i, row in enumerate(asked)]
+    plain = [sample_row(logits[i], temperature=3.0, seed=i) for i in range(16)]
+    assert want != plain
+    assert tokens(sampled(logits, asked, device)) == want
