@@ -235,7 +235,7 @@ def test_a_row_does_not_depend_on_its_company(device: torch.device) -> None:
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i])
 
 
-@pytest.mark.parametrize("treatment", [{"min_p": 0.05}, {"min_p": 0.4}, {"top_k": 5}, {"top_p": 0.8}])
+@pytest.mark.parametrize("treatment", [{"min_p": 0.2}, {"min_p": 0.4}, {"top_k": 5}, {"top_p": 0.8}])
 def test_what_is_left_to_draw_from(treatment: dict[str, float], device: torch.device) -> None:
     """Over seeds and at a temperature by which what is cut off would often win."""
     logits = np.repeat(table(1, 40), 16, 0)
@@ -244,3 +244,17 @@ def test_what_is_left_to_draw_from(treatment: dict[str, float], device: torch.de
     plain = [sample_row(logits[i], temperature=3.0, seed=i) for i in range(16)]
     assert want != plain
     assert tokens(sampled(logits, asked, device)) == want
+
+
+def test_a_step_leaves_nothing_to_the_next(device: torch.device) -> None:
+    from gossamer.backends.cuda.kernels.sampling import DeviceSampler
+
+    sampler, nothing = DeviceSampler(device, 2, 77, tile=32), np.zeros(1, np.int32)
+    rows = np.zeros(2, SAMPLE_ROW)
+    rows["repetition"], rows["top_p"], rows["mask_row"], rows["target"] = 1, 1, -1, -1
+    for asked in (3, -1):
+        rows["logprobs"] = asked
+        logits = torch.from_numpy(table(2, 77)).to(device)
+        result = sampler.sample(logits, rows, nothing, nothing, np.zeros(1, np.float32), nothing)
+        assert (result.logprob != 0).tolist() == [asked >= 0] * 2
+        assert ((result.top_ids >= 0).sum(1) == max(asked, 0)).all()

@@ -43,7 +43,6 @@ from gossamer.backends.cuda.kernels.selection import (
 
 __all__ = ["DeviceSampler", "Sampled"]
 
-
 _TOP: tl.constexpr = tl.constexpr(MAX_LOGPROBS)
 _HISTORY = 1024  # tokens of a history that are counted at a time
 _CUT_TILE = 4096
@@ -294,6 +293,8 @@ class DeviceSampler:
                 CUT=cut, TILE=self._tile, num_warps=8, enable_fp_fusion=False, **tiles,
             )  # fmt: skip
         self._finish(logits, words, sample=True, sums=sums)
+        if not sums:
+            self._logprob.zero_()
         if (rows["logprobs"] > 0).any():
             _top_kernel[grid](logits, words, self._candidates, self.vocab, stride, TILE=self._tile)
             _top_of_tiles_kernel[(count,)](
