@@ -118,9 +118,7 @@ def test_expressions_and_experts(device: torch.device) -> None:
     assert torch.equal(packed["w"].data.cpu(), torch.from_numpy(g.arrays["t"].T))
     assert torch.equal(packed["n"].data.cpu(), torch.from_numpy(g.arrays["norm"] + np.float32(1)))
     for name, planes in (("e", experts), ("u", ups), ("d", downs)):
-        want = round_weight(
-            torch.from_numpy(planes), graph.weights[name].format, graph.weights[name].group
-        )
+        want = round_weight(torch.from_numpy(planes), graph.weights[name].format, graph.weights[name].group)
         assert torch.equal(floats(packed[name]), want)
         assert packed[name].part(1).shape == planes.shape[1:]
     assert seen[-1] == (sum(map(packed_bytes, graph.weights.values())),) * 2
@@ -199,7 +197,11 @@ def test_damaged_floats_are_refused(bad: float, device: torch.device) -> None:
     [
         ({"format": "int8", "sparse": True, "nonzeros": (4,)}, NotBuiltError, "--no-sparse-weights"),
         ({"format": "fp4"}, ConfigError, "no kernels for weights in fp4; it has them for f32, f16"),
-        ({"format": "int4", "group": 16}, ConfigError, "int4-g16; its groups of int4 are powers of two from 32"),
+        (
+            {"format": "int4", "group": 16},
+            ConfigError,
+            "int4-g16; its groups of int4 are powers of two from 32",
+        ),
         ({"format": "int4"}, ConfigError, "powers of two from 32"),
         ({"format": "int8", "group": 48}, ConfigError, "powers of two from 16"),
         ({"format": "bf16", "group": 32}, ConfigError, "its groups of bf16 are none"),

@@ -12,7 +12,9 @@ __all__ = ["encode", "pairs"]
 _EVEN, _LEVELS = 127.0, 15.0
 
 
-def encode(w: torch.Tensor, format: str, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def encode(
+    w: torch.Tensor, format: str, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rows w [n, k] float32 as codes, scales and zero points of "int8", "int4", "uint4" or "nf4".
 
     codes [n, K] int8 (k padded to whole groups) as in `gossamer.checkpoint.codes.Codes`; scales [n] float32
@@ -24,7 +26,7 @@ def encode(w: torch.Tensor, format: str, group: int) -> tuple[torch.Tensor, torc
     if not group:
         scale = w.abs().amax(-1, keepdim=True) / even
         return _integers(w, scale).clamp(-127, 127).to(torch.int8), scale.squeeze(-1), None
-    groups = pad(w, (0, -w.shape[1] % group)).unflatten(-1, (-1, group))
+    groups = pad(w, (0, -w.shape[1] % group)).view(w.shape[0], -1, group)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     zeros = None
     if format == "int4":

@@ -155,28 +155,20 @@ def side_by_side(
 
 def _joined_weights(a: PackedWeight, b: PackedWeight) -> PackedWeight | None:
     """b's rows behind a's as one matrix, where they lie so."""
-    if (a.format, a.group, a.shape[1], a.activation_scale) != (
-        b.format,
-        b.group,
-        b.shape[1],
-        b.activation_scale,
-    ):
+    first, second = ((w.format, w.group, w.shape[1], w.activation_scale) for w in (a, b))
+    data = _joined(a.data, b.data)
+    scales, zeros = _joined(a.scales, b.scales), _joined(a.zeros, b.zeros)
+    whole = (scales is None) == (a.scales is None) and (zeros is None) == (a.zeros is None)
+    if first != second or data is None or not whole:
         return None
-    parts = {}
-    for name in ("data", "scales", "zeros"):
-        first, second = getattr(a, name), getattr(b, name)
-        if first is not None:
-            parts[name] = _joined(first, second)
-            if parts[name] is None:
-                return None
-    return replace(a, shape=(a.shape[0] + b.shape[0], a.shape[1]), **parts)
+    return replace(a, shape=(a.shape[0] + b.shape[0], a.shape[1]), data=data, scales=scales, zeros=zeros)
 
 
-def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    if (
-        a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
-        or a.data_ptr() + a.numel() * a.itemsize != b.data_ptr()
-    ):
+def _joined(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """b's rows behind a's as one tensor, where they lie so."""
+    if a is None or b is None or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return None
+    if a.data_ptr() + a.numel() * a.itemsize != b.data_ptr():
         return None
     return a.as_strided((a.shape[0] + b.shape[0], *a.shape[1:]), a.stride(), a.storage_offset())
 
@@ -266,9 +258,7 @@ def _fill(place: PackedWeight, expr: WeightExpr, source: WeightSource) -> None:
         source.release(leaf.name)
 
 
-def _put(
-    rows: PackedWeight, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> None:
+def _put(rows: PackedWeight, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
     assert rows.scales is not None
     if rows.group:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % rows.group))
