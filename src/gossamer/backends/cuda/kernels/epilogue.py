@@ -55,18 +55,18 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, up, out_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_there, columns, columns_there,
+    acc, up, out_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_in, columns, columns_in,
     out_row, residual_row, ACT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Writes the epilogue of products acc, and up where GATED, float32 [M, N] both."""
-    there = rows_there[:, None] & columns_there[None, :]
+    there = rows_in[:, None] & columns_in[None, :]
     far = rows.to(tl.int64)[:, None]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + columns, columns_there, 0.0)[None, :]
+        acc += tl.load(bias_ptr + columns, columns_in, 0.0)[None, :]
     y = activate(acc, ACT)
     if GATED:
         if up_bias_ptr is not None:
-            up += tl.load(up_bias_ptr + columns, columns_there, 0.0)[None, :]
+            up += tl.load(up_bias_ptr + columns, columns_in, 0.0)[None, :]
         y = y * up
     if residual_ptr is not None:
         y += tl.load(residual_ptr + far * residual_row + columns[None, :], there, 0.0).to(tl.float32)
@@ -75,17 +75,17 @@ def _finish(
 
 @triton.jit
 def deliver(
-    acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_there, columns, columns_there,
+    acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_in, columns, columns_in,
     T, N, split, out_row, residual_row, ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Products of all inputs go through the epilogue; those of a split are put aside for `merge`."""
     if SPLITS == 1:
         _finish(
-            acc, up, out_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_there, columns, columns_there,
+            acc, up, out_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_in, columns, columns_in,
             out_row, residual_row, ACT, GATED,
         )  # fmt: skip
     else:
-        there = rows_there[:, None] & columns_there[None, :]
+        there = rows_in[:, None] & columns_in[None, :]
         place = (split * T + rows).to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(parts_ptr + place, acc, there)
         if GATED:
@@ -99,8 +99,8 @@ def _merge(
 ):  # fmt: skip
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_there, columns_there = rows < T, columns < N
-    there = rows_there[:, None] & columns_there[None, :]
+    rows_in, columns_in = rows < T, columns < N
+    there = rows_in[:, None] & columns_in[None, :]
     plane = tl.cast(parts_row, tl.int64) * T
     place = rows.to(tl.int64)[:, None] * parts_row + columns[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -110,7 +110,7 @@ def _merge(
         if GATED:
             up += tl.load(parts_ptr + place + (SPLITS + split) * plane, there, 0.0).to(tl.float32)
     _finish(
-        acc, up, out_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_there, columns, columns_there,
+        acc, up, out_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_in, columns, columns_in,
         out_row, residual_row, ACT, GATED,
     )  # fmt: skip
 

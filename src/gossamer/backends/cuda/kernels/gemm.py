@@ -27,22 +27,22 @@ def _gemm(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    rows_there, columns_there = rows < T, columns < N
+    rows_in, columns_in = rows < T, columns < N
     x_ptrs = x_ptr + rows.to(tl.int64) * x_row
     first = split * split_steps
     last = tl.minimum(first + split_steps, steps)
     acc = tile(
-        x_ptrs, rows_there, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_there, K, x_plane, w_row, s_row,
+        x_ptrs, rows_in, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_in, K, x_plane, w_row, s_row,
         first, last, FORMAT, GROUP, PLANAR, DOT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up = acc
     if GATED:
         up = tile(
-            x_ptrs, rows_there, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_there, K, x_plane,
+            x_ptrs, rows_in, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_in, K, x_plane,
             w_row, s_row, first, last, FORMAT, GROUP, PLANAR, DOT, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     deliver(
-        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_there, columns, columns_there,
+        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_in, columns, columns_in,
         T, N, split, out_row, residual_row, ACT, GATED, SPLITS,
     )  # fmt: skip
 

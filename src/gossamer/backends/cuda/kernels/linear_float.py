@@ -20,7 +20,7 @@ _PLAIN = Epilogue()
 
 @triton.jit
 def _float_rows(
-    x_ptr, w_ptr, s_ptr, columns, columns_there, K, x_row, w_row, first, last, FORMAT: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Float32 [PADDED, BLOCK_N]: ROWS rows of x times `columns` of a matrix."""
@@ -29,13 +29,13 @@ def _float_rows(
     acc = tl.zeros((PADDED, BLOCK_N), tl.float32)
     for step in range(first, last):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        there = columns_there[:, None] & (k < K)[None, :]
+        there = columns_in[:, None] & (k < K)[None, :]
         w = tl.load(w_ptr + (far * w_row)[:, None] + k[None, :], there, 0).to(tl.float32)
         for row in tl.static_range(ROWS):
             x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
             acc += tl.where(order[:, None] == row, tl.sum(w * x[None, :], 1)[None, :], 0.0)
     if FORMAT == "int8":
-        acc *= tl.load(s_ptr + far, columns_there, 0.0)[None, :]
+        acc *= tl.load(s_ptr + far, columns_in, 0.0)[None, :]
     return acc
 
 
@@ -47,23 +47,23 @@ def _gemv_rows(
     PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns_there = columns < N
+    columns_in = columns < N
     split = tl.program_id(1)
     first = split * split_steps
     last = tl.minimum(first + split_steps, steps)
     acc = _float_rows(
-        x_ptr, w_ptr, s_ptr, columns, columns_there, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED, BLOCK_N,
+        x_ptr, w_ptr, s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED, BLOCK_N,
         BLOCK_K,
     )  # fmt: skip
     up = acc
     if GATED:
         up = _float_rows(
-            x_ptr, up_ptr, up_s_ptr, columns, columns_there, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED,
+            x_ptr, up_ptr, up_s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
     rows = tl.arange(0, PADDED)
     deliver(
-        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns, columns_there,
+        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns, columns_in,
         ROWS, N, split, out_row, residual_row, ACT, GATED, SPLITS,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ _ROW_BYTES = 512  # of a weight's row in a step: 16 for each thread of a warp
 
 @triton.jit
 def _grouped_rows(
-    x_ptr, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_there, K, groups, x_row, w_row, s_row, first, last,
+    x_ptr, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row, first, last,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def _grouped_rows(
     acc = tl.zeros((PADDED, BLOCK_N), tl.float32)
     for step in range(first, last):
         group = step * AT_ONCE + tl.arange(0, AT_ONCE)
-        there = columns_there[:, None] & (group < groups)[None, :]
+        there = columns_in[:, None] & (group < groups)[None, :]
         scale = tl.load(s_ptr + far * s_row + group[None, :], there, 0.0).to(tl.float32)
         if FORMAT == "int8":
             k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -65,23 +65,23 @@ def _gemv_grouped(
     AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns_there = columns < N
+    columns_in = columns < N
     split = tl.program_id(1)
     first = split * split_steps
     last = tl.minimum(first + split_steps, steps)
     acc = _grouped_rows(
-        x_ptr, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_there, K, groups, x_row, w_row, s_row,
+        x_ptr, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row,
         first, last, FORMAT, GROUP, AT_ONCE, ROWS, PADDED, BLOCK_N,
     )  # fmt: skip
     up = acc
     if GATED:
         up = _grouped_rows(
-            x_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_there, K, groups, x_row, w_row, s_row,
+            x_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row,
             first, last, FORMAT, GROUP, AT_ONCE, ROWS, PADDED, BLOCK_N,
         )  # fmt: skip
     rows = tl.arange(0, PADDED)
     deliver(
-        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns, columns_there,
+        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns, columns_in,
         ROWS, N, split, out_row, residual_row, ACT, GATED, SPLITS,
     )  # fmt: skip
 

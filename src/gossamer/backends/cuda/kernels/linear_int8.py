@@ -39,24 +39,24 @@ def _linear_int8(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    rows_there, columns_there = rows < T, columns < N
+    rows_in, columns_in = rows < T, columns < N
     far = columns.to(tl.int64)
     x_ptrs = x_ptr + rows.to(tl.int64) * x_row
-    x_scale = tl.load(x_s_ptr + rows, rows_there, 0.0)[:, None]
+    x_scale = tl.load(x_s_ptr + rows, rows_in, 0.0)[:, None]
     first = split * split_steps
     last = tl.minimum(first + split_steps, steps)
     sums = _int8_tile(
-        x_ptrs, rows_there, w_ptr + far * w_row, columns_there, K, first, last, BLOCK_M, BLOCK_N, BLOCK_K
+        x_ptrs, rows_in, w_ptr + far * w_row, columns_in, K, first, last, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    acc = sums.to(tl.float32) * x_scale * tl.load(s_ptr + far, columns_there, 0.0)[None, :]
+    acc = sums.to(tl.float32) * x_scale * tl.load(s_ptr + far, columns_in, 0.0)[None, :]
     up = acc
     if GATED:
         sums = _int8_tile(
-            x_ptrs, rows_there, up_ptr + far * w_row, columns_there, K, first, last, BLOCK_M, BLOCK_N, BLOCK_K
+            x_ptrs, rows_in, up_ptr + far * w_row, columns_in, K, first, last, BLOCK_M, BLOCK_N, BLOCK_K
         )
-        up = sums.to(tl.float32) * x_scale * tl.load(up_s_ptr + far, columns_there, 0.0)[None, :]
+        up = sums.to(tl.float32) * x_scale * tl.load(up_s_ptr + far, columns_in, 0.0)[None, :]
     deliver(
-        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_there, columns, columns_there,
+        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows_in, columns, columns_in,
         T, N, split, out_row, residual_row, ACT, GATED, SPLITS,
     )  # fmt: skip
 
