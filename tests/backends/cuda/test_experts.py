@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,16 @@ from gossamer.graph.ops.formats import round_weight
 from gossamer.graph.weights import Stack, Tensor
 from tests.numerics.harness import Arrays, OpGraph
 
-FORMATS = [("f32", 0), ("bf16", 0), ("f16", 0), ("int8", 0), ("int8", 32), ("int4", 32), ("uint4", 32), ("nf4", 64)]
+FORMATS = [
+    ("f32", 0),
+    ("bf16", 0),
+    ("f16", 0),
+    ("int8", 0),
+    ("int8", 32),
+    ("int4", 32),
+    ("uint4", 32),
+    ("nf4", 64),
+]
 
 
 @pytest.mark.parametrize("t", [1, 7, 40])
@@ -68,4 +79,4 @@ def test_every_slot_is_in_one_block_of_its_expert(t: int, block: int, device: to
             assert all(flat[slot] == expert for slot in order[first:stop])
             seen += order[first:stop]
     assert sorted(seen) == list(range(3 * t))
-    assert all(a < b or flat[a] != flat[b] for a, b in zip(order, order[1:]))
+    assert all(a < b or flat[a] != flat[b] for a, b in pairwise(order))

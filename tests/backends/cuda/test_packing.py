@@ -169,8 +169,8 @@ def test_what_is_read_side_by_side_lies_so(format: str, group: int, device: torc
     biases = [g.weight(f"b{i}", random(4 + i, seed=i)) for i in range(3)]
     y = g.builder.op("merged_linear", x, weights=(*names, *biases), parts=3)
     alone = g.builder.linear(x, g.weight("alone", random(5, 40)))
-    both = g.builder.op("merged_linear", y, weights=(g.weight("v", random(2, 15)), g.weight("u", random(3, 15))),
-                        parts=2)  # fmt: skip
+    others = (g.weight("v", random(2, 15)), g.weight("u", random(3, 15)))
+    both = g.builder.op("merged_linear", y, weights=others, parts=2)
     graph = g.finish(g.builder.op("add", alone, both), formats=dict.fromkeys(names, (format, group)))
     packed = pack(graph, Arrays(g.arrays), device)
     ((whole, bias),) = side_by_side([packed[n] for n in names], [packed[b].data for b in biases])

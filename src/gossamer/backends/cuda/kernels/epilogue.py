@@ -1,4 +1,4 @@
-"""What follows a product before it is written: bias, activation, gate, residual; and sums over split inputs."""
+"""What follows a product before it is written: bias, activation, gate, residual; sums over split inputs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def deliver(
 @triton.jit
 def _merge(
     out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, T, N, parts_row, out_row, residual_row,
-    ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -34,7 +34,7 @@ class Routes:
 
 
 def sort_by_expert(ids: torch.Tensor, count: int, block: int) -> Routes:
-    """Routes of ids [T, k] (integers below `count`) in blocks of `block` rows; waits for nothing on the host."""
+    """Routes of ids [T, k] (integers below `count`) in blocks of `block` rows; the host waits for nothing."""
     flat = ids.flatten()
     chosen, order = flat.sort(stable=True)
     each = torch.arange(count + 1, device=ids.device, dtype=chosen.dtype)
@@ -45,7 +45,9 @@ def sort_by_expert(ids: torch.Tensor, count: int, block: int) -> Routes:
     expert = torch.searchsorted(ends, blocks, right=True)
     before = torch.cat([ends.new_zeros(1), ends])[expert]
     firsts = starts[expert] + (blocks - before) * block
-    return Routes(order=order.int(), starts=starts.int(), block_experts=expert.int(), block_firsts=firsts.int())
+    return Routes(
+        order=order.int(), starts=starts.int(), block_experts=expert.int(), block_firsts=firsts.int()
+    )
 
 
 @triton.jit
@@ -111,8 +113,8 @@ def experts(
     act: str,
     residual: torch.Tensor | None = None,
 ) -> str:
-    """out [T, hidden] = residual + sum over a token's slots, in their order, of gain * down[e](act(gate[e] x) *
-    up[e] x).
+    """out [T, hidden] = residual + the sum over a token's slots, in their order, of
+    gain * down[e](act(gate[e] x) * up[e] x).
 
     x: float32, float16 or bfloat16 [T, hidden]; ids: int32 or int64 [T, k]; gains: floats [T, k]; weights:
     gate and up [experts, width, hidden] of one format, down [experts, hidden, width], of any format; out and
@@ -156,7 +158,8 @@ def _launch(
         out, x, weight.data, weight.scales, weight.zeros, up and up.data, up and up.scales, up and up.zeros,
         weight.levels, routes.order, routes.starts, routes.block_experts, routes.block_firsts,
         count, columns, k, x.stride(0), x_plane, weight.data.stride(1),
-        weight.scales.stride(1) if weight.scales is not None and weight.group else 0, out.stride(0), steps_of(weight),
+        weight.scales.stride(1) if weight.scales is not None and weight.group else 0, out.stride(0),
+        steps_of(weight),
         FORMAT=weight.format, GROUP=weight.group, PLANAR=planar, DOT=dot_type(x, weight), ACT=act,
         GATED=up is not None, SLOTS=chosen, BLOCK_M=block, BLOCK_N=_BLOCK_N, BLOCK_K=BLOCK_K,
         num_warps=4, num_stages=4,

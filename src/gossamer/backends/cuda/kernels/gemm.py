@@ -17,8 +17,9 @@ _PLANES_FROM = 64  # rows from which bringing the inputs into planes costs less 
 
 @triton.jit
 def _gemm(
-    out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, z_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, bias_ptr, up_bias_ptr,
-    residual_ptr, T, N, K, x_row, x_plane, w_row, s_row, out_row, residual_row, steps, split_steps,
+    out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, z_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, bias_ptr,
+    up_bias_ptr, residual_ptr, T, N, K, x_row, x_plane, w_row, s_row, out_row, residual_row,
+    steps, split_steps,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, PLANAR: tl.constexpr, DOT: tl.constexpr, ACT: tl.constexpr,
     GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,7 +67,8 @@ def gemm(
     steps = steps_of(weight)
     x, planar, x_plane = laid_out(x, weight)
     block_m = block_rows(rows)
-    block_n = 64 if block_m < 64 or up is not None else 128
+    # Sums of a group stand beside those of all: 128 x 128 of both are more than the registers hold.
+    block_n = 128 if block_m >= 64 and up is None and not weight.group else 64
     grid_m, grid_n = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     if splits is None:
         splits = splits_for(x.device, grid_m * grid_n, steps)
@@ -87,7 +89,7 @@ def gemm(
 
 
 def laid_out(x: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor, bool, int]:
-    """Rows as the tiles of such a matrix read them; whether that is in planes, and how far these are apart."""
+    """Rows as the tiles of such a matrix read them; whether that is in planes, and the distance of these."""
     if weight.format in ("int4", "uint4", "nf4") and x.shape[0] >= _PLANES_FROM:
         x = planes(x)
         return x, True, x.stride(1)

@@ -30,9 +30,9 @@ def linear(
     """out [T, N] = residual + act(x . w^T + bias), of any of the float types.
 
     x [T, K]: float32, float16 or bfloat16; or int8 with x_scales [T] float32, for int8 without groups.
-    weights: one; or several of one input, whose outputs stand side by side in out; or, gated, gate and up, for
-    residual + act(gate) * up. biases: float32 [N] of each, or none. residual [T, N]: added in float32; it
-    may be out itself. Rows of out, x and residual are of neighbours, and may be a range of wider ones' columns.
+    weights: one; or several of one input, whose outputs stand side by side in out; or, gated, gate and up,
+    for residual + act(gate) * up. biases: float32 [N] of each, or none. residual [T, N]: added in float32;
+    it may be out itself. Rows of out, x and residual are of neighbours; they may be columns of wider ones.
     Gives the name of the kernel, for receipts. Raises GraphError for int8 rows of another format's weights.
     """
     if x_scales is not None and {w.stored for w in weights} != {"int8"}:

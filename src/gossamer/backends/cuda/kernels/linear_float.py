@@ -1,5 +1,5 @@
-"""Linear layers over weights that hold each number by itself, or int8 with a scale a row: cuBLAS for many rows,
-a Triton kernel for few."""
+"""Linear layers over weights that hold each number by itself, or int8 with a scale a row: cuBLAS for many
+rows, a Triton kernel for few."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import triton.language as tl
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, deliver, merge, parts_of, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
+from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = ["gemv_rows", "linear_float", "matmul"]
 
-GEMV_ROWS = 4  # more rows go to tensor cores, which take 16 for the price of one
-_ROW_BYTES = 512  # of a weight's row in a step: 16 for each thread of a warp
 _PLAIN = Epilogue()
 
 
@@ -52,19 +51,19 @@ def _gemv_rows(
     first = split * split_steps
     last = tl.minimum(first + split_steps, steps)
     acc = _float_rows(
-        x_ptr, w_ptr, s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED, BLOCK_N,
-        BLOCK_K,
+        x_ptr, w_ptr, s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED,
+        BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up = acc
     if GATED:
         up = _float_rows(
-            x_ptr, up_ptr, up_s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT, ROWS, PADDED,
-            BLOCK_N, BLOCK_K,
+            x_ptr, up_ptr, up_s_ptr, columns, columns_in, K, x_row, w_row, first, last, FORMAT, ROWS,
+            PADDED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     rows = tl.arange(0, PADDED)
     deliver(
-        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns, columns_in,
-        ROWS, N, split, out_row, residual_row, ACT, GATED, SPLITS,
+        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns,
+        columns_in, ROWS, N, split, out_row, residual_row, ACT, GATED, SPLITS,
     )  # fmt: skip
 
 
@@ -77,11 +76,11 @@ def gemv_rows(
     *,
     splits: int | None = None,
 ) -> None:
-    """As `gemm`, for few rows and weights without groups: bound by the memory of the weights, which pass once.
-    Products are of float32."""
+    """As `gemm`, for few rows and weights without groups: bound by the memory of the weights, which pass
+    once. Products are of float32."""
     rows, columns = out.shape
     k = weight.shape[1]
-    block_k = min(_ROW_BYTES // weight.data.itemsize, triton.next_power_of_2(k))
+    block_k = min(ROW_BYTES // weight.data.itemsize, triton.next_power_of_2(k))
     steps = triton.cdiv(k, block_k)
     block_n = 4 if columns < 4096 else 8
     programs = triton.cdiv(columns, block_n)

@@ -8,13 +8,10 @@ import triton.language as tl
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, deliver, merge, parts_of, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
-from gossamer.backends.cuda.kernels.tiles import levels_of
+from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES, levels_of
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = ["gemv_grouped", "linear_grouped"]
-
-GEMV_ROWS = 4  # more rows go to tensor cores, which take 16 for the price of one
-_ROW_BYTES = 512  # of a weight's row in a step: 16 for each thread of a warp
 
 
 @triton.jit
@@ -59,8 +56,8 @@ def _grouped_rows(
 
 @triton.jit
 def _gemv_grouped(
-    out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, z_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, bias_ptr, up_bias_ptr,
-    residual_ptr, N, K, groups, x_row, w_row, s_row, out_row, residual_row, steps, split_steps,
+    out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, z_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, bias_ptr,
+    up_bias_ptr, residual_ptr, N, K, groups, x_row, w_row, s_row, out_row, residual_row, steps, split_steps,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -76,13 +73,13 @@ def _gemv_grouped(
     up = acc
     if GATED:
         up = _grouped_rows(
-            x_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row,
-            first, last, FORMAT, GROUP, AT_ONCE, ROWS, PADDED, BLOCK_N,
+            x_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row,
+            s_row, first, last, FORMAT, GROUP, AT_ONCE, ROWS, PADDED, BLOCK_N,
         )  # fmt: skip
     rows = tl.arange(0, PADDED)
     deliver(
-        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns, columns_in,
-        ROWS, N, split, out_row, residual_row, ACT, GATED, SPLITS,
+        acc, up, out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, rows, rows < ROWS, columns,
+        columns_in, ROWS, N, split, out_row, residual_row, ACT, GATED, SPLITS,
     )  # fmt: skip
 
 
@@ -101,7 +98,7 @@ def gemv_grouped(
     assert weight.scales is not None
     groups = weight.scales.shape[-1]
     bytes_each = weight.group // (2 if weight.data.dtype == torch.uint8 else 1)
-    at_once = min(max(1, _ROW_BYTES // bytes_each), triton.next_power_of_2(groups))
+    at_once = min(max(1, ROW_BYTES // bytes_each), triton.next_power_of_2(groups))
     steps = triton.cdiv(groups, at_once)
     block_n = 4 if columns < 4096 else 8
     programs = triton.cdiv(columns, block_n)
@@ -124,7 +121,7 @@ def gemv_grouped(
 def linear_grouped(
     out: torch.Tensor, x: torch.Tensor, weight: PackedWeight, up: PackedWeight | None, epilogue: Epilogue
 ) -> str:
-    """out [T, N] = the epilogue of x [T, K] . weight^T (and x . up^T). Gives the name of the kernel that ran."""
+    """out [T, N] = the epilogue of x [T, K] . weight^T (and x . up^T). Gives the name of its kernel."""
     if x.shape[0] <= GEMV_ROWS:
         gemv_grouped(out, x, weight, up, epilogue)
         return f"gemv_{weight.stored}"

@@ -1,4 +1,4 @@
-"""W8A8: int8 rows with a scale each, times int8 weights with a scale a row, summed in int32 on tensor cores."""
+"""W8A8: int8 rows with a scale each times int8 weights with a scale a row, summed in int32."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def linear_int8(
 ) -> str:
     """out [T, N] = the epilogue of x_scales * x . weight^T (and of x . up^T): `round_activations` of int8.
 
-    x: int8 [T, K], rows of neighbours; x_scales: float32 [T]; weight, up: int8 without groups. Sums are exact:
-    their order changes nothing. splits: as of `gemm`. Gives the name of the kernel that ran.
+    x: int8 [T, K], rows of neighbours; x_scales: float32 [T]; weight, up: int8 without groups. Sums
+    are exact, whatever their order. splits: as of `gemm`. Gives the name of the kernel that ran.
     """
     rows, columns = out.shape
     k = weight.shape[1]

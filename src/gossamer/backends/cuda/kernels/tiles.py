@@ -14,9 +14,13 @@ import triton.language as tl
 from gossamer.backends.cuda.device import interpreted
 from gossamer.backends.cuda.packing import PackedWeight
 
-__all__ = ["BLOCK_K", "dot_type", "levels_of", "planes", "steps_of", "tile"]
+__all__ = ["BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "levels_of", "planes", "steps_of", "tile"]
 
 BLOCK_K = 64
+GEMV_ROWS = 4
+"""The most rows of a GEMV; more go to tensor cores, which take 16 for the price of one."""
+ROW_BYTES = 512
+"""Of a weight's row in a step of a GEMV: 16 for each thread of a warp."""
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
