@@ -116,10 +116,10 @@ def experts(
     """out [T, hidden] = residual + the sum over a token's slots, in their order, of
     gain * down[e](act(gate[e] x) * up[e] x).
 
-    x: float32, float16 or bfloat16 [T, hidden], T at least 1; ids: int32 or int64 [T, k]; gains: floats [T, k]; weights:
-    gate and up [experts, width, hidden] of one format, down [experts, hidden, width], of any format; out and
-    residual: any float type. What lies between the two products is of x's type. Gives the name of the
-    kernel, for receipts.
+    x: float32, float16 or bfloat16 [T, hidden], T at least 1; ids: int32 or int64 [T, k]; gains: floats
+    [T, k]; weights: gate and up [experts, width, hidden] of one format, down [experts, hidden, width], of any
+    format; out and residual: any float type. What lies between the two products is of x's type. Gives the
+    name of the kernel, for receipts.
     """
     gate, up, down = weights
     rows, chosen = ids.shape

@@ -29,7 +29,8 @@ def linear(
 ) -> str:
     """out [T, N] = residual + act(x . w^T + bias), of any of the float types.
 
-    x [T, K], T at least 1: float32, float16 or bfloat16; or int8 with x_scales [T] float32, for int8 without groups.
+    x [T, K], T at least 1: float32, float16 or bfloat16; or int8 with x_scales [T] float32, for int8 without
+    groups.
     weights: one; or several of one input, whose outputs stand side by side in out; or, gated, gate and up,
     for residual + act(gate) * up. biases: float32 [N] of each, or none. residual [T, N]: added in float32;
     it may be out itself. Rows of out, x and residual are of neighbours; they may be columns of wider ones.
