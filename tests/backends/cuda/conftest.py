@@ -1,4 +1,5 @@
-"""Kernels run in Triton's interpreter where there is no GPU: to be known before they are imported."""
+"""Kernels run in Triton's interpreter where there is no GPU: to be known before Triton is imported, whose own
+functions are made for one or the other then."""
 
 from __future__ import annotations
 
@@ -6,13 +7,10 @@ import os
 
 import pytest
 
-pytest.importorskip("torch", reason="the cuda backend needs torch")
-pytest.importorskip("triton", reason="the cuda backend needs Triton (pip install 'gossamer[cuda]')")
-
-import torch
-
+torch = pytest.importorskip("torch", reason="the cuda backend needs torch")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="the cuda backend needs Triton (pip install 'gossamer[cuda]')")
 
 
 @pytest.fixture(scope="session")
