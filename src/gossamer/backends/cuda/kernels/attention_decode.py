@@ -260,7 +260,7 @@ def decode_attention(
         KEYS=keys,
         OPERAND=operand,
         HELD=held,
-        STAGES=3,
+        STAGES=4,
         num_warps=8 if tile >= 128 else 4,
     )
     if splits > 1:
