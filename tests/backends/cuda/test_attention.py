@@ -7,6 +7,7 @@ import torch
 
 from gossamer.backends.cuda.kernels.attention import attention, scratch_bytes
 from gossamer.backends.cuda.kernels.attention_decode import choose_splits, few_rows
+from gossamer.errors import ConfigError
 from gossamer.graph.ops import get_op
 from gossamer.graph.ops.attention import KVState
 from tests.backends.cuda.steps import FORMATS, Step, fill, make_layer, make_step, stored
@@ -159,8 +160,14 @@ def test_one_sequence_keeps_all_multiprocessors_busy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most_rows", "group", "few"),
-    [(1, 4, 1), (16, 8, 16), (16, 16, 1), (17, 4, 4), (500, 32, 1), (1, 200, 0)],
+    ("most_rows", "group", "few"), [(1, 4, 1), (16, 8, 16), (16, 16, 1), (17, 4, 4), (500, 32, 1)]
 )
 def test_what_a_decode_is(most_rows: int, group: int, few: int) -> None:
-    assert few_rows(most_rows, group) == few
+    assert few_rows(most_rows, group, 128) == few
+
+
+def test_more_heads_than_a_tile_are_refused(device: torch.device) -> None:
+    step = make_step(device, [(1, 0)])
+    with pytest.raises(ConfigError, match="at most 32"):
+        check(device, step, "f32", 33, 1, 256)
+    check(device, step, "f32", 32, 1, 256)

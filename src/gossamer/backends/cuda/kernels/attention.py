@@ -15,6 +15,7 @@ from gossamer.backends.cuda.kernels.attention_decode import (
 from gossamer.backends.cuda.kernels.attention_pages import Heads
 from gossamer.backends.cuda.kernels.attention_prefill import prefill_attention
 from gossamer.backends.cuda.step import Batch, KvLayer
+from gossamer.errors import ConfigError
 
 __all__ = ["attention", "scratch_bytes"]
 
@@ -39,17 +40,25 @@ def attention(
     q, out: [T, heads * head_dim] of float32, float16 or bfloat16, columns side by side; head_dim a multiple of
     8 up to 256. Products are of the pages' type (bfloat16 for int8), sums float32. scratch: float32, of
     scratch_bytes(...); taken from torch where there is none. Spans lie in the order of their rows.
+
+    Raises ConfigError where more query heads share a kv head than a tile has rows (128, 64 or 32).
     """
     if not q.shape[0]:
         return
     of = Heads(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, softcap=softcap, window=window
     )
-    few, spans = few_rows(batch.most_rows, of.group), batch.spans.shape[0]
+    tile, _ = of.blocks(layer.keys.dtype)
+    if of.group > tile:
+        raise ConfigError(
+            f"{of.group} query heads of one kv head of {head_dim} over {layer.keys.dtype} pages: the cuda backend "
+            f"takes at most {tile}; int8 or 16-bit pages, or --device cpu"
+        )
+    few, spans = few_rows(batch.most_rows, of.group, tile), batch.spans.shape[0]
     even = spans * batch.most_rows == q.shape[0]  # all spans have as many rows: none of them few
     if few < batch.most_rows:
         prefill_attention(out, q, layer, batch, group, of, 0 if even else few)
-        if even or not few:
+        if even:
             return
     slots = batch.most_slots if window is None else min(batch.most_slots, window + few)
     splits = choose_splits(spans, kv_heads, few, slots, _multiprocessors(q.device))

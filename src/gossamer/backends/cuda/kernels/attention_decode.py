@@ -14,19 +14,16 @@ __all__ = ["MOST_ROWS", "choose_splits", "decode_attention", "few_rows", "scratc
 
 MOST_ROWS = 16
 """Of a span that is not prefill."""
-_TILE = 128  # rows of a tile: what registers hold beside a block of keys
 _LINES = 2048  # rows of the step times splits, where there are splits at all: it bounds the scratch memory
 _LEAST = tl.constexpr(256)  # slots that are worth a program
 _MOST = 2048  # slots after which a long sequence would be what a batch of short ones waits for
 _PROGRAMS = 4  # that a multiprocessor wants
 
 
-def few_rows(most_rows: int, group: int) -> int:
+def few_rows(most_rows: int, group: int, tile: int) -> int:
     """Up to how many rows a span is taken by the decode kernel: all where none has more than MOST_ROWS (and
-    they fill no more than a tile); else those that fit the smallest tile, beside prefill."""
-    if most_rows <= min(MOST_ROWS, _TILE // group):
-        return most_rows
-    return max(1, 16 // group) if group <= _TILE else 0
+    they fit a tile of so many rows); else those that fit the smallest tile, beside prefill."""
+    return most_rows if most_rows <= min(MOST_ROWS, tile // group) else max(1, 16 // group)
 
 
 def choose_splits(spans: int, kv_heads: int, rows: int, slots: int, multiprocessors: int) -> int:
@@ -130,6 +127,7 @@ def _decode(
         if tl.load(line + 4) >= 0:
             position = tl.load(positions + row + token, mask=live, other=start)
             steps = count
+    token = tl.where(live, token, -1)  # rows that are none have no parents
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -158,7 +156,7 @@ def _decode(
     if ALONE:
         tl.store(out + rows * out_stride + where, result, mask=inside)
     else:
-        at = ((span * few + token) * HEADS + head) * splits + split
+        at = ((span * few + m // GROUP) * HEADS + head) * splits + split
         tl.store(parts + at.to(tl.int64)[:, None] * HEAD_DIM + d[None, :], result, mask=inside)
         tl.store(sums + at, tl.where(total > 0, most + tl.log2(total), float("-inf")), mask=live)
 
@@ -231,7 +229,7 @@ def decode_attention(
     parts, sums = scratch, scratch[lines * heads.head_dim :] if splits > 1 else scratch
     operand, held = dot_types(layer.keys.dtype)
     full = layer.keys.dtype == torch.float32
-    keys = 32 if heads.width > 128 or full else 64
+    keys = heads.blocks(layer.keys.dtype)[1] >> (heads.width > 128 and not full)
     tile = max(16, triton.next_power_of_2(few * heads.group))
     window = heads.window or 0
     _decode[(spans, heads.kv_heads, splits)](
@@ -260,7 +258,7 @@ def decode_attention(
         KEYS=keys,
         OPERAND=operand,
         HELD=held,
-        STAGES=4,
+        STAGES=3 if full else 5,  # two until a page is known, two until it is there, one to read it
         num_warps=8 if tile >= 128 else 4,
     )
     if splits > 1:

@@ -43,6 +43,11 @@ class Heads:
         """Columns of a tile: a power of two that a product on tensor cores can sum over."""
         return max(16, triton.next_power_of_2(self.head_dim))
 
+    def blocks(self, pages: torch.dtype) -> tuple[int, int]:
+        """Rows of a tile at most, and keys of a block, that fit registers and shared memory."""
+        wide, full = self.width > 128, pages == torch.float32
+        return 128 >> full + (full and wide), 64 >> full + (full and wide)
+
 
 def dot_types(pages: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     """In which type numbers are multiplied: that of the pages, bfloat16 for int8. The second is what holds them:

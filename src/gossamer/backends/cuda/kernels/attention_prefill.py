@@ -101,6 +101,7 @@ def _prefill(
         low = 0
         plain = plain // KEYS * KEYS
 
+    token = tl.where(live, token, -1)  # rows that are none have no parents
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -125,15 +126,6 @@ def _prefill(
     tl.store(out + rows * out_stride + where, result, mask=inside)
 
 
-def _blocks(heads: Heads, rows: int, pages: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows and keys of a tile, warps and stages: what fits registers and the 227 KiB of shared memory."""
-    wide, full = heads.width > 128, pages == torch.float32
-    most = 64 if full else 128
-    tile = min(most, max(16, triton.next_power_of_2(rows * heads.group)))
-    tile = max(tile, triton.next_power_of_2(heads.group))
-    return tile, 32 if full else 64, 8 if tile >= 128 or wide else 4, 2 if wide or full else 3
-
-
 def prefill_attention(
     out: torch.Tensor, q: torch.Tensor, layer: KvLayer, batch: Batch, group: int, heads: Heads, few: int
 ) -> None:
@@ -142,7 +134,9 @@ def prefill_attention(
     q, out [T, heads * head_dim] of float32, float16 or bfloat16, columns side by side. Spans lie in the order
     of their rows.
     """
-    tile, keys, warps, stages = _blocks(heads, batch.most_rows, layer.keys.dtype)
+    most, keys = heads.blocks(layer.keys.dtype)
+    tile = min(most, max(16, triton.next_power_of_2(batch.most_rows * heads.group)))
+    heavy = heads.width > 128 or layer.keys.dtype == torch.float32
     operand, held = dot_types(layer.keys.dtype)
     spans = batch.spans.shape[0]
     _prefill[(q.shape[0] // (tile // heads.group) + spans, heads.kv_heads)](
@@ -168,6 +162,6 @@ def prefill_attention(
         SPANS=_SPANS,
         OPERAND=operand,
         HELD=held,
-        STAGES=stages,
-        num_warps=warps,
+        STAGES=2 if heavy else 3,
+        num_warps=8 if tile >= 128 or heads.width > 128 else 4,
     )
