@@ -91,9 +91,7 @@ def _slots(step: Step, span: int, page_size: int, group: int) -> tuple[torch.Ten
     return batch.tables[group, offset + slot // page_size].long(), slot % page_size
 
 
-def stored(
-    layer: KvLayer, step: Step, span: int, group: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stored(layer: KvLayer, step: Step, span: int, group: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 keys and values [slots, kv_heads, head_dim] of a span's sequence."""
     at = _slots(step, span, layer.keys.shape[1], group)
     k, v = layer.keys[at].float(), layer.values[at].float()

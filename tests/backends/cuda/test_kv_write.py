@@ -29,7 +29,13 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "rotary", "normed"),
-    [(4, 2, 16, 8, True), (5, 1, 24, 12, False), (7, 7, 8, 3, True), (6, 2, 80, 16, True), (2, 1, 64, 0, False)],
+    [
+        (4, 2, 16, 8, True),
+        (5, 1, 24, 12, False),
+        (7, 7, 8, 3, True),
+        (6, 2, 80, 16, True),
+        (2, 1, 64, 0, False),
+    ],
 )
 def test_qkv_write(
     device: torch.device,

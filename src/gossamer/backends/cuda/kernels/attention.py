@@ -45,9 +45,7 @@ def attention(
     """
     if not q.shape[0]:
         return
-    of = Heads(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, softcap=softcap, window=window
-    )
+    of = Heads(heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, softcap=softcap, window=window)
     tile, _ = of.blocks(layer.keys.dtype)
     if of.group > tile:
         raise ConfigError(

@@ -152,13 +152,15 @@ def _decode(
         softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS, OPERAND, HELD, STAGES,
     )  # fmt: skip
     # A row of a draft may see nothing of a part that begins behind it.
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    none = total == 0
+    total = tl.where(none, 1.0, total)
+    result = acc / total[:, None]
     if ALONE:
         tl.store(out + rows * out_stride + where, result, mask=inside)
     else:
         at = ((span * few + m // GROUP) * HEADS + head) * splits + split
         tl.store(parts + at.to(tl.int64)[:, None] * HEAD_DIM + d[None, :], result, mask=inside)
-        tl.store(sums + at, tl.where(total > 0, most + tl.log2(total), float("-inf")), mask=live)
+        tl.store(sums + at, tl.where(none, float("-inf"), most + tl.log2(total)), mask=live)
 
 
 @triton.jit(do_not_specialize=["splits", "few"])

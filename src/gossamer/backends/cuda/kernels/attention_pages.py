@@ -89,7 +89,19 @@ def _ancestry(token, other, parents, steps):
 
 
 @triton.jit
-def _visible(slot, low, high, token, position, steps, start, parents, positions, TREE: tl.constexpr, WINDOW: tl.constexpr):
+def _visible(
+    slot,
+    low,
+    high,
+    token,
+    position,
+    steps,
+    start,
+    parents,
+    positions,
+    TREE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """[rows, keys]: which slots of low .. high a row sees. steps: 0 for a chain."""
     query = position[:, None]
     standing = slot

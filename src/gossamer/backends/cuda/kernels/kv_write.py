@@ -133,7 +133,9 @@ def _heads(
             largest = tl.maximum(_largest(a), _largest(b))
             if REST > 0:
                 largest = tl.maximum(largest, _largest(c))
-            inverse = tl.where(largest > 0, tl.div_rn(tl.full(largest.shape, 127.0, tl.float32), largest), 0.0)
+            inverse = tl.where(
+                largest > 0, tl.div_rn(tl.full(largest.shape, 127.0, tl.float32), largest), 0.0
+            )
             a, b = _round(a * inverse[:, None]), _round(b * inverse[:, None])
             if REST > 0:
                 c = _round(c * inverse[:, None])
@@ -227,7 +229,9 @@ def _launch(
     total = queries + 2 * kv_heads
     heads_block = min(triton.next_power_of_2(total), max(1, _ELEMENTS // (2 * half_block)))
     positions = step.positions if isinstance(step, Batch) else step
-    spans, row_spans, tables = (step.spans, step.row_spans, step.tables) if isinstance(step, Batch) else (x,) * 3
+    spans, row_spans, tables = (
+        (step.spans, step.row_spans, step.tables) if isinstance(step, Batch) else (x,) * 3
+    )
     keys, values = (layer.keys, layer.values) if layer is not None else (x, x)
     key_scales, value_scales = (x, x)
     if layer is not None and layer.key_scales is not None and layer.value_scales is not None:
