@@ -61,7 +61,8 @@ def test_qkv_write(
     )  # fmt: skip
 
     attrs = {
-        "layer": 0, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "magnitude": magnitude, "eps": eps,
+        "layer": 0, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "magnitude": magnitude,
+        "eps": eps,
     }  # fmt: skip
     weights = [w for w in (inv_freq, *norms) if w is not None]
     inputs = [qkv.float(), step.batch.positions]

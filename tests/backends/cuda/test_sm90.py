@@ -1,5 +1,5 @@
-"""Attention and what belongs to it compile for an H200, and fit it. Kernels are imported for the interpreter or for
-the compiler, hence a process of their own."""
+"""Attention and what belongs to it compile for an H200, and fit it. Kernels are imported for the interpreter
+or for the compiler, hence a process of their own."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def main(formats: list[str]) -> None:
                 qkv = torch.empty(step.rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
                 norm = torch.empty(head_dim)
                 qkv_write(
-                    q, qkv, layer, batch, 0, **sizes, inv_freq=norm[: head_dim // 2], magnitude=1.0, q_norm=norm,
-                    k_norm=norm, eps=1e-6,
+                    q, qkv, layer, batch, 0, **sizes, inv_freq=norm[: head_dim // 2], magnitude=1.0,
+                    q_norm=norm, k_norm=norm, eps=1e-6,
                 )  # fmt: skip
                 kv = qkv[:, : kv_heads * head_dim]
                 kv_write(kv, kv, layer, batch, 0, head_dim=head_dim)

@@ -37,8 +37,8 @@ def attention(
 ) -> None:
     """The op attention (graph/ops/attention.py) over the layer's pages, which hold the step's keys already.
 
-    q, out: [T, heads * head_dim] of float32, float16 or bfloat16, columns side by side; head_dim a multiple of
-    8 up to 256. Products are of the pages' type (bfloat16 for int8), sums float32. scratch: float32, of
+    q, out: [T, heads * head_dim] of float32, float16 or bfloat16, columns side by side; head_dim a multiple
+    of 8 up to 256. Products are of the pages' type (bfloat16 for int8), sums float32. scratch: float32, of
     scratch_bytes(...); taken from torch where there is none. Spans lie in the order of their rows.
 
     Raises ConfigError where more query heads share a kv head than a tile has rows (128, 64 or 32).
@@ -49,8 +49,8 @@ def attention(
     tile, _ = of.blocks(layer.keys.dtype)
     if of.group > tile:
         raise ConfigError(
-            f"{of.group} query heads of one kv head of {head_dim} over {layer.keys.dtype} pages: the cuda backend "
-            f"takes at most {tile}; int8 or 16-bit pages, or --device cpu"
+            f"{of.group} query heads share a kv head of {head_dim}, and over pages of {layer.keys.dtype} the cuda "
+            f"backend takes at most {tile}; store keys and values in 16 or 8 bits, or take --device cpu"
         )
     few, spans = few_rows(batch.most_rows, of.group, tile), batch.spans.shape[0]
     even = spans * batch.most_rows == q.shape[0]  # all spans have as many rows: none of them few

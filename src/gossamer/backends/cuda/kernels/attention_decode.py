@@ -47,10 +47,7 @@ def scratch_bytes(heads: int, head_dim: int, rows: int, slots: int) -> int:
 def _cut(count, start, splits, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     """The first slot that a span sees, the slot after its last, and how many slots are a part."""
     high = start + count
-    if WINDOW > 0:
-        low = tl.maximum(start + 1 - WINDOW, 0)
-    else:
-        low = 0
+    low = tl.maximum(start + 1 - WINDOW, 0) if WINDOW > 0 else 0
     part = (high - low + splits - 1) // splits
     return low, high, tl.maximum((part + KEYS - 1) // KEYS * KEYS, _LEAST)
 
@@ -123,7 +120,7 @@ def _decode(
 
     position = start + token
     steps = 0
-    if TREE:
+    if TREE:  # noqa: SIM102 (decided when compiled, and the next by every program)
         if tl.load(line + 4) >= 0:
             position = tl.load(positions + row + token, mask=live, other=start)
             steps = count
@@ -142,14 +139,16 @@ def _decode(
         # All rows see the slots before the span.
         plain += tl.maximum(tl.minimum(high, start) - low, 0) // KEYS * KEYS
         acc, most, total = attend(
-            acc, most, total, queries, low, plain, token, position, steps, start, parents, positions, keys, values,
-            key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride, scale_slot_stride, scale,
-            softcap, False, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS, OPERAND, HELD, STAGES,
+            acc, most, total, queries, low, plain, token, position, steps, start, parents, positions, keys,
+            values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
+            scale_slot_stride, scale, softcap, False, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH,
+            KEYS, OPERAND, HELD, STAGES,
         )  # fmt: skip
     acc, most, total = attend(
-        acc, most, total, queries, plain, high, token, position, steps, start, parents, positions, keys, values,
-        key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride, scale_slot_stride, scale,
-        softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS, OPERAND, HELD, STAGES,
+        acc, most, total, queries, plain, high, token, position, steps, start, parents, positions, keys,
+        values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
+        scale_slot_stride, scale, softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS,
+        OPERAND, HELD, STAGES,
     )  # fmt: skip
     # A row of a draft may see nothing of a part that begins behind it.
     none = total == 0

@@ -50,8 +50,8 @@ class Heads:
 
 
 def dot_types(pages: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
-    """In which type numbers are multiplied: that of the pages, bfloat16 for int8. The second is what holds them:
-    the interpreter cannot multiply bfloat16, so float32 there."""
+    """In which type numbers are multiplied: that of the pages, bfloat16 for int8. The second is what holds
+    them: the interpreter cannot multiply bfloat16, so float32 there."""
     operand = {torch.float32: tl.float32, torch.float16: tl.float16}.get(pages, tl.bfloat16)
     return operand, tl.float32 if interpreted() and operand is tl.bfloat16 else operand
 
@@ -203,10 +203,8 @@ def attend(
             scores = tl.where(seen, scores, float("-inf"))
 
         highest = tl.maximum(most, tl.max(scores, 1))
-        if MASKED:
-            base = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
-        else:
-            base = highest
+        # A row that has seen nothing yet must not fade by NaN.
+        base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED else highest
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(most - base)
         total = total * fade + tl.sum(weights, 1)

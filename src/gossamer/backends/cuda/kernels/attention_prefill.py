@@ -1,5 +1,5 @@
-"""Attention of spans with many rows: a program for a block of a span's queries and a kv head (FlashAttention-2,
-Dao 2023), over the pages that its rows see."""
+"""Attention of spans with many rows: a program for a block of a span's queries and a kv head
+(FlashAttention-2, Dao 2023), over the pages that its rows see."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _prefill(
     plain = start + ahead  # all rows of a chain see the slots up to theirs
     high = start + tl.minimum(ahead + TOKENS, count)
     steps = 0
-    if TREE:
+    if TREE:  # noqa: SIM102 (decided when compiled, and the next by every program)
         if tree:
             position = tl.load(positions + row + token, mask=live, other=start)
             plain = start
@@ -113,14 +113,16 @@ def _prefill(
     positions += row
     if WINDOW == 0:
         acc, most, total = attend(
-            acc, most, total, queries, low, plain, token, position, steps, start, parents, positions, keys, values,
-            key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride, scale_slot_stride, scale,
-            softcap, False, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS, OPERAND, HELD, STAGES,
+            acc, most, total, queries, low, plain, token, position, steps, start, parents, positions, keys,
+            values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
+            scale_slot_stride, scale, softcap, False, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH,
+            KEYS, OPERAND, HELD, STAGES,
         )  # fmt: skip
     acc, most, total = attend(
-        acc, most, total, queries, plain, high, token, position, steps, start, parents, positions, keys, values,
-        key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride, scale_slot_stride, scale,
-        softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS, OPERAND, HELD, STAGES,
+        acc, most, total, queries, plain, high, token, position, steps, start, parents, positions, keys,
+        values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
+        scale_slot_stride, scale, softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS,
+        OPERAND, HELD, STAGES,
     )  # fmt: skip
     result = acc / tl.where(live, total, 1.0)[:, None]
     tl.store(out + rows * out_stride + where, result, mask=inside)

@@ -1,7 +1,7 @@
 """Moves of KV bytes: tokens between pages, and pages to host memory and back.
 
-Pools are what a group of layers keeps, stacked: keys, values, and the scales of both where there are any, each
-[layers, pages, page_size, ...] with the bytes of a token side by side.
+Pools are what a group of layers keeps, stacked: keys, values, and the scales of both where there are any,
+each [layers, pages, page_size, ...] with the bytes of a token side by side.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _BYTES = 4096  # of a program
 
 
 class Move(NamedTuple):
-    """`tokens` tokens of page `source` from `source_slot` on, to page `target` from `target_slot` on; within a
-    page towards lower slots only."""
+    """`tokens` tokens of page `source` from `source_slot` on, to page `target` from `target_slot` on; within
+    a page towards lower slots only."""
 
     source: int
     source_slot: int
@@ -34,8 +34,8 @@ class Move(NamedTuple):
 def _copy(
     pool, lines, moves, layer_stride, page_stride, slot_stride, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # A column of tokens belongs to one thread, which goes through the tokens in order: what a move within a page
-    # overwrites has been read.
+    # A column of tokens belongs to one thread, which goes through the tokens in order: what a move within a
+    # page overwrites has been read.
     pool += tl.program_id(0).to(tl.int64) * layer_stride
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < ELEMENTS
@@ -69,13 +69,10 @@ def copy_tokens(pools: Sequence[torch.Tensor], moves: Sequence[Move]) -> None:
 
 def _as_integers(x: torch.Tensor) -> torch.Tensor:
     """The same bytes as the widest integers that fit: numbers are moved, not read."""
+    places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
     for wide in (torch.int64, torch.int32, torch.int16):
         parts = wide.itemsize // x.element_size()
-        if (
-            parts >= 1
-            and x.shape[-1] % parts == 0
-            and all(s % parts == 0 for s in (*x.stride()[:-1], x.storage_offset()))
-        ):
+        if parts and not any(place % parts for place in places):
             return x.view(wide)
     return x.view(torch.int8)
 

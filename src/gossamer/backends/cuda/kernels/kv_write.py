@@ -141,7 +141,7 @@ def _heads(
                 c = _round(c * inverse[:, None])
             at = page * scale_page_stride + (slot % PAGE) * scale_slot_stride + kv_head
             scale = tl.where(is_value, value_scales + at, key_scales + at)
-            tl.store(scale, tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), mask=cached)
+            tl.store(scale, tl.div_rn(largest, most), mask=cached)
         at = page * page_stride + (slot % PAGE) * slot_stride + kv_head * head_stride
         target = tl.where(is_value, values + at, keys + at)[:, None]
         stored = cached[:, None]
