@@ -49,8 +49,8 @@ def attention(
     tile, _ = of.blocks(layer.keys.dtype)
     if of.group > tile:
         raise ConfigError(
-            f"{of.group} query heads share a kv head of {head_dim}, and over pages of {layer.keys.dtype} the cuda "
-            f"backend takes at most {tile}; store keys and values in 16 or 8 bits, or take --device cpu"
+            f"{of.group} query heads share a kv head of {head_dim}, and over pages of {layer.keys.dtype} the "
+            f"cuda backend takes at most {tile}; store keys and values in 16 or 8 bits, or take --device cpu"
         )
     few, spans = few_rows(batch.most_rows, of.group, tile), batch.spans.shape[0]
     even = spans * batch.most_rows == q.shape[0]  # all spans have as many rows: none of them few

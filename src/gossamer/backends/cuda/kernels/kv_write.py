@@ -133,9 +133,8 @@ def _heads(
             largest = tl.maximum(_largest(a), _largest(b))
             if REST > 0:
                 largest = tl.maximum(largest, _largest(c))
-            inverse = tl.where(
-                largest > 0, tl.div_rn(tl.full(largest.shape, 127.0, tl.float32), largest), 0.0
-            )
+            most = tl.full([HEADS_BLOCK], 127.0, tl.float32)
+            inverse = tl.where(largest > 0, tl.div_rn(most, tl.where(largest > 0, largest, 1.0)), 0.0)
             a, b = _round(a * inverse[:, None]), _round(b * inverse[:, None])
             if REST > 0:
                 c = _round(c * inverse[:, None])
