@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-torch = pytest.importorskip("torch", reason="the cuda backend needs torch")
+import torch
 
 from benchmarks.cuda_attention import main
 
