@@ -151,15 +151,14 @@ def _decode(
         OPERAND, HELD, STAGES,
     )  # fmt: skip
     # A row of a draft may see nothing of a part that begins behind it.
-    none = total == 0
-    total = tl.where(none, 1.0, total)
+    total = tl.where(total > 0, total, 1.0)
     result = acc / total[:, None]
     if ALONE:
         tl.store(out + rows * out_stride + where, result, mask=inside)
     else:
         at = ((span * few + m // GROUP) * HEADS + head) * splits + split
         tl.store(parts + at.to(tl.int64)[:, None] * HEAD_DIM + d[None, :], result, mask=inside)
-        tl.store(sums + at, tl.where(none, float("-inf"), most + tl.log2(total)), mask=live)
+        tl.store(sums + at, most + tl.log2(total), mask=live)
 
 
 @triton.jit(do_not_specialize=["splits", "few"])
