@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 TORCH = (
-    "backends.reference", "backends.cuda", "compress", "runtime.cuda", "runtime.distributed", "runtime.reference",
+    "backends.reference", "backends.cuda", "compress",
+    "runtime.cuda", "runtime.distributed", "runtime.reference",
 )  # fmt: skip
 LAZY_TORCH = ("graph.ops",)
 FILES = sorted((SRC / "gossamer").rglob("*.py"))

@@ -56,7 +56,7 @@ class ReceiptLine:
 
 
 class Program(Protocol):
-    """A graph that runs steps: arrays are filled in place, `run` executes the step and fills those of results.
+    """A graph that runs steps: arrays are filled in place, `run` executes the step and fills the results'.
     `backends/cpu/program.py:CpuProgram` says what each of them holds; shape is a StepShape."""
 
     graph: Graph
@@ -84,7 +84,14 @@ class Program(Protocol):
         """Points the sampler at this step's token histories, biases and masks."""
 
     def run(
-        self, tokens: int, spans: int, rows: int, table_stride: int, *, sample: bool = True, top1: bool = False
+        self,
+        tokens: int,
+        spans: int,
+        rows: int,
+        table_stride: int,
+        *,
+        sample: bool = True,
+        top1: bool = False,
     ) -> float:
         """One step; gives the seconds spent inside."""
         ...

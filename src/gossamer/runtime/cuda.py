@@ -24,8 +24,8 @@ def start_cuda(
     device: Device,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[CudaProgram, LocalExecutor]:
-    """The program and its executor. graph: after its passes. kv: planned within the device's memory. Raises MemoryBudgetError before any
-    device memory is taken."""
+    """The program and its executor. graph: after its passes. kv: planned within the device's memory. Raises
+    MemoryBudgetError before any device memory is taken."""
     program = CudaProgram(
         graph,
         source,

@@ -1,7 +1,6 @@
-"""Nodes -> kernels: every node of a graph becomes a call over views of the arena, ready to run step after step.
+"""Nodes -> kernels: every node of a graph becomes a call over views of the arena, ready to run step by step.
 
-Layer fusion's units have no part in it: what they keep in a CPU's caches a GPU's kernels keep in registers, and
-one captured step stands for the single call.
+Layer fusion's units have no part in it: what they keep in a CPU's caches a GPU's kernels keep in registers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,16 @@ from typing import Any
 
 import torch
 
-from gossamer.backends.cuda.kernels import attention, elementwise, embed, experts, kv_write, linear, norm, routing
+from gossamer.backends.cuda.kernels import (
+    attention,
+    elementwise,
+    embed,
+    experts,
+    kv_write,
+    linear,
+    norm,
+    routing,
+)
 from gossamer.backends.cuda.packing import PackedWeight
 from gossamer.backends.cuda.step import Batch, KvLayer
 from gossamer.backends.cuda.values import Quantized
@@ -55,8 +63,8 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lowering:
-    """What calls are made over: every value at its largest, weights, KV by layer with its group, room for rows
-    that a layer quantizes for itself, and the scratch of attention."""
+    """What calls are made over: every value at its largest, weights, KV by layer with its group, room for
+    rows that a layer quantizes for itself, and the scratch of attention."""
 
     graph: Graph
     values: Mapping[str, _Rows]
@@ -101,7 +109,7 @@ def _linear(low: Lowering, node: Node, sampled: bool) -> Call:
 
     def call(step: Step) -> str:
         count = step.count(sampled)
-        x, scales = low.get(x_name, count), None
+        x, scales = low.get(x_name, count), None  # type: Any, torch.Tensor | None
         if isinstance(x, Quantized):
             x, scales = x.data, x.scales
         elif own and low.quantized is not None:
@@ -155,7 +163,10 @@ def _embed(low: Lowering, node: Node, sampled: bool) -> Call:
             embed.embed(out, step.ids, table.data, scale)
             return f"embed_{table.format}"
         assert table.scales is not None
-        embed.embed_packed(out, step.ids, table, scale)
+        embed.embed_packed(
+            out, step.ids, table.data, table.scales, table.zeros,
+            format=table.format, group=table.group, scale=scale,
+        )  # fmt: skip
         return f"embed_{table.stored}"
 
     return call
@@ -220,7 +231,7 @@ def _attention(low: Lowering, node: Node, sampled: bool) -> Call:
 
     def call(step: Step) -> str:
         count = step.count(sampled)
-        return attention.attention(
+        attention.attention(
             low.get(node.outputs[0], count),
             low.get(node.inputs[0], count),
             layer,
@@ -234,26 +245,26 @@ def _attention(low: Lowering, node: Node, sampled: bool) -> Call:
             window=attrs["window"],
             scratch=low.scratch,
         )
+        return "flash_attention"
 
     return call
 
 
 def _experts(low: Lowering, node: Node, sampled: bool) -> Call:
-    weights = [low.weights[name] for name in node.weights]
+    gate, up, down = (low.weights[name] for name in node.weights)
 
     def call(step: Step) -> str:
         x, ids, gains = (low.get(name, step.count(sampled)) for name in node.inputs)
-        return experts.experts(
-            low.get(node.outputs[0], step.count(sampled)), x, ids, gains, *weights, act=node.attrs["act"]
-        )
+        out = low.get(node.outputs[0], step.count(sampled))
+        return experts.experts(out, x, ids, gains, (gate, up, down), act=node.attrs["act"])
 
     return call
 
 
 def _rows(low: Lowering, node: Node, sampled: bool) -> Call:
     def call(step: Step) -> str:
-        embed.take_rows(low.get(node.outputs[0], step.count(True)), low.get(node.inputs[0], step.count(False)),
-                        step.rows)  # fmt: skip
+        out, x = low.get(node.outputs[0], step.count(True)), low.get(node.inputs[0], step.count(False))
+        embed.take_rows(out, x, step.rows)
         return "take_rows"
 
     return call

@@ -1,5 +1,5 @@
-"""A graph compiled for a GPU: kernels over an arena, pages of keys and values, and packed weights, all of it in
-device memory that is taken at start. Steps come in and results go out through arrays on the host.
+"""A graph compiled for a GPU: kernels over an arena, pages of keys and values, and packed weights, all of it
+in device memory that is taken at start. Steps come in and results go out through arrays on the host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
-from gossamer.backends.cuda.kernels.kv_copy import copy_tokens
+from gossamer.backends.cuda.kernels.kv_copy import Move, copy_tokens
 from gossamer.backends.cuda.kernels.sampling import DeviceSampler
 from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
@@ -112,11 +112,11 @@ class CudaProgram:
         arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
         self._arena = torch.zeros(max(arena.bytes, 1), dtype=torch.uint8, device=at)
         self._values = views(graph, self._arena, arena.offsets, shape.tokens, shape.rows)
-        self.kv: list[list[KvLayer]] = [_allocate_kv(group, shape, at) for group in graph.kv_groups]
+        self.kv = [_allocate_kv(group, shape, at) for group in graph.kv_groups]
         layers = {
-            number: (index, layer)
-            for index, (group, held) in enumerate(zip(graph.kv_groups, self.kv, strict=True))
-            for number, layer in zip(group.layers, held, strict=True)
+            number: (index, _layer(pools, place))
+            for index, (group, pools) in enumerate(zip(graph.kv_groups, self.kv, strict=True))
+            for place, number in enumerate(group.layers)
         }
         width = _quantized_width(graph)
         quantized = None
@@ -131,7 +131,7 @@ class CudaProgram:
                 weights=self.weights,
                 layers=layers,
                 quantized=quantized,
-                scratch=torch.zeros(size, dtype=torch.uint8, device=at) if size else None,
+                scratch=torch.zeros(size // 4, device=at) if size else None,
             )
         )
         self._ran = [_Ran() for _ in self._instructions]
@@ -152,7 +152,14 @@ class CudaProgram:
         self._sampling = (history, bias_ids, bias_values, masks)
 
     def run(
-        self, tokens: int, spans: int, rows: int, table_stride: int, *, sample: bool = True, top1: bool = False
+        self,
+        tokens: int,
+        spans: int,
+        rows: int,
+        table_stride: int,
+        *,
+        sample: bool = True,
+        top1: bool = False,
     ) -> float:
         """One step over the filled arrays; gives the seconds it took. top1: every row takes its largest logit
         as it is."""
@@ -185,7 +192,7 @@ class CudaProgram:
     ) -> None:
         """Copies tokens of page `source` from a slot on to page `target` from a slot on, in every layer of a
         KV group; within a page to lower slots only."""
-        copy_tokens(self.kv[group], source, source_slot, target, target_slot, tokens)
+        copy_tokens(self.kv[group], [Move(source, source_slot, target, target_slot, tokens)])
 
     def receipt(self) -> list[ReceiptLine]:
         """What ran since the start, node by node. Seconds are those of the launches: kernels run on."""
@@ -236,29 +243,29 @@ class CudaProgram:
         assert isinstance(value, torch.Tensor)
         logits = value[:rows]
         if top1:
-            self.token[:rows], self.bad[:rows] = self._sampler.greedy(logits)
+            token, bad = self._sampler.greedy(logits)
+            self.token[:rows], self.bad[:rows] = token.cpu().numpy(), bad.cpu().numpy()
             return
         found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling)
-        self.token[:rows], self.logprob[:rows] = found.token, found.logprob
-        self.top_ids[:rows], self.top_logprobs[:rows], self.bad[:rows] = (
-            found.top_ids, found.top_logprobs, found.bad,
-        )  # fmt: skip
+        for name in ("token", "logprob", "top_ids", "top_logprobs", "bad"):
+            getattr(self, name)[:rows] = getattr(found, name).cpu().numpy()
 
 
-def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[KvLayer]:
-    """Pages of a group's layers."""
+def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:
+    """Keys and values of a group's layers, [layers, pages, page_size, kv_heads, head_dim] each, and behind
+    them the scales of int8."""
     kind = _KV[shape.kv_dtype]
-    size = (shape.pages, shape.page_size, group.kv_heads, group.head_dim)
-    scaled = kind == torch.int8
-    return [
-        KvLayer(
-            keys=torch.zeros(size, dtype=kind, device=at),
-            values=torch.zeros(size, dtype=kind, device=at),
-            key_scales=torch.zeros(size[:3], device=at) if scaled else None,
-            value_scales=torch.zeros(size[:3], device=at) if scaled else None,
-        )
-        for _ in group.layers
-    ]
+    size = (len(group.layers), shape.pages, shape.page_size, group.kv_heads, group.head_dim)
+    pools = [torch.zeros(size, dtype=kind, device=at) for _ in range(2)]
+    if kind == torch.int8:
+        pools += [torch.zeros(size[:4], device=at) for _ in range(2)]
+    return pools
+
+
+def _layer(pools: list[torch.Tensor], place: int) -> KvLayer:
+    keys, values, *scales = (pool[place] for pool in pools)
+    key_scales, value_scales = scales or (None, None)
+    return KvLayer(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
 
 
 def _kv_bytes(group: KVGroup, shape: StepShape) -> int:
@@ -306,5 +313,3 @@ def _scratch(graph: Graph, shape: StepShape) -> int:
                 )
             )
     return max(sizes)
-
-

@@ -34,7 +34,9 @@ def compute_type(graph: Graph) -> torch.dtype:
     """What linear layers read floats in: float32 and float16 where most weights are of it, else bfloat16."""
     sizes: Counter[str] = Counter()
     for node in graph.nodes:
-        names = matrix_weights(node) if node.op in LINEAR_OPS else node.weights if node.op == "experts" else ()
+        names = (
+            matrix_weights(node) if node.op in LINEAR_OPS else node.weights if node.op == "experts" else ()
+        )
         for name in names:
             sizes[graph.weights[name].format] += prod(graph.weights[name].shape)
     return _COMPUTE.get(max(sizes, key=sizes.__getitem__), torch.bfloat16) if sizes else torch.float32
@@ -43,7 +45,7 @@ def compute_type(graph: Graph) -> torch.dtype:
 def value_types(graph: Graph) -> dict[str, torch.dtype]:
     """Of every value but KV handles. int8: rows that are quantized, with their scales behind them."""
     compute, logits = compute_type(graph), graph.outputs.get("logits")
-    found: dict[str, torch.dtype] = {name: torch.float32 for name in graph.inputs}
+    found: dict[str, torch.dtype] = dict.fromkeys(graph.inputs, torch.float32)
     for node in graph.nodes:
         for name in node.outputs:
             value = graph.values[name]
