@@ -159,12 +159,13 @@ def _embed(low: Lowering, node: Node, sampled: bool) -> Call:
 
     def call(step: Step) -> str:
         out = low.get(node.outputs[0], step.count(sampled))
+        ids = step.batch.positions if node.inputs[0] == "positions" else step.ids
         if table.format in ("f32", "f16", "bf16"):
-            embed.embed(out, step.ids, table.data, scale)
+            embed.embed(out, ids, table.data, scale)
             return f"embed_{table.format}"
         assert table.scales is not None
         embed.embed_packed(
-            out, step.ids, table.data, table.scales, table.zeros,
+            out, ids, table.data, table.scales, table.zeros,
             format=table.format, group=table.group, scale=scale,
         )  # fmt: skip
         return f"embed_{table.stored}"

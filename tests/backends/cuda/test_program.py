@@ -1,0 +1,165 @@
+"""Whole programs against the reference: families, formats, KV types, chunks and decode, in small models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+
+from gossamer.backends.cuda.device import open_device
+from gossamer.backends.cuda.program import CudaProgram, plan_memory
+from gossamer.backends.reference import ReferenceModel
+from gossamer.checkpoint.weights import DummySource
+from gossamer.config import EngineConfig, MixedPrecision, Quantization
+from gossamer.engine.step import Span, StepPlan
+from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.graph.families import build_graph
+from gossamer.graph.ir import Graph
+from gossamer.graph.ops.attention import KVState, SpanRows
+from gossamer.runtime.cuda import start_cuda
+from gossamer.runtime.local import LocalExecutor
+from gossamer.runtime.planning import passed, step_shape
+from gossamer.runtime.sizing import plan_kv
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+GEMMA = {"query_pre_attn_scalar": 7, "sliding_window": 5}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True}),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", GEMMA),
+    "phi3": ("Phi3Config", {"head_dim": 8}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "qwen3-moe": ("Qwen3MoeConfig", MOE),
+}
+PROMPTS = ([3, 14, 15, 9, 2, 6, 5], [35, 8, 9])
+MORE = (7, 41)
+
+
+def graph_of(family: str) -> Graph:
+    kind, fields = FAMILIES[family]
+    given = fields if family == "gpt2" else {**SIZES, **fields}
+    config = getattr(transformers, kind)(**{"vocab_size": 67, **given})
+    config.architectures = [kind.replace("Config", "LMHeadModel" if family == "gpt2" else "ForCausalLM")]
+    return build_graph(config.to_dict(), name=family)
+
+
+def config_of(**options: Any) -> EngineConfig:
+    return EngineConfig(
+        model="small", load_format="dummy", backend="cuda", max_num_seqs=2, max_model_len=32,
+        max_num_batched_tokens=16, **options,
+    )  # fmt: skip
+
+
+def started(graph: Graph, config: EngineConfig) -> tuple[CudaProgram, LocalExecutor, Graph]:
+    after, _ = passed(graph, config)
+    kv = plan_kv(after, config, 1 << 24)
+    return *start_cuda(after, DummySource(graph), config, kv, open_device()), after
+
+
+def logits(executor: LocalExecutor, graph: Graph) -> npt.NDArray[np.float32]:
+    """Of both prompts, the longer one in two chunks and the last beside a decode of the other."""
+    groups = len(graph.kv_groups)
+    first, second = PROMPTS
+
+    def span(sequence: int, tokens: list[int], start: int) -> Span:
+        page = sequence
+        return Span(sequence, tokens, start, range(len(tokens)), ((page, page + 2),) * groups)
+
+    found = [
+        executor.logits(StepPlan((span(0, first[:4], 0), span(1, second, 0)))).copy(),
+        executor.logits(StepPlan((span(0, first[4:], 4), span(1, [MORE[1]], len(second))))).copy(),
+        executor.logits(StepPlan((span(0, [MORE[0]], len(first)),))).copy(),
+    ]
+    a, b, c = found
+    return np.concatenate([a[:4], b[:3], c, a[4:], b[3:]])
+
+
+def reference(graph: Graph, source: DummySource, kv: str) -> npt.NDArray[np.float32]:
+    model = ReferenceModel.load(graph, source)
+    rows = [[*prompt, more] for prompt, more in zip(PROMPTS, MORE, strict=True)]
+    spans, at = [], 0
+    for i, ids in enumerate(rows):
+        spans.append(SpanRows(i, at, len(ids), 0))
+        at += len(ids)
+    ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat([torch.arange(len(r)) for r in rows])
+    with torch.inference_mode():
+        out = model(ids, positions, torch.arange(at), KVState(tuple(spans), {}, kv))["logits"]
+    found: npt.NDArray[np.float32] = out.float().numpy()
+    return found
+
+
+def distance(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_reference(family: str) -> None:
+    graph = graph_of(family)
+    program, executor, after = started(graph, config_of(kv_dtype="f32"))
+    assert distance(logits(executor, after), reference(after, DummySource(graph), "f32")) < 1e-4
+    lines = program.receipt()
+    assert all(line.calls for line in lines) and {line.isa for line in lines} == {program.isa}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"mixed_precision": MixedPrecision(), "kv_dtype": "bf16"}, 0.04),
+        ({"quantization": Quantization(format="int8"), "kv_dtype": "int8"}, 0.04),
+        ({"quantization": Quantization(format="int4", group=32), "kv_dtype": "f16"}, 0.05),
+    ],
+    ids=["bf16", "int8", "int4"],
+)
+def test_formats_are_near_the_reference(options: dict[str, Any], bound: float, fused: bool) -> None:
+    graph = graph_of("llama")
+    off = {} if fused else {"operator_fusion": None, "layer_fusion": None}
+    _, executor, after = started(graph, config_of(**options, **off))
+    exact = reference(after, DummySource(graph), options["kv_dtype"])
+    assert distance(logits(executor, after), exact) < bound
+
+
+def test_memory_is_what_was_planned() -> None:
+    graph = graph_of("llama")
+    config = config_of(quantization=Quantization(format="int8"), kv_dtype="int8")
+    program, _, after = started(graph, config)
+    shape = step_shape(after, config, plan_kv(after, config, 1 << 24))
+    memory = plan_memory(after, shape)
+    assert memory == program.memory
+    held = [t for w in program.weights.values() for t in (w.data, w.scales, w.zeros) if t is not None]
+    assert sum(t.nbytes for t in held) == memory.weights
+    assert sum(pool.nbytes for pools in program.kv for pool in pools) == memory.kv
+    assert memory.arena < memory.arena_separate
+
+
+def test_what_does_not_fit_or_exist_is_refused() -> None:
+    graph = graph_of("llama")
+    with pytest.raises(MemoryBudgetError, match="of device memory are needed"):
+        started(graph, config_of(memory_budget=1000))
+    with pytest.raises(ConfigError, match="int8 is nearest"):
+        started(graph, config_of(kv_dtype="int4"))
+
+
+def test_tokens_are_copied_between_pages() -> None:
+    graph = graph_of("llama")
+    program, executor, after = started(graph, config_of(kv_dtype="f32"))
+    logits(executor, after)
+    keys = program.kv[0][0]
+    program.copy_tokens(0, 0, 1, 3, 5, 2)
+    assert keys[:, 0, 1:3].abs().sum() > 0 and torch.equal(keys[:, 3, 5:7], keys[:, 0, 1:3])
