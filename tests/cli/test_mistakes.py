@@ -261,6 +261,16 @@ def test_what_is_not_built_says_so(cli: Cli) -> None:
     assert "not built yet" in cli(*line).complaint
 
 
+def test_a_gpu_that_is_not_there(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    complaint = cli("generate", stories, *SAY, "--device", "cuda").complaint
+    assert "needs an NVIDIA GPU" in complaint and "--device cpu runs here" in complaint
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -268,7 +278,7 @@ def test_what_is_not_built_says_so(cli: Cli) -> None:
         (("--enable-chunked-prefill",), "always on; --prefill-chunk"),
         (("--trust-remote-code",), "never run"),
         (("--tokenizer=x",), "the model's directory"),
-        (("-ngl", "99"), "GPUs are not built yet"),
+        (("-ngl", "99"), "one device as a whole"),
         (("--ctx", "4096"), "--max-model-len"),
     ],
 )
