@@ -95,6 +95,11 @@ def show_plan(plan: Plan, machine: Hardware, there: int) -> None:
     for table in (_bytes_and_times(plan), _compared(plan)):
         console.print()
         console.print(table)
+    if plan.chosen.bytes > plan.picked.bytes:
+        say(
+            f"[dim]compared with KV memory for {plan.picked.choice.kv_tokens:,} tokens; the choice then "
+            f"takes what is left, for {plan.chosen.choice.kv_tokens:,}[/]"
+        )
     say(
         f"[dim]the handbook says: {escape(plan.handbook.says)}; here: {escape(plan.handbook.here)}"
         + (f"; not built: {plan.handbook.missing}" if plan.handbook.missing else "")
@@ -172,7 +177,7 @@ def _bytes_and_times(plan: Plan) -> Table:
     ]  # fmt: skip
     left = [(name, count) for name, count in left if count]
     right = [
-        ("first token", ms(times.ttft_ms)), ("between tokens", ms(times.itl_ms)),
+        ("first token, of one alone", ms(times.ttft_ms)), ("between tokens", ms(times.itl_ms)),
         ("one request", ms(plan.chosen.request_ms(plan.goal))),
         ("prompts", f"{times.prefill_tokens_per_s:,.0f} tok/s"),
         ("decode, all", f"{times.decode_tokens_per_s:,.1f} tok/s"),
@@ -208,7 +213,7 @@ def _rate(value: float) -> str:
 
 def _compared(plan: Plan) -> Table:
     table = _table("", *_COLUMNS, words=(0, 1, 2, 8), gap=0)  # 80 columns hold it
-    table.add_row("chosen", *_row(plan.chosen), style="bold")
+    table.add_row("chosen", *_row(plan.picked), style="bold")
     if plan.keeping is not None:
         table.add_row("unchanged", *_row(plan.keeping))
     if plan.handbook.candidate is not None:

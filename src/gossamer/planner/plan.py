@@ -38,7 +38,8 @@ Flags = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """chosen: the choice, its KV pool grown to what there is room for. keeping: the best that keeps the model
+    """chosen: the choice, its KV pool grown to what there is room for; picked: before it grew, as the others
+    are. keeping: the best that keeps the model
     as it is stored, where the choice does not. flags: of the command line, without dashes, the user's own
     among them; tried, able: how many choices there were, and how many hold the limits."""
 
@@ -47,6 +48,7 @@ class Plan:
     rates: Rates
     efficiencies: Efficiencies
     chosen: Candidate
+    picked: Candidate
     keeping: Candidate | None
     front: tuple[Candidate, ...]
     handbook: Handbook
@@ -114,6 +116,7 @@ def make_plan(
         goal=goal,
         rates=rates,
         efficiencies=efficiencies,
+        picked=picked,
         chosen=chosen,
         keeping=None if picked.choice.keeps or not keeping else best(keeping, goal),
         front=() if brief else tuple(front(able, goal)),
