@@ -104,6 +104,10 @@ def _print(
             end_section=False,
         )
     console.print(table)
+    console.print(
+        "  [dim]+: more was predicted than it was; memory is a bound, which light runs stay far below[/]",
+        soft_wrap=True,
+    )
     for name, factor in sorted(corrections.items()):
         console.print(f"  learned: [cyan]{name}[/] takes {factor:.3f} times what is computed")
     console.print(f"  efficiencies: {origin}", soft_wrap=True)
