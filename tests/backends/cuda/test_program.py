@@ -146,6 +146,7 @@ def test_memory_is_what_was_planned() -> None:
     assert sum(t.nbytes for t in held) == memory.weights
     assert sum(pool.nbytes for pools in program.kv for pool in pools) == memory.kv
     assert memory.arena < memory.arena_separate
+    assert memory.workspace > program._sampler.bytes > 4 * shape.rows * after.vocab
 
 
 def test_what_does_not_fit_or_exist_is_refused() -> None:

@@ -61,7 +61,10 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         arena=arena.bytes,
         arena_separate=arena.separate,
         arena_shared=shared.bytes,
-        workspace=_scratch(graph, shape) + _quantized_bytes(graph, shape) + _step_bytes(graph, shape),
+        workspace=_scratch(graph, shape)
+        + _quantized_bytes(graph, shape)
+        + _step_bytes(graph, shape)
+        + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes,
     )
 
 

@@ -27,16 +27,18 @@ def tanh(x):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
-    """One of graph.ops.elementwise.ACTIVATIONS, of float32."""
+    """One of graph.ops.elementwise.ACTIVATIONS, of float32; None: none."""
     if ACT == "silu":
         y = x / (1.0 + tl.exp(-x))
     elif ACT == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.70710678118654752))
     elif ACT == "gelu_tanh":
         y = 0.5 * x * (1.0 + tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)))
-    else:
-        tl.static_assert(ACT == "relu")
+    elif ACT == "relu":
         y = tl.where(x < 0, 0.0, x)  # NaN stays
+    else:
+        tl.static_assert(ACT is None)
+        y = x
     return y
 
 

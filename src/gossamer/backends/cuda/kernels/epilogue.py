@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Epilogue", "activate", "deliver", "merge", "parts_of", "splits_for"]
+from gossamer.backends.cuda.kernels.elementwise import activate
+
+__all__ = ["Epilogue", "deliver", "merge", "parts_of", "splits_for"]
 
 _MOST_SPLITS = 16
 _LEAST_STEPS = 4  # of each split: fewer do not hide the latency of memory
@@ -34,23 +36,6 @@ class Epilogue:
     def residual_row(self) -> int:
         """Numbers from a row of the residual to the next."""
         return 0 if self.residual is None else self.residual.stride(0)
-
-
-@triton.jit
-def activate(x, ACT: tl.constexpr):
-    """One of the graph's activations of float32 x; its NaNs stay."""
-    if ACT == "silu":
-        y = x * tl.sigmoid(x)
-    elif ACT == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        # (1 + tanh(u)) / 2 = sigmoid(2u)
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == "relu":
-        y = tl.where(x < 0, 0.0, x)
-    else:
-        y = x
-    return y
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.backends.cuda.kernels.epilogue import activate
+from gossamer.backends.cuda.kernels.elementwise import activate
 from gossamer.backends.cuda.kernels.gemm import block_rows, laid_out
 from gossamer.backends.cuda.kernels.tiles import BLOCK_K, dot_type, steps_of, tile
 from gossamer.backends.cuda.packing import PackedWeight

@@ -250,6 +250,11 @@ class DeviceSampler:
         self._top_logprobs = empty(rows, MAX_LOGPROBS, dtype=torch.float32)
         self._nothing = empty(1, dtype=torch.int32)
 
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors; those of one on the meta device take none of them."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
     def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token and bad, as in Sampled, of rows that take their largest logit, the lowest id among equals.
         logits: float [R, V]."""
