@@ -119,5 +119,5 @@ def treat(
     x = tl.where(outputs > 0, x - less, x)
     mask_row = tl.load(row + _MASK_ROW)
     words = masks + mask_row.to(tl.int64) * ((vocab + 31) // 32) + ids // 32
-    allowed = tl.load(words, mask=(mask_row >= 0) & (ids < vocab), other=-1)
+    allowed = tl.load(words, mask=(tl.zeros_like(ids) + mask_row >= 0) & (ids < vocab), other=-1)
     return tl.where(((allowed >> (ids % 32)) & 1) != 0, x, float("-inf"))

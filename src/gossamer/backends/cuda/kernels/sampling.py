@@ -128,8 +128,8 @@ def _draw_kernel(
     if (temperature != 0.0) & (tl.load(row + TARGET) < 0):
         ids = tile * TILE + tl.arange(0, TILE)
         there = ids < vocab
-        own = is_treated(row)
-        x = tl.load(logits + r * stride + ids, mask=there & (own == 0), other=float("-inf"))
+        own = tl.zeros_like(ids) + is_treated(row).to(tl.int32) != 0  # of every id: masks are vectors
+        x = tl.load(logits + r * stride + ids, mask=there & ~own, other=float("-inf"))
         y = tl.load(treated + r * vocab + ids, mask=there & own, other=float("-inf"))
         x = tl.where(own, y, x)
         maximum = value_of(tl.max(_over_tiles(keys, r, tiles, NOTHING, TILES), 0))
