@@ -161,9 +161,10 @@ def lowered(
     block: _Bytes,
     kv: Sequence[_Bytes],
     vectors: Mapping[str, npt.NDArray[np.float32]],
+    dry: bool = False,
 ) -> tuple[Instruction, ...]:
     """Fills a native program with the graph's instructions over the memory given. kv: of each layer's pages,
-    group by group."""
+    group by group. dry: it is sized and never run, so that one matrix stands for all of its shape."""
     kv_layers, pools = {}, iter(kv)
     for index, group in enumerate(graph.kv_groups):
         for layer in group.layers:
@@ -176,18 +177,28 @@ def lowered(
         offsets=offsets,
         tiled=graph.tiled(),
         unit_rows=unit_rows or shape.tokens,
-        matrices={
-            key: program.add_packed(
-                FORMATS[m.format], m.group, m.activation_scale, m.n, m.k, *place.views(block)
-            )
-            for key, (m, place) in places.items()
-        },
+        matrices=_packed(program, places, block, dry),
         vectors={name: program.add_vector(v) for name, v in vectors.items()},
         kv_layers=kv_layers,
         score_keys=None if flash else shape.table * shape.page_size,
     )
     lower(lowering)
     return tuple(lowering.emitted)
+
+
+def _packed(program: _native.Program, places: Places, block: _Bytes, dry: bool) -> dict[tuple[str, int], int]:
+    """The program's number of every matrix."""
+    found: dict[tuple[str, int], int] = {}
+    known: dict[tuple[object, ...], int] = {}
+    for key, (m, place) in places.items():
+        shape = (m.format, m.group, m.activation_scale, m.n, m.k) if dry else key
+        if shape not in known:
+            views = place.views(block)
+            known[shape] = program.add_packed(
+                FORMATS[m.format], m.group, m.activation_scale, m.n, m.k, *views
+            )
+        found[key] = known[shape]
+    return found
 
 
 def step_arrays(shape: StepShape, groups: int) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
@@ -282,6 +293,7 @@ def _dry_program(
             for name, w in graph.weights.items()
             if len(w.shape) == 1
         },
+        dry=True,
     )
     return program
 
