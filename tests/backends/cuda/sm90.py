@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-__all__ = ["compiling"]
+__all__ = ["compiling", "report"]
 
 
 class _Driver:
@@ -43,3 +43,9 @@ def compiling() -> Iterator[list[Any]]:
         yield compiled
     finally:
         JITFunction.__getitem__ = launch
+
+
+def report(compiled: list[Any]) -> None:
+    """A line for each kernel: its name, and the shared memory that it wants."""
+    for kernel in compiled:
+        print(kernel.metadata.name, kernel.metadata.shared)

@@ -1,5 +1,5 @@
-"""Attention and what belongs to it compile for an H200, and fit it. Kernels are imported for the interpreter
-or for the compiler, hence a process of their own."""
+"""What the interpreter runs, the compiler takes for an H200, and the chip holds. Triton decides once whether
+it interprets, hence a process for each."""
 
 from __future__ import annotations
 
@@ -13,63 +13,27 @@ import pytest
 ROOT = Path(__file__).parents[3]
 SHARED = 232_448
 """Bytes of shared memory that a program may have on sm_90."""
-SHAPES = ((32, 8, 128), (4, 1, 80), (32, 1, 256))
-"""Heads, kv heads, and their size."""
+SLOW = pytest.mark.slow
+LINEAR = {"_gemv_grouped", "_gemv_rows", "_gemm", "_linear_int8", "_merge", "_experts", "_sum_slots"}
 
 
-@pytest.mark.parametrize("formats", ["bf16", pytest.param("f32 f16 bf16 int8", marks=pytest.mark.slow)])
-def test_kernels_compile_and_fit(tmp_path: Path, formats: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "kernels"),
+    [
+        (("rows",), {"_scan_kernel", "_draw_kernel", "_quantize_kernel", "_rms_norm_kernel"}),
+        (("attention", "bf16"), {"_decode", "_prefill", "_copy"}),
+        pytest.param(("attention", "f32", "f16", "bf16", "int8"), {"_decode"}, marks=SLOW),
+        pytest.param(("linear",), LINEAR, marks=SLOW),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_kernels_compile_and_fit(tmp_path: Path, what: tuple[str, ...], kernels: set[str]) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT)))}
-    command = [sys.executable, __file__, *formats.split()]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def main(formats: list[str]) -> None:
-    """Compiles every kernel for the shapes that differ most; of one format those of one shape alone."""
-    from dataclasses import replace
-
-    import torch
-
-    from gossamer.backends.cuda.kernels.attention import attention
-    from gossamer.backends.cuda.kernels.kv_copy import Move, copy_tokens
-    from gossamer.backends.cuda.kernels.kv_write import kv_write, qkv_write, rope
-    from tests.backends.cuda.sm90 import compiling
-    from tests.backends.cuda.steps import make_layer, make_step
-
-    cpu = torch.device("cpu")
-    steps = {
-        "decode": make_step(cpu, [(1, 0)] * 3),
-        "draft": make_step(cpu, [(4, 9)] * 3),
-        "mixed": make_step(cpu, [(40, 0), (1, 7)]),
-        "tree": make_step(cpu, [(40, 0), (5, 7)], trees={1: (-1, 0, 0, 1, 1)}),
-    }
-    with compiling() as compiled:
-        for format in formats:
-            dtype = torch.float32 if format == "f32" else torch.bfloat16
-            for heads, kv_heads, head_dim in SHAPES[: None if len(formats) > 1 else 1]:
-                sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-                for name, step in steps.items():
-                    layer = make_layer(cpu, step, kv_heads, head_dim, format)
-                    q = torch.empty(step.rows, heads * head_dim, dtype=dtype)
-                    batch = replace(step.batch, most_slots=4096)
-                    attention(q, q, layer, batch, 0, **sizes, scale=0.1)
-                    if name == "tree":
-                        attention(q, q, layer, batch, 0, **sizes, scale=0.1, softcap=30.0, window=64)
-                qkv = torch.empty(step.rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-                norm = torch.empty(head_dim)
-                qkv_write(
-                    q, qkv, layer, batch, 0, **sizes, inv_freq=norm[: head_dim // 2], magnitude=1.0,
-                    q_norm=norm, k_norm=norm, eps=1e-6,
-                )  # fmt: skip
-                kv = qkv[:, : kv_heads * head_dim]
-                kv_write(kv, kv, layer, batch, 0, head_dim=head_dim)
-                copy_tokens([layer.keys[None]], [Move(0, 1, 0, 0, 3)])
-                rope(q, q, batch.positions, norm[: head_dim // 4], head_dim, 1.0)
-    for kernel in compiled:
-        assert kernel.metadata.shared <= SHARED, (kernel.metadata, kernel.src.signature)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    name, *options = what
+    command = [sys.executable, "-m", f"tests.backends.cuda.sm90_{name}", *options]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert kernels <= {kernel for kernel, _ in found}
+    assert all(int(shared) <= SHARED for _, shared in found), found

@@ -1,21 +1,13 @@
-"""Compiles every kernel that linear layers and experts launch for an H200, which takes no GPU.
-
-Run as `python -m tests.backends.cuda.compiled`, without TRITON_INTERPRET: a line for each kernel, with the
-shared memory that it wants; it raises what the compiler does.
-"""
+"""Linear layers and experts of every format, compiled for an H200."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from gossamer.backends.cuda.kernels.experts import experts
 from gossamer.backends.cuda.kernels.linear import linear
 from gossamer.backends.cuda.packing import PackedWeight
+from tests.backends.cuda.sm90 import compiling, report
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = [
@@ -29,30 +21,6 @@ FORMATS = [
     ("nf4", 64),
 ]
 N, K = 256, 512
-
-
-class Absent:
-    """Stands where Triton looks for a GPU, and names one."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compile_only(launch: Any) -> Any:
-    """A launch that ends with the binary."""
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **named)
-        print(self.fn.__name__, kernel.metadata.shared)
-        return kernel
-
-    return run
 
 
 def weight(format: str, group: int, *shape: int) -> PackedWeight:
@@ -89,6 +57,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    driver.set_active(Absent())
-    JITFunction.run = compile_only(JITFunction.run)  # type: ignore[method-assign]
-    main()
+    with compiling() as compiled:
+        main()
+    report(compiled)

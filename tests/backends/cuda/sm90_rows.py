@@ -1,33 +1,17 @@
-"""Kernels compile for an H200, with the shapes of a model of 8B (compiling.py says why)."""
+"""Ops over rows and sampling, compiled for an H200 with the shapes of a model of 8B."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import numpy as np
+import torch
+
+from gossamer.backends.cpu.plan import SAMPLE_ROW
+from gossamer.backends.cuda.kernels import elementwise, embed, norm, routing, sampling
+from tests.backends.cuda.sm90 import compiling, report
 
 
-def test_kernels_over_rows_compile() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, __file__],
-        cwd=Path(__file__).parents[3],
-        env=environment | {"PYTHONPATH": os.pathsep.join(("src", "."))},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert int(ran.stdout) > 60
-
-
-def _rows() -> None:
-    import numpy as np
-    import torch
-
-    from gossamer.backends.cpu.plan import SAMPLE_ROW
-    from gossamer.backends.cuda.kernels import elementwise, embed, norm, routing, sampling
-
+def main() -> None:
+    """All of them."""
     for dtype in (torch.bfloat16, torch.float32):
         for width in (4096, 100):
             x, y, z = (torch.empty(8, width, dtype=dtype) for _ in range(3))
@@ -68,8 +52,6 @@ def _rows() -> None:
 
 
 if __name__ == "__main__":
-    from tests.backends.cuda.compiling import compile_launches
-
-    launched = compile_launches()
-    _rows()
-    print(len(launched))
+    with compiling() as compiled:
+        main()
+    report(compiled)
