@@ -150,6 +150,7 @@ def reference_config(model: str, config: EngineConfig) -> EngineConfig:
         mixed_precision=None,
         weight_formats=(("*", "f32"),),
         kv_dtype="f32",
+        sparse_weights=None,
         weight_cache=False,
         hardware_kernels=HardwareKernels(),
         backend="cpu",

@@ -30,9 +30,7 @@ FURTHER = [*further(NAMES, student="gossamer/pocket-half"), *further(NAMES, prun
 
 def config(setting: Setting | None, arm: Arm) -> EngineConfig:
     assert setting is not None
-    zeros = () if arm.shaped else ("dummy_sparsity", "sparse_weights")  # a model has its own
-    limits = {key: value for key, value in setting.limits.items() if key not in zeros}
-    given = {**setting.fields, **limits} | ({"load_format": "dummy"} if arm.shaped else {})
+    given = {**setting.fields, **setting.limits} | ({"load_format": "dummy"} if arm.shaped else {})
     return base(setting.model or "gossamer/pocket", **given)
 
 

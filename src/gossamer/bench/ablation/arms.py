@@ -54,7 +54,6 @@ ORDER = (
 """The order in which techniques are added: what changes no output first, the cheapest to have before the
 others; then how requests share the machine; then what costs quality or may lose."""
 
-_SPARSE = {"dummy_sparsity": "2:4", "sparse_weights": SparseWeights(count=True)}
 _PRUNED_NOTE = (
     "random weights with such zeros: what pruning costs in quality follows from the model, and "
     "`gossamer compress MODEL --recipe sparse-2of4-int8` measures it",
@@ -228,11 +227,20 @@ def _pruning(pruned: str | None) -> Arm:
         technique="pruning",
         mode="alone",
         off=Setting(name="dense"),
-        on=Setting(name="two of four weights zero", limits=_SPARSE, model=pruned),
+        on=_zeros("two of four weights zero", pruned, {}),
         quality=pruned is not None,
         shaped=pruned is None,
         note=_PRUNED_NOTE[pruned is not None],
     )
+
+
+def _zeros(name: str, pruned: str | None, fields: Mapping[str, Any]) -> Setting:
+    """Zeros left out of memory: of the pruned model, or else of random weights that are given some, on a
+    shape."""
+    sparse = {"sparse_weights": SparseWeights(count=True)}
+    if pruned is not None:
+        return Setting(name=name, fields={**fields, **sparse}, model=pruned)
+    return Setting(name=name, fields=fields, limits={"dummy_sparsity": "2:4", **sparse})
 
 
 def _distillation(student: str | None) -> Arm:
@@ -264,11 +272,10 @@ def further(names: Sequence[str], *, student: str | None = None, pruned: str | N
                 technique="pruning",
                 mode="alone",
                 off=Setting(name="dense int4", fields=_on("quantization")),
-                on=Setting(
-                    name="int8, two of four weights zero",
-                    fields={"quantization": Quantization(format="int8"), "mixed_precision": None},
-                    limits=_SPARSE,
-                    model=pruned,
+                on=_zeros(
+                    "int8, two of four weights zero",
+                    pruned,
+                    {"quantization": Quantization(format="int8"), "mixed_precision": None},
                 ),
                 quality=pruned is not None,
                 shaped=pruned is None,

@@ -27,6 +27,9 @@ pattern = "2:4"
 """
 _STUDENT = """
 name = "fewer heads and channels, then distilled"
+[data]
+samples = 32
+context = 256
 [[step]]
 prune = "structured"
 heads = 0.25

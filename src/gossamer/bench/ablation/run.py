@@ -166,9 +166,8 @@ class _Ablation:
         shaped = speed and self._shape_dir is not None
         graph = self._shape if shaped else self._own
         fields = dict(setting.fields)
-        if speed:  # zeros are made of random weights, and the model's own are what they are
-            zeros = () if shaped else ("dummy_sparsity", "sparse_weights")
-            fields |= {key: value for key, value in setting.limits.items() if key not in zeros}
+        if speed:
+            fields |= setting.limits
         if shaped:
             fields["load_format"] = "dummy"
         model = self._shape_dir if shaped else setting.model or self._request.model
@@ -182,10 +181,10 @@ class _Ablation:
         return replace(config, kv_bytes=room // 16 * kv_page_bytes(graph, 16, config.kv_dtype))
 
     def _row(self, arm: Arm) -> Row:
-        off, on, why = arm.off, arm.on, self._why_not(arm)
         said = self._notes.get(arm.technique)
         if said is not None:
             arm = replace(arm, note=f"{arm.note}; {said}")
+        off, on, why = arm.off, arm.on, self._why_not(arm)
         if off is None or on is None or why:
             return Row(technique=arm.technique, mode=arm.mode, off=None, on=None, note=why or arm.note)
         try:
