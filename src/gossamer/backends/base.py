@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,9 +56,14 @@ class ReceiptLine:
     gb_s: float | None
 
 
-class Program(Protocol):
-    """A graph that runs steps: arrays are filled in place, `run` executes the step and fills the results'.
-    `backends/cpu/program.py:CpuProgram` says what each of them holds; shape is a StepShape."""
+class Program(ABC):
+    """A graph that runs steps. Input arrays are filled in place, then `run` executes the step and fills
+    those of results. shape is a StepShape.
+
+    ids, positions [T], rows [R] int32; spans [S, 5] int32 (row, count, start, table offset, 0 for a tree or
+    -1); parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype
+    SAMPLE_ROW. Outputs: token, logprob, top_ids, top_logprobs, bad, one line per row.
+    """
 
     graph: Graph
     shape: Any
@@ -74,6 +80,7 @@ class Program(Protocol):
     top_logprobs: npt.NDArray[np.float32]
     bad: npt.NDArray[np.uint8]
 
+    @abstractmethod
     def bind_sampling(
         self,
         history: npt.NDArray[np.int32],
@@ -83,6 +90,7 @@ class Program(Protocol):
     ) -> None:
         """Points the sampler at this step's token histories, biases and masks."""
 
+    @abstractmethod
     def run(
         self,
         tokens: int,
@@ -94,12 +102,12 @@ class Program(Protocol):
         top1: bool = False,
     ) -> float:
         """One step; gives the seconds spent inside."""
-        ...
 
+    @abstractmethod
     def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """An output ("logits", ...) after a step, [rows, width]; valid until the next one."""
-        ...
 
+    @abstractmethod
     def copy_tokens(
         self, group: int, source: int, source_slot: int, target: int, target_slot: int, tokens: int
     ) -> None:

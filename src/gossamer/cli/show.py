@@ -90,7 +90,7 @@ def memory_table(started: Started) -> Table:
     table.add_row("total", format_size(memory.total), "", style="bold")
     own = anonymous_bytes()
     files = format_size(max(0, resident_bytes() - own))
-    most = "" if reference else f", of at most {format_size(memory.total + started.process)}"
+    most = "" if config.backend != "cpu" else f", of at most {format_size(memory.total + started.process)}"
     table.add_row("process", format_size(own), f"now{most}; program files: {files}")
     if started.swap_bytes:
         slots = started.executor.limits.swap_pages[0]

@@ -251,6 +251,19 @@ RULES: tuple[Rule, ...] = (
         repairs=lambda c: (_CPU, ("hardware_kernels", replace(c.hardware_kernels, isa=None))),
     ),
     Rule(
+        name="threads are of processors",
+        kind="needs",
+        techniques=("parallel_computing",),
+        says="--threads counts processors' threads, of which the cuda backend takes none",
+        holds=lambda c: (
+            c.backend != "cuda" or c.parallel_computing is None or c.parallel_computing.threads is None
+        ),
+        reason=lambda c: (
+            f"{c.parallel_computing.threads} threads are asked for, and the cuda backend computes on a GPU"
+        ),
+        repairs=lambda c: (_CPU, ("parallel_computing", replace(c.parallel_computing, threads=None))),
+    ),
+    Rule(
         name="the reference has no arena",
         kind="needs",
         techniques=("memory_reuse",),

@@ -25,6 +25,7 @@ _OFF = {
 _PARTS = {
     "page_size": "--page-size", "swap_bytes": "--swap-bytes", "swap_directory": "--swap-directory",
     "prefill_chunk": "--prefill-chunk", "preempt_by": "--preempt-by", "isa": "--isa (and $GOSSAMER_ISA)",
+    "threads": "--threads",
     "itl_goal_ms": "--itl-goal-ms", "max_wait_ms": "--max-wait-ms",
 }  # fmt: skip
 """Fields of techniques that have flags of their own."""
@@ -44,7 +45,7 @@ def typed(choice: str, before: Any, after: Any) -> list[str]:
             return [f"with {_OFF[choice]}"]
         back = [f"without {_OFF[choice]}"] if before is None else []
         return back + list(_parts(type(after)() if before is None else before, after))
-    if choice == "hardware_kernels":
+    if choice in ("hardware_kernels", "parallel_computing"):
         return list(_parts(before, after))
     if choice == "dynamic_batching":
         return [

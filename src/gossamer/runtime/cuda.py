@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gossamer.backends.cuda.device import Device, open_device
+from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.program import CudaProgram
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
@@ -13,7 +13,7 @@ from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.planning import step_shape
 from gossamer.runtime.sizing import KVPlan
 
-__all__ = ["open_device", "start_cuda"]
+__all__ = ["start_cuda"]
 
 
 def start_cuda(

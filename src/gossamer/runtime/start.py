@@ -199,7 +199,7 @@ def _speaks(directory: Path, config: EngineConfig) -> bool:
 def _open_cuda() -> Device:
     """The GPU, before anything is read. Raises DependencyError, ConfigError."""
     try:
-        from gossamer.runtime.cuda import open_device
+        from gossamer.backends.cuda.device import open_device  # alone: kernels are imported where one is
     except ImportError as error:
         raise DependencyError(
             "the cuda backend needs torch and Triton; install them with: pip install 'gossamer[cuda]'"

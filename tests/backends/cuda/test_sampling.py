@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from gossamer.backends.cpu.plan import SAMPLE_ROW
 from gossamer.backends.cuda.kernels.sample_row import gumbel_noise as device_noise
 from gossamer.graph.ops.sampling import gumbel_noise, sample_row
+from tests.sampling_rows import OPTIONS
+from tests.sampling_rows import logits as table
 
 REASONS = {0: "", 1: "nan", 2: "empty"}
 
@@ -60,30 +62,8 @@ def tokens(result: Any) -> list[tuple[int, str]]:
     return [(t, REASONS[b]) for t, b in zip(result.token.tolist(), result.bad.tolist(), strict=True)]
 
 
-def table(rows: int, vocab: int, seed: int = 0) -> np.ndarray:
-    return (3 * np.random.default_rng([seed, vocab]).standard_normal((rows, vocab))).astype(np.float32)
-
-
-PARAMETERS = st.fixed_dictionaries(
-    {},
-    optional={
-        "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
-        "top_k": st.sampled_from([0, 1, 3, 40, 10**6]),
-        "top_p": st.sampled_from([1.0, 0.3, 0.9]),
-        "min_p": st.sampled_from([0.0, 0.1, 1.0]),
-        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
-        "presence_penalty": st.sampled_from([0.0, 1.0]),
-        "frequency_penalty": st.sampled_from([0.0, -0.5, 0.6]),
-        "seed": st.integers(0, 2**64 - 1),
-        "output_index": st.integers(0, 10**6),
-        "prompt_ids": st.lists(st.integers(0, 29), max_size=8),
-        "output_ids": st.lists(st.integers(0, 29), max_size=8),
-        "bias": st.dictionaries(
-            st.integers(0, 29), st.sampled_from([-100.0, 5.0, float("-inf")]), max_size=4
-        ),
-        "allowed": st.lists(st.booleans(), min_size=30, max_size=30).map(lambda a: np.array(a + a + a)),
-    },
-)
+ALLOWED = st.lists(st.booleans(), min_size=30, max_size=30).map(lambda a: np.array(a + a + a))
+PARAMETERS = st.fixed_dictionaries({}, optional={**OPTIONS, "allowed": ALLOWED})
 
 
 @pytest.mark.parametrize(("vocab", "steps"), [(30, 1.0), (77, 0.0), (77, 1.0)])

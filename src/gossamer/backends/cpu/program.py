@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer import _native
-from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.backends.base import MemoryReport, Program, ReceiptLine
 from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.formats import group_page_bytes
 from gossamer.backends.cpu.lower import Instruction
@@ -40,26 +40,8 @@ def choose_isa(wanted: str | None) -> str:
     return wanted
 
 
-class CpuProgram:
-    """One program with its memory. Input arrays are filled in place, then `run` executes the step.
-
-    ids, positions [T], rows [R] int32; spans [S, 5] int32 (row, count, start, table offset, 0 for a tree or
-    -1); parents [T] int32, of the rows of trees; tables int32 [groups, S, table], flat; sample_rows of dtype
-    SAMPLE_ROW. Outputs: token, logprob, top_ids, top_logprobs, bad, one line per row.
-    """
-
-    ids: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
-    parents: npt.NDArray[np.int32]
-    rows: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.int32]
-    tables: npt.NDArray[np.int32]
-    sample_rows: npt.NDArray[np.void]
-    token: npt.NDArray[np.int32]
-    logprob: npt.NDArray[np.float32]
-    top_ids: npt.NDArray[np.int32]
-    top_logprobs: npt.NDArray[np.float32]
-    bad: npt.NDArray[np.uint8]
+class CpuProgram(Program):
+    """One program with its memory: a native call for each step."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.backends.base import MemoryReport, Program, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
@@ -68,22 +68,9 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
     )
 
 
-class CudaProgram:
-    """One program with its memory. The arrays are those of `backends/cpu/program.py:CpuProgram`; `run` brings
-    them to the device, runs the kernels, and brings back what was sampled."""
-
-    ids: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
-    parents: npt.NDArray[np.int32]
-    rows: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.int32]
-    tables: npt.NDArray[np.int32]
-    sample_rows: npt.NDArray[np.void]
-    token: npt.NDArray[np.int32]
-    logprob: npt.NDArray[np.float32]
-    top_ids: npt.NDArray[np.int32]
-    top_logprobs: npt.NDArray[np.float32]
-    bad: npt.NDArray[np.uint8]
+class CudaProgram(Program):
+    """One program with its memory: `run` brings the step's arrays to the device, runs the kernels, and brings
+    back what was sampled."""
 
     def __init__(
         self,
