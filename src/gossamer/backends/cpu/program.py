@@ -43,6 +43,8 @@ def choose_isa(wanted: str | None) -> str:
 class CpuProgram(Program):
     """One program with its memory: a native call for each step."""
 
+    shape: StepShape
+
     def __init__(
         self,
         graph: Graph,
