@@ -166,7 +166,7 @@ def test_rotary_fields_of_transformers_5_are_those_of_4() -> None:
     half = build("Phi3ForCausalLM", hidden_size=256, partial_rotary_factor=0.5)
     assert build("Phi3ForCausalLM", hidden_size=256, rope_parameters={"partial_rotary_factor": 0.5}) == half
     for other in ({"rope_theta": 1e4}, {"full_attention": {"rope_theta": 5e5}}, {"twist": 1}):
-        with pytest.raises(UnsupportedModelError, match="rope_parameters.* is not understood"):
+        with pytest.raises(UnsupportedModelError, match=r"rope_parameters.* is not understood"):
             build(head_dim=64, rope_parameters=other, rope_theta=5e5)
 
 
