@@ -27,6 +27,7 @@ from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
 from gossamer.backends.cuda.replay import Recorder, buckets
 from gossamer.backends.cuda.step import KvLayer
+from gossamer.backends.cuda.temporary import temporary_bytes
 from gossamer.backends.cuda.transfer import Arrival, Moment
 from gossamer.backends.cuda.values import Quantized, plan_values, views
 from gossamer.checkpoint.weights import WeightSource
@@ -68,7 +69,8 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         workspace=_scratch(graph, shape)
         + _quantized_bytes(graph, shape)
         + 4 * StepInputs.words(shape, len(graph.kv_groups))
-        + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes,
+        + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes
+        + temporary_bytes(graph, shape, recorded=_most_recorded(shape)),
     )
 
 
@@ -152,7 +154,7 @@ class CudaProgram(Program):
         self._replayed: Counter[int] = Counter()
         if recorded:
             recorder = Recorder(at)
-            for size in reversed(buckets(min(shape.tokens, shape.rows, shape.spans))):
+            for size in reversed(buckets(_most_recorded(shape))):
                 self._replays[size] = recorder.record(
                     partial(self._compute, self._inputs.recorded(size), counted=False)
                 )
@@ -282,6 +284,11 @@ class CudaProgram(Program):
             return self._sampler.greedy(logits)
         found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling, words[:rows])
         return tuple(getattr(found, name) for name in _RESULTS)
+
+
+def _most_recorded(shape: StepShape) -> int:
+    """Sequences of the largest step that decodes a token of each."""
+    return min(shape.tokens, shape.rows, shape.spans)
 
 
 def _weight_bytes(graph: Graph) -> int:
