@@ -192,7 +192,7 @@ class Executor(Protocol):
         """Takes a plan; its live lists may change once this returns."""
 
     def collect(self, handle: Handle) -> StepResult:
-        """Waits for a submitted plan and gives its result; each handle once."""
+        """Waits for a submitted plan and gives its result; each handle once, even where that raises."""
 
     def close(self) -> None:
         """Gives memory and threads back. Idempotent."""

@@ -25,6 +25,7 @@ class Budget(Protocol):
     def admits(self, state: State) -> bool:
         """Whether newcomers may join now."""
 
+
 class FixedBudget:
     """The executor's limits."""
 
