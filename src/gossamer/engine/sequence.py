@@ -59,7 +59,7 @@ class Sequence:
     hold `saved` tokens (empty: none). published: blocks that the prefix cache was told of; next_block: the
     `computed` at which there is another. draft: what is verified with its next token. follows: the first of
     its request's sequences, which has the same prompt. by_history: what may come next goes by the tokens
-    before, which must be known then (a grammar, penalties).
+    before, which must be known then (a grammar, penalties). unknown: its newest token until that is known.
 
     All this counts what is known of the steps that were collected, save while a step is planned on top of one
     in flight: between `assume` and `retract` it is as though that one were done.
@@ -89,6 +89,7 @@ class Sequence:
         "saved",
         "swapped",
         "tables",
+        "unknown",
     )
 
     def __init__(
@@ -123,6 +124,7 @@ class Sequence:
         self.draft: Draft | None = None
         self.follows = live.sequences[0] if index else None
         self.grammar: Grammar | None = None if live.request.grammar is None else live.request.grammar()
+        self.unknown = LastSampled(id)
         self.by_history = self.grammar is not None or params.penalises
         self.phase = Phase.WAITING
         self.finish_reason: FinishReason | None = None
@@ -178,7 +180,7 @@ class Sequence:
 
     def decode(self) -> Span:
         """The newest token, sampled, and its draft."""
-        token = LastSampled(self.id) if self.sampling.pending else (self.output_ids or self.prompt_ids)[-1]
+        token = self.unknown if self.sampling.pending else (self.output_ids or self.prompt_ids)[-1]
         draft = self.draft
         if self.grammar is not None:
             self.sampling.masks = self.grammar.masks(draft)
