@@ -305,7 +305,7 @@ class Engine:
             seq.assume(span)
         state.ahead = True
         try:
-            if state.grows:
+            if state.can_grow:
                 self._launch()
         finally:
             state.ahead = False

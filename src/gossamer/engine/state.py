@@ -141,7 +141,7 @@ class State:
         return True
 
     @property
-    def grows(self) -> bool:
+    def can_grow(self) -> bool:
         """Whether every sequence that decodes has its page, so that none must give way."""
         free, running = self.kv.free, self.running
         return free >= len(running) or free >= sum(
