@@ -33,8 +33,8 @@ ProgramName = Literal["target", "draft"]
 @dataclass(frozen=True, slots=True)
 class LastSampled:
     """An input id not known yet: the newest token that the executor sampled for this sequence. The engine
-    names by it the one row, without target or draft, that the sequence has in the step submitted before. Where
-    that row is bad any id may stand in: nobody takes what comes of it."""
+    names by it the one row, without target or draft, that the sequence has in the step submitted before. If
+    that row is bad, any id stands in, and nobody takes what comes of it."""
 
     sequence: int
 
