@@ -1,4 +1,4 @@
-"""The start of the CUDA backend: what fits into the device, the programs, and what runs them."""
+"""The CUDA backend's byte plan and start: what fits into the device, the programs, and what runs them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
+from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.program import CudaProgram, plan_memory, require
 from gossamer.backends.cuda.swap import HostSwap, page_bytes
@@ -20,9 +21,41 @@ from gossamer.runtime.planning import step_shape
 from gossamer.runtime.sizing import KVPlan
 from gossamer.runtime.swap import slots_of
 
-__all__ = ["OnDevice", "start_cuda"]
+__all__ = ["DevicePlan", "OnDevice", "plan_cuda", "start_cuda"]
 
 _MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """What a device's memory would be used for. graph: after its passes; draft: the KV plan of a draft beside
+    it; memory: of the device, the draft's with it."""
+
+    device: Device
+    graph: Graph
+    shape: StepShape
+    kv: KVPlan
+    draft: KVPlan | None
+    memory: MemoryReport
+
+    def require(self, budget: int | None) -> None:
+        """Raises MemoryBudgetError, with what would fit, where the device (or a budget) holds less."""
+        require(self.memory, self.graph, self.shape, self.device, budget)
+
+
+def plan_cuda(
+    graph: Graph, config: EngineConfig, kv: KVPlan, device: Device, draft: Graph | None = None
+) -> DevicePlan:
+    """The byte plan, of graphs after their passes. kv: planned within the device's memory. Neither weights
+    nor a GPU are needed. Raises ConfigError and NotBuiltError for formats without kernels."""
+    reuse = config.memory_reuse is not None
+    shape = step_shape(graph, config, kv)
+    memory, own = plan_memory(graph, shape, reuse=reuse), None
+    if draft is not None:
+        own = replace(kv, pages=draft_pages(draft, config, kv, device.memory))
+        beside = plan_memory(draft, step_shape(draft, config, own), reuse=reuse)
+        memory = replace(memory, draft=beside.total)
+    return DevicePlan(device=device, graph=graph, shape=shape, kv=kv, draft=own, memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +90,6 @@ def start_cuda(
     Raises MemoryBudgetError, and ConfigError for a slower tier that the host has no room for, before any
     memory is taken.
     """
-    reuse = config.memory_reuse is not None
 
     def make(graph: Graph, source: WeightSource, kv: KVPlan) -> CudaProgram:
         return CudaProgram(
@@ -65,21 +97,15 @@ def start_cuda(
             source,
             step_shape(graph, config, kv),
             device,
-            reuse=reuse,
+            reuse=config.memory_reuse is not None,
             recorded=config.layer_fusion is not None,
             progress=progress,
         )
 
-    shape = step_shape(graph, config, kv)
-    memory = plan_memory(graph, shape, reuse=reuse)
-    own = kv
-    if draft is not None:
-        own = replace(kv, pages=draft_pages(draft[0], config, kv, device.memory))
-        beside = plan_memory(draft[0], step_shape(draft[0], config, own), reuse=reuse)
-        memory = replace(memory, draft=beside.total)
-    require(memory, graph, shape, device, config.memory_budget)
+    plan = plan_cuda(graph, config, kv, device, None if draft is None else draft[0])
+    plan.require(config.memory_budget)
     swap_bytes = _swap_bytes(config)
-    guesser = None if draft is None else make(*draft, own)
+    guesser = None if draft is None or plan.draft is None else make(*draft, plan.draft)
     program = make(graph, source, kv)
     swap = None
     if swap_bytes is not None:
@@ -88,7 +114,7 @@ def start_cuda(
         program=program,
         draft=guesser,
         executor=OverlappingExecutor(program, kv.max_model_len, draft=guesser, swap=swap),
-        memory=memory,
+        memory=plan.memory,
         swap_bytes=0 if swap is None else swap.bytes,
     )
 
