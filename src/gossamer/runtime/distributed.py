@@ -1,5 +1,5 @@
-"""The collectives that layers cut over several devices need, by torch.distributed: NCCL between GPUs, gloo between
-processors. No feature uses them yet: they are the table that tensor parallelism is to be built on.
+"""The collectives that layers cut over several devices need, by torch.distributed: NCCL between GPUs, gloo
+between processors. No feature uses them yet: they are the table that tensor parallelism is to be built on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ __all__ = ["ALONE", "Comm", "connected"]
 
 @dataclass(frozen=True, slots=True)
 class Comm:
-    """Ranks that do the same calls in the same order, on tensors of equal shape and type. On a GPU calls return
-    when they are queued on the current stream. A rank that waits in vain raises, once the timeout is over."""
+    """Ranks that do the same calls in the same order, on tensors of equal shape and type. On a GPU calls
+    return when they are queued on the current stream. A rank that waits in vain raises, once the timeout is
+    over."""
 
     rank: int
     size: int
@@ -71,10 +72,8 @@ def connected(
     if size == 1:
         yield ALONE
         return
-    if (
-        not dist.is_available()
-        or not {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available}[backend]()
-    ):
+    there = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available}[backend]
+    if not dist.is_available() or not there():
         raise DependencyError(
             f"torch {torch.__version__} is built without {backend}; "
             + ("a CUDA build has it, and gloo runs here" if backend == "nccl" else "install another build")
