@@ -23,7 +23,7 @@ test-asan: $(ASAN)/.installed  ## the kernels under the address and undefined-be
 
 test-gpu: $(GPU)/.installed  ## the GPU backend on a GPU, with what $(PYTHON) has beside torch and Triton; no network
 	$(GPU)/bin/python -c "from gossamer.backends.cuda.device import open_device; print(open_device())"
-	$(GPU)/bin/python -m pytest -q -p no:cacheprovider -m 'gpu or not slow' \
+	$(GPU)/bin/python -m pytest -q -p no:cacheprovider -o addopts=--strict-markers \
 	  $$($(GPU)/bin/python -c "import xdist; print('-n logical --maxprocesses 12')" 2>/dev/null) \
 	  --ignore tests/backends/cuda/test_sm90.py --durations 5 tests/backends/cuda
 
