@@ -103,15 +103,6 @@ def plan(
         from gossamer.cli.plan_accuracy import show_accuracy
 
         return show_accuracy(json)
-    from gossamer.memory import available_memory
-    from gossamer.planner.drafts import parse_acceptance
-    from gossamer.planner.hardware import hardware
-    from gossamer.planner.model import open_planned
-    from gossamer.planner.objectives import Goal, Limits, QualityLimit
-    from gossamer.planner.plan import make_plan, toml
-    from gossamer.planner.remembered import measure
-
-    accepted = parse_acceptance(acceptance or ())
     config = engine.config()
     if config.backend == "cuda":
         from gossamer.cli.plan_gpu import plan_on_gpu
@@ -135,6 +126,15 @@ def plan(
             json=json,
         )
         return None
+    from gossamer.memory import available_memory
+    from gossamer.planner.drafts import parse_acceptance
+    from gossamer.planner.hardware import hardware
+    from gossamer.planner.model import open_planned
+    from gossamer.planner.objectives import Goal, Limits, QualityLimit
+    from gossamer.planner.plan import make_plan, toml
+    from gossamer.planner.remembered import measure
+
+    accepted = parse_acceptance(acceptance or ())
     there = available_memory()
     limits = Limits(
         memory=there if config.memory_budget is None else config.memory_budget,

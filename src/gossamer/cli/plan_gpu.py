@@ -34,16 +34,15 @@ def plan_on_gpu(
     Raises MemoryBudgetError, with what would fit, where the device does not hold it.
     """
     from gossamer.planner.gpu_rates import remembered_gpu
-    from gossamer.planner.model import open_planned
-    from gossamer.runtime.start import plan_device
+    from gossamer.runtime.start import load_planned_graph, plan_device
 
     if given := [name for name, there in searched.items() if there]:
         raise ConfigError(
             f"{', '.join(given)}: nothing is searched for a GPU, where a plan is of the flags as they are; "
             f"leave {'it' if len(given) == 1 else 'them'} out, or plan for --device cpu"
         )
-    model = open_planned(config)
-    plan = plan_device(model.graph, config, model.directory)
+    graph, directory, _ = load_planned_graph(config)
+    plan = plan_device(graph, config, directory)
     plan.require(config.memory_budget)
     here = plan.device.torch.type == "cuda"
     rates = remembered_gpu(plan.device.name if here else None)
