@@ -32,6 +32,7 @@ def start_cuda(
         step_shape(graph, config, kv),
         device,
         reuse=config.memory_reuse is not None,
+        offloading=config.offloading,
         memory_budget=config.memory_budget,
         progress=progress,
     )

@@ -26,12 +26,15 @@ from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
 from gossamer.backends.cuda.replay import Recorder, buckets
 from gossamer.backends.cuda.step import KvLayer
+from gossamer.backends.cuda.streaming import WeightStream, place_weights
 from gossamer.backends.cuda.transfer import Arrival, Moment
 from gossamer.backends.cuda.values import Quantized, plan_values, views
 from gossamer.checkpoint.weights import WeightSource
+from gossamer.config import Offloading
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
+from gossamer.memory import available_memory
 
 __all__ = ["CudaProgram", "Flight", "plan_memory"]
 
@@ -94,25 +97,31 @@ class CudaProgram(Program):
         *,
         reuse: bool = True,
         recorded: bool = True,
+        offloading: Offloading | None = None,
         memory_budget: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """recorded: decode steps are recorded and replayed, see `replay.py`. memory_budget: bytes of the
-        device; None: what is free. Raises MemoryBudgetError before any memory is taken."""
+        """recorded: decode steps are recorded and replayed, see `replay.py`. offloading: weights that do not
+        fit are streamed, see `streaming.py`. memory_budget: bytes of the device; None: what is free. Raises
+        MemoryBudgetError before any memory is taken."""
         self.memory = plan_memory(graph, shape, reuse=reuse)
         budget = device.memory if memory_budget is None else min(device.memory, memory_budget)
+        self.stream: WeightStream | None = None
+        if offloading is not None:
+            plan, self.memory = place_weights(graph, self.memory, offloading, budget, available_memory())
+            self.stream = WeightStream(plan, device.torch) if plan.blocks else None
         if self.memory.total > budget:
             m = self.memory
             raise MemoryBudgetError(
                 f"{m.total / _MIB:.1f} MiB of device memory are needed (weights {m.weights / _MIB:.1f}, KV "
                 f"{m.kv / _MIB:.1f}, intermediates {(m.arena + m.workspace) / _MIB:.1f}) and "
                 f"{budget / _MIB:.1f} are there on {device.name}; a smaller --max-num-batched-tokens, "
-                "--kv-bytes or weight format takes less"
+                "--kv-bytes or weight format takes less; --offload auto streams what does not fit"
             )
         self.graph, self.shape, self.device = graph, shape, device
         self.isa, self.threads = device.isa, 1
         at = device.torch
-        self.weights: dict[str, PackedWeight] = pack(graph, source, at, progress=progress)
+        self.weights: dict[str, PackedWeight] = pack(graph, source, at, memory=self.stream, progress=progress)
         arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
         self._arena = torch.zeros(max(arena.bytes, 1), dtype=torch.uint8, device=at)
         self._values = views(graph, self._arena, arena.offsets, shape.tokens, shape.rows)
@@ -138,6 +147,8 @@ class CudaProgram(Program):
                 scratch=torch.zeros(size // 4, device=at) if size else None,
             )
         )
+        if self.stream is not None:
+            self._instructions = self.stream.between(self._instructions)
         self._ran = [_Ran() for _ in self._instructions]
         for name, (extent, kind) in step_arrays(shape, len(graph.kv_groups)).items():
             setattr(self, name, np.zeros(extent, kind))
