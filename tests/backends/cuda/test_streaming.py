@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.backends.cpu.plan import StepShape
-from gossamer.backends.cuda import program as program_module
 from gossamer.backends.cuda.device import open_device
 from gossamer.backends.cuda.lower import Instruction, Step
 from gossamer.backends.cuda.packing import packed_bytes
@@ -29,6 +28,7 @@ from gossamer.backends.cuda.streaming import (
     StreamPlan,
     WeightStream,
     _Beside,
+    place_weights,
     plan_streams,
 )
 from gossamer.checkpoint.weights import DummySource
@@ -37,6 +37,7 @@ from gossamer.engine.step import Span, StepPlan
 from gossamer.errors import ConfigError, ConflictError, MemoryBudgetError
 from gossamer.graph.families import build_graph
 from gossamer.graph.ir import Graph
+from gossamer.runtime import cuda as start_module
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.planning import passed, step_shape
 from gossamer.runtime.sizing import plan_kv
@@ -81,9 +82,8 @@ def planned(graph: Graph, config: EngineConfig) -> tuple[Graph, StepShape]:
 def made(graph: Graph, config: EngineConfig, device_bytes: int | None = None) -> CudaProgram:
     """A program whose steps are not recorded, which takes the interpreter long."""
     after, shape = planned(graph, config)
-    offloading = None if device_bytes is None else Offloading(device_bytes=device_bytes)
-    source = DummySource(graph)
-    return CudaProgram(after, source, shape, open_device(), offloading=offloading, recorded=False)
+    streams = None if device_bytes is None else plan_streams(after, device_bytes)
+    return CudaProgram(after, DummySource(graph), shape, open_device(), streams=streams, recorded=False)
 
 
 def least(graph: Graph, config: EngineConfig) -> StreamPlan:
@@ -91,14 +91,15 @@ def least(graph: Graph, config: EngineConfig) -> StreamPlan:
     return plan_streams(planned(graph, config)[0], 0)
 
 
-def logits(program: CudaProgram) -> list[npt.NDArray[np.float32]]:
-    """Of two prompts, the rest of the longer one beside a decode of the other."""
+def logits(program: CudaProgram, *, decode: bool = False) -> list[npt.NDArray[np.float32]]:
+    """Of two prompts, the rest of the longer one beside a decode of the other, then a step of decodes."""
     executor, groups = LocalExecutor(program, 32), len(program.graph.kv_groups)
 
     def span(sequence: int, tokens: list[int], start: int) -> Span:
         return Span(sequence, tokens, start, range(len(tokens)), ((sequence, sequence + 2),) * groups)
 
-    steps = ((span(0, [3, 14, 15], 0), span(1, [9, 2], 0)), (span(0, [6, 5], 3), span(1, [8], 2)))
+    steps = [(span(0, [3, 14, 15], 0), span(1, [9, 2], 0)), (span(0, [6, 5], 3), span(1, [8], 2))]
+    steps += [(span(0, [1], 5), span(1, [4], 3))] if decode else []
     return [executor.logits(StepPlan(step)).copy() for step in steps]
 
 
@@ -137,27 +138,32 @@ def test_recorded_steps_and_blocks_that_stay() -> None:
         started(graph, config)
     program, _, _ = started(graph, replace(config, offloading=Offloading()))
     assert program.memory.total <= whole.total - 1000 and program.memory.host > 0
-    again = logits(program), logits(program)
-    for got, want in zip(again, [logits(made(graph, config))] * 2, strict=True):
+    want = logits(made(graph, config), decode=True)
+    for got in (logits(program, decode=True), logits(program, decode=True)):
         assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert sum(program._replayed.values()) == 2
     brought = [line for line in program.receipt() if line.kernel == "stream_weights"]
     assert [line.node for line in brought] == [f"layers.{i}.weights" for i in (0, 1, 3)]
 
 
 def test_nothing_is_streamed_where_everything_fits() -> None:
     graph, config = deep("llama"), config_of(kv_dtype="f32")
-    plain, program = made(graph, config), made(graph, config, 1 << 40)
-    assert program.stream is None and program.memory == plain.memory
-    assert [line.node for line in program.receipt()] == [line.node for line in plain.receipt()]
+    after, shape = planned(graph, config)
+    whole = plan_memory(after, shape)
+    assert place_weights(after, whole, Offloading(), whole.total, 0) == (None, whole)
+    assert place_weights(after, whole, Offloading(device_bytes=whole.weights), 1 << 40, 0) == (None, whole)
 
 
 def test_memory_is_what_was_planned() -> None:
     graph, config = deep("llama", 5), config_of(**FORMATS["uint4"])
-    whole, plan = plan_memory(*planned(graph, config)), least(graph, config)
-    program = made(graph, config, plan.device_bytes)
-    assert program.stream is not None and program.stream.plan == plan
-    memory = program.memory
+    after, shape = planned(graph, config)
+    whole = plan_memory(after, shape)
+    asked = Offloading(device_bytes=least(graph, config).device_bytes)
+    plan, memory = place_weights(after, whole, asked, 1 << 40, 1 << 40)
+    assert plan is not None and plan == least(graph, config)
     assert memory == replace(whole, weights=plan.device_bytes, host=plan.host_bytes)
+    program = made(graph, config, asked.device_bytes)
+    assert program.memory == memory == plan_memory(after, shape, streams=plan)
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for w in program.weights.values()
@@ -165,23 +171,25 @@ def test_memory_is_what_was_planned() -> None:
         if t is not None
     }
     assert sum(held.values()) == memory.weights < whole.weights
-    assert sum(len(host) for host in program.stream._host) == memory.host
+    stream = WeightStream(plan, torch.device("cpu"))
+    assert sum(len(host) for host in stream._host) == memory.host
     assert [block.scope for block in plan.blocks] == [f"layers.{i}" for i in range(5)]
 
 
 def test_what_cannot_be_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, config = deep("llama"), config_of(kv_dtype="f32")
-    need = least(graph, config).device_bytes
-    monkeypatch.setattr(program_module, "WeightStream", None)
+    after, shape = planned(graph, config)
+    whole, need = plan_memory(after, shape), least(graph, config).device_bytes
+    few = Offloading(device_bytes=need - 1)
     with pytest.raises(MemoryBudgetError, match=rf"2 buffers of .* --offload {need} is the least"):
-        made(graph, config, need - 1)
+        place_weights(after, whole, few, 1 << 40, 1 << 40)
+    with pytest.raises(MemoryBudgetError, match=r"to lie in host memory, and 0\.0 MiB of it are"):
+        place_weights(after, whole, replace(few, device_bytes=need), 1 << 40, 1000)
+    monkeypatch.setattr(start_module, "CudaProgram", None)
     with pytest.raises(
-        MemoryBudgetError, match=r"KV .* on top, .* in all, and 0\.0 MiB are there; a smaller"
+        MemoryBudgetError, match=r"with KV .* are needed, and 0\.0 MiB are there; less --kv-bytes"
     ):
         started(graph, replace(config, offloading=Offloading(), memory_budget=1000))
-    monkeypatch.setattr(program_module, "available_memory", lambda: 1000)
-    with pytest.raises(MemoryBudgetError, match=r"to lie in host memory, and 0\.0 MiB of it are available"):
-        made(graph, config, need)
     with pytest.raises(ConfigError, match="at least 1"):
         Offloading(device_bytes=0)
     for backend in ("cpu", "reference"):

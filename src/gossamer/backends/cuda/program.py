@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from gossamer.backends.base import MemoryReport, Program, ReceiptLine
+from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.plan import StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.inputs import StepInputs
@@ -26,20 +27,17 @@ from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
 from gossamer.backends.cuda.replay import Recorder, buckets
 from gossamer.backends.cuda.step import KvLayer
-from gossamer.backends.cuda.streaming import WeightStream, place_weights
+from gossamer.backends.cuda.streaming import StreamPlan, WeightStream
 from gossamer.backends.cuda.transfer import Arrival, Moment
 from gossamer.backends.cuda.values import Quantized, plan_values, views
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.config import Offloading
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
-from gossamer.memory import available_memory
 
-__all__ = ["CudaProgram", "Flight", "plan_memory"]
+__all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
 
 _KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-_MIB = 1 << 20
 _RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
 
@@ -48,12 +46,15 @@ class _Ran:
     calls: int = 0
     rows: int = 0
     seconds: float = 0.0
-    kernels: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, None] = field(default_factory=dict)
 
 
-def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> MemoryReport:
-    """Bytes of device memory that a program of this shape takes, exactly, before any is taken. Raises
-    ConfigError and NotBuiltError for formats that no kernel reads."""
+def plan_memory(
+    graph: Graph, shape: StepShape, *, reuse: bool = True, streams: StreamPlan | None = None
+) -> MemoryReport:
+    """Bytes of device memory that a program of this shape takes, exactly, before any is taken. streams: which
+    weights are not kept on the device. Raises ConfigError and NotBuiltError for formats that no kernel
+    reads."""
     if shape.kv_dtype not in _KV:
         raise ConfigError(
             f"the cuda backend stores keys and values in {', '.join(_KV)}, not in {shape.kv_dtype}; "
@@ -61,9 +62,8 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         )
     arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
     shared = arena if reuse else plan_values(graph, shape.tokens, shape.rows, reuse=True)
-    read = {name for node in graph.nodes for name in node.weights}
     return MemoryReport(
-        weights=sum(packed_bytes(graph.weights[name]) for name in read),
+        weights=_weight_bytes(graph) if streams is None else streams.device_bytes,
         kv=sum(_kv_bytes(group, shape) for group in graph.kv_groups),
         kv_tokens=shape.pages * shape.page_size,
         arena=arena.bytes,
@@ -73,7 +73,23 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         + _quantized_bytes(graph, shape)
         + 4 * StepInputs.words(shape, len(graph.kv_groups))
         + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes,
+        host=0 if streams is None else streams.host_bytes,
     )
+
+
+def require(memory: MemoryReport, graph: Graph, shape: StepShape, device: Device, budget: int | None) -> None:
+    """Raises MemoryBudgetError, with what would fit, where the device (or a budget within it, in bytes) does
+    not hold a program."""
+    there = device.memory if budget is None else min(device.memory, budget)
+    if memory.total > there:
+        m = memory
+        parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
+        beside = {"draft": m.draft} if m.draft else {}
+        where = f" on {device.name}"
+        error = too_large(
+            there, graph, shape, parts | beside, flash=True, weight_bytes=_weight_bytes, where=where
+        )
+        raise MemoryBudgetError(f"{error}; --offload auto streams from host memory what does not fit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +113,18 @@ class CudaProgram(Program):
         *,
         reuse: bool = True,
         recorded: bool = True,
-        offloading: Offloading | None = None,
-        memory_budget: int | None = None,
+        streams: StreamPlan | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """recorded: decode steps are recorded and replayed, see `replay.py`. offloading: weights that do not
-        fit are streamed, see `streaming.py`. memory_budget: bytes of the device; None: what is free. Raises
-        MemoryBudgetError before any memory is taken."""
-        self.memory = plan_memory(graph, shape, reuse=reuse)
-        budget = device.memory if memory_budget is None else min(device.memory, memory_budget)
-        self.stream: WeightStream | None = None
-        if offloading is not None:
-            plan, self.memory = place_weights(graph, self.memory, offloading, budget, available_memory())
-            self.stream = WeightStream(plan, device.torch) if plan.blocks else None
-        if self.memory.total > budget:
-            m = self.memory
-            raise MemoryBudgetError(
-                f"{m.total / _MIB:.1f} MiB of device memory are needed (weights {m.weights / _MIB:.1f}, KV "
-                f"{m.kv / _MIB:.1f}, intermediates {(m.arena + m.workspace) / _MIB:.1f}) and "
-                f"{budget / _MIB:.1f} are there on {device.name}; a smaller --max-num-batched-tokens, "
-                "--kv-bytes or weight format takes less; --offload auto streams what does not fit"
-            )
+        """recorded: decode steps are recorded and replayed, see `replay.py`. streams: which weights are not
+        kept on the device, see `streaming.py`. Takes its memory whether or not there is enough: `require`
+        asks first."""
+        self.memory = plan_memory(graph, shape, reuse=reuse, streams=streams)
         self.graph, self.shape, self.device = graph, shape, device
         self.isa, self.threads = device.isa, 1
         at = device.torch
-        self.weights: dict[str, PackedWeight] = pack(graph, source, at, memory=self.stream, progress=progress)
+        stream = None if streams is None else WeightStream(streams, at)
+        self.weights: dict[str, PackedWeight] = pack(graph, source, at, memory=stream, progress=progress)
         arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
         self._arena = torch.zeros(max(arena.bytes, 1), dtype=torch.uint8, device=at)
         self._values = views(graph, self._arena, arena.offsets, shape.tokens, shape.rows)
@@ -147,8 +150,8 @@ class CudaProgram(Program):
                 scratch=torch.zeros(size // 4, device=at) if size else None,
             )
         )
-        if self.stream is not None:
-            self._instructions = self.stream.between(self._instructions)
+        if stream is not None:
+            self._instructions = stream.between(self._instructions)
         self._ran = [_Ran() for _ in self._instructions]
         for name, (extent, kind) in step_arrays(shape, len(graph.kv_groups)).items():
             setattr(self, name, np.zeros(extent, kind))
@@ -161,8 +164,9 @@ class CudaProgram(Program):
         if recorded:
             recorder = Recorder(at)
             for size in reversed(buckets(min(shape.tokens, shape.rows, shape.spans))):
-                self._replays[size] = recorder.record(partial(self._compute, self._inputs.recorded(size)))
-            self._ran = [_Ran() for _ in self._instructions]
+                self._replays[size] = recorder.record(
+                    partial(self._compute, self._inputs.recorded(size), counted=False)
+                )
 
     def bind_sampling(
         self,
@@ -266,18 +270,19 @@ class CudaProgram(Program):
             return None
         return min((size for size in self._replays if size >= spans), default=None)
 
-    def _compute(self, step: Step) -> None:
-        """Every node's kernels, in order."""
+    def _compute(self, step: Step, *, counted: bool = True) -> None:
+        """Every node's kernels, in order. counted: for the receipt, which counts replays on its own."""
         tokens, rows = step.count(False), step.count(True)
         for done, ran in zip(self._instructions, self._ran, strict=True):
             count = rows if done.sampled else tokens
             if count == 0:
                 continue
             start = time.perf_counter()
-            ran.kernels[done.call(step)] += 1
-            ran.seconds += time.perf_counter() - start
-            ran.calls += 1
-            ran.rows += count
+            ran.kernels[done.call(step)] = None
+            if counted:
+                ran.seconds += time.perf_counter() - start
+                ran.calls += 1
+                ran.rows += count
 
     def _sample(self, rows: int, top1: bool, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In the order of _RESULTS, as many as there are."""
@@ -288,6 +293,12 @@ class CudaProgram(Program):
             return self._sampler.greedy(logits)
         found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling, words[:rows])
         return tuple(getattr(found, name) for name in _RESULTS)
+
+
+def _weight_bytes(graph: Graph) -> int:
+    return sum(
+        packed_bytes(graph.weights[name]) for name in {n for node in graph.nodes for n in node.weights}
+    )
 
 
 def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:

@@ -93,10 +93,10 @@ def plan_streams(graph: Graph, budget: int) -> StreamPlan:
 
 def place_weights(
     graph: Graph, memory: MemoryReport, offloading: Offloading, budget: int, host: int
-) -> tuple[StreamPlan, MemoryReport]:
-    """Which blocks of a program are streamed, and its bytes then. memory: with all weights on the device;
-    budget, host: bytes of the device and of host memory that it may take. Raises MemoryBudgetError, naming
-    the least that would do."""
+) -> tuple[StreamPlan | None, MemoryReport]:
+    """Which blocks of a program are streamed (None: all weights fit), and its bytes then. memory: with all
+    weights on the device; budget, host: bytes of the device and of host memory that it may take. Raises
+    MemoryBudgetError, naming the least that would do."""
     beside = memory.total - memory.weights
     asked = offloading.device_bytes
     most = budget - beside if asked is None else min(budget - beside, asked)
@@ -112,9 +112,8 @@ def place_weights(
                 f"{needed}; {_mib(asked or 0)} are given, and --offload {least} is the least that would do"
             )
         raise MemoryBudgetError(
-            f"{needed}; KV {_mib(memory.kv)} and intermediates {_mib(memory.arena + memory.workspace)} come "
-            f"on top, {_mib(beside + least)} in all, and {_mib(budget)} are there; a smaller "
-            "--max-num-batched-tokens, --kv-bytes or weight format takes less"
+            f"{needed}; with KV ({_mib(memory.kv)}) and all else {_mib(beside + least)} are needed, and "
+            f"{_mib(budget)} are there; less --kv-bytes, --max-num-batched-tokens or bits of weights would do"
         )
     if plan.host_bytes > host:
         raise MemoryBudgetError(
@@ -122,7 +121,8 @@ def place_weights(
             "available; a weight format of fewer bits or more device memory (--memory-budget, --offload) "
             "takes less of it"
         )
-    return plan, replace(memory, weights=plan.device_bytes, host=plan.host_bytes)
+    whole = replace(memory, weights=plan.device_bytes, host=plan.host_bytes)
+    return plan if plan.blocks else None, whole
 
 
 def _mib(size: int) -> str:
