@@ -75,9 +75,9 @@ class EngineFlags:
         "--memory-budget", panel=_MEMORY, metavar="SIZE",
         help="Most memory to take in all; a model that needs more is refused.")] = None
     offload: Annotated[str | None, flag(
-        "--offload", panel=_MEMORY, metavar="auto|SIZE",
-        help="With --device cuda: layers that do not fit stay in host memory and are streamed in every step; "
-        "SIZE: most device memory for weights.")] = None
+        "--offload", panel=_MEMORY, metavar="SIZE",
+        help="With --device cuda: layers that do not fit lie in host memory and are streamed in every step; "
+        "auto, or the device memory that weights may take.")] = None
     page_size: Annotated[int | None, flag(
         "--page-size", panel=_MEMORY, metavar="TOKENS",
         help="Tokens in a KV page, a multiple of 16; 16 if not given.")] = None
