@@ -222,11 +222,13 @@ class _Sampler:
         """Appends the rows of one span, whose tokens are given as they are known now."""
         sampling = span.sampling
         assert sampling is not None
-        p, index = sampling.params, len(sampling.output_ids)
+        p, index = sampling.params, len(sampling.output_ids) + sampling.pending
         self.greedy &= p.temperature == 0 and p.logprobs is None
         penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
         prompt = middle = end = 0
         if penalties:
+            if sampling.pending:
+                raise GraphError(f"sequence {span.sequence}: penalties for a token that is not known yet")
             prompt = len(self._history)
             self._history += sampling.prompt_ids
             middle = len(self._history)

@@ -79,11 +79,13 @@ def planned(graph: Graph, config: EngineConfig) -> tuple[Graph, StepShape]:
     return after, step_shape(after, config, plan_kv(after, config, 1 << 24))
 
 
-def made(graph: Graph, config: EngineConfig, device_bytes: int | None = None) -> CudaProgram:
-    """A program whose steps are not recorded, which takes the interpreter long."""
+def made(
+    graph: Graph, config: EngineConfig, device_bytes: int | None = None, *, recorded: bool = False
+) -> CudaProgram:
+    """A program; recording its steps takes the interpreter long."""
     after, shape = planned(graph, config)
     streams = None if device_bytes is None else plan_streams(after, device_bytes)
-    return CudaProgram(after, DummySource(graph), shape, open_device(), streams=streams, recorded=False)
+    return CudaProgram(after, DummySource(graph), shape, open_device(), streams=streams, recorded=recorded)
 
 
 def least(graph: Graph, config: EngineConfig) -> StreamPlan:
@@ -138,7 +140,7 @@ def test_recorded_steps_and_blocks_that_stay() -> None:
         started(graph, config)
     program, _, _ = started(graph, replace(config, offloading=Offloading()))
     assert program.memory.total <= whole.total - 1000 and program.memory.host > 0
-    want = logits(made(graph, config), decode=True)
+    want = logits(made(graph, config, recorded=True), decode=True)
     for got in (logits(program, decode=True), logits(program, decode=True)):
         assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     assert sum(program._replayed.values()) == 2
@@ -237,6 +239,50 @@ def test_plans_hold_to_the_budget(key: tuple[str, str], budgets: list[int]) -> N
             widths = {b.last - b.first for b in plan.blocks}
             assert max(gaps, default=0) - min(gaps, default=0) <= max(widths), "spread evenly"
             assert plan.blocks[-1].scope == "layers.5"
+
+
+@pytest.mark.parametrize("link", [25e9, 50e9], ids=["PCIe 4.0", "PCIe 5.0"])
+def test_70b_in_24_gb_keeps_the_link_busy(link: float) -> None:
+    """A step's time by the clock of two streams, over the least that its copies alone take."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    graph, read = build_graph(config.to_dict(), name="70b"), 1e12  # bytes a second of device memory
+    asked = replace(config_of(**FORMATS["int4"]), max_model_len=4096, memory_budget=24 * 10**9)
+    after, _ = passed(graph, replace(asked, quantization=Quantization(format="int4", group=128)))
+    memory = plan_memory(after, step_shape(after, asked, plan_kv(after, asked, 24 * 10**9)))
+    plan, memory = place_weights(after, memory, Offloading(), 24 * 10**9, 1 << 40)
+    assert plan is not None and memory.total <= 24 * 10**9 < memory.total + 2 * plan.buffer_bytes
+    assert 13e9 < memory.host < 17e9
+    computed = copied = 0.0
+    there = {}
+    for act, index in plan.order(len(after.nodes)):
+        if act == "fetch":
+            copied = max(copied, computed) + plan.blocks[index].bytes / link
+            there[index] = copied
+        elif act == "wait":
+            computed = max(computed, there.pop(index))
+        else:
+            weights = sum(packed_bytes(after.weights[name]) for name in after.nodes[index].weights)
+            computed += 20e-6 + weights / read
+    assert not there
+    assert memory.host / link / computed > 0.95, "of the link's bound; four fifths are promised"
+
+
+@pytest.mark.gpu
+def test_large_blocks_over_many_steps_on_a_gpu() -> None:
+    """Copies that take longer than what they must not overtake."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10, "head_dim": 64}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 4096}
+    config = transformers.LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"])
+    graph, options = build_graph(config.to_dict(), name="large"), config_of(**FORMATS["bf16"])
+    resident = logits(made(graph, options, recorded=True), decode=True)
+    program = made(graph, options, least(graph, options).device_bytes, recorded=True)
+    for _ in range(20):
+        for got, want in zip(logits(program, decode=True), resident, strict=True):
+            assert np.array_equal(got, want)
 
 
 # Streams and events as CUDA has them, run later and in any order that they allow.

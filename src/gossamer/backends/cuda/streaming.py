@@ -17,11 +17,11 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -37,6 +37,7 @@ __all__ = ["Copies", "StreamPlan", "StreamedBlock", "WeightStream", "place_weigh
 _ALIGN = 256  # bytes, of a tensor in its buffer: as allocations of the device are
 _BUFFERS = 2
 _MIB = 1 << 20
+Act = Literal["run", "fetch", "wait"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,20 @@ class StreamPlan:
     def host_bytes(self) -> int:
         """Pinned host memory, and what every step copies."""
         return sum(block.bytes for block in self.blocks)
+
+    def order(self, nodes: int) -> Iterator[tuple[Act, int]]:
+        """What a step of so many nodes does, in order: runs a node, starts to fetch a block, waits for one. A
+        block is waited for before its first node, and behind its last one its buffer takes the next but
+        one."""
+        begins = {block.first: index for index, block in enumerate(self.blocks)}
+        ends = {block.last - 1: index + self.buffers for index, block in enumerate(self.blocks)}
+        yield from (("fetch", index) for index in range(self.buffers))
+        for node in range(nodes):
+            if node in begins:
+                yield "wait", begins[node]
+            yield "run", node
+            if ends.get(node, len(self.blocks)) < len(self.blocks):
+                yield "fetch", ends[node]
 
 
 def plan_streams(graph: Graph, budget: int) -> StreamPlan:
@@ -268,19 +283,13 @@ class WeightStream(Memory):
         self._copies.wait(index % self.plan.buffers)
 
     def between(self, instructions: Sequence[Instruction]) -> list[Instruction]:
-        """A program's instructions, one for each node, and between them those that bring weights: a block is
-        waited for before its first node, and behind its last one its buffer takes the next but one."""
-        blocks, ahead = self.plan.blocks, self.plan.buffers
-        made = [self._fetching(index) for index in range(ahead)]
-        begins = {block.first: index for index, block in enumerate(blocks)}
-        ends = {block.last - 1: index + ahead for index, block in enumerate(blocks[:-ahead])} if ahead else {}
-        for place, instruction in enumerate(instructions):
-            if place in begins:
-                made.append(self._waiting(begins[place]))
-            made.append(instruction)
-            if place in ends:
-                made.append(self._fetching(ends[place]))
-        return made
+        """A program's instructions, one for each node, and between them those that bring weights."""
+        make: dict[Act, Callable[[int], Instruction]] = {
+            "run": lambda index: instructions[index],
+            "fetch": self._fetching,
+            "wait": self._waiting,
+        }
+        return [make[act](index) for act, index in self.plan.order(len(instructions))]
 
     def _copy(self, index: int) -> None:
         host = self._host[index]
