@@ -31,6 +31,7 @@ def test_decode_waits_for_weights_and_keys() -> None:
     more = gpu_step(graph, GPU, [(8, 1000, 1)], 8, "bf16")
     assert more.bytes - step.bytes == pytest.approx(7 * keys * 1001, rel=0.05)
     assert gpu_step(graph, GPU, [(8, 1000, 1)], 8, "f32").bytes > more.bytes
+    assert gpu_step(graph, GPU, [(1, 1000, 1)], 1, "bf16", streamed=55 * 10**9).seconds == pytest.approx(1.0)
     assert step.without_recording() == step.launch_seconds == pytest.approx(len(graph.nodes) * 5e-6)
 
 

@@ -64,9 +64,10 @@ def _steps(
     first = min(prompt, config.max_num_batched_tokens)
     chunk = (1, 0, prompt) if not last else (1, last - config.max_num_batched_tokens, first)
     decode = (running, prompt + output // 2, 1)
+    streamed = 0 if plan.streams is None else plan.streams.host_bytes
     return {
-        "decode": gpu_step(plan.graph, rates, [decode], running, config.kv_dtype),
-        "prefill": gpu_step(plan.graph, rates, [chunk], 1, config.kv_dtype),
+        name: gpu_step(plan.graph, rates, [span], rows, config.kv_dtype, streamed=streamed)
+        for name, span, rows in (("decode", decode, running), ("prefill", chunk, 1))
     }
 
 
@@ -124,6 +125,8 @@ def _print(
         table.add_row("draft", size(memory.draft), "with KV pages of its own")
     table.add_section()
     table.add_row("total", size(memory.total), f"of {size(plan.device.memory)}", style="bold")
+    if memory.host:
+        table.add_row("host", size(memory.host), "of weights beside these, brought anew in every step")
     console.print(table)
     if rates is None:
         console.print(

@@ -42,8 +42,11 @@ class GpuStep:
         return max(self.seconds, self.launch_seconds)
 
 
-def gpu_step(graph: Graph, rates: GpuRates, spans: Spans, rows: int, kv_dtype: str) -> GpuStep:
-    """One step of a graph after its passes. rows: tokens that are sampled."""
+def gpu_step(
+    graph: Graph, rates: GpuRates, spans: Spans, rows: int, kv_dtype: str, *, streamed: int = 0
+) -> GpuStep:
+    """One step of a graph after its passes. rows: tokens that are sampled; streamed: bytes of weights that
+    come from host memory meanwhile."""
     tokens = sum(count * new for count, _, new in spans)
     counts = {"1": 1.0, "T": float(tokens), "R": float(rows), "S": float(sum(n for n, _, _ in spans))}
     seconds = size = macs = 0.0
@@ -57,6 +60,7 @@ def gpu_step(graph: Graph, rates: GpuRates, spans: Spans, rows: int, kv_dtype: s
         seconds += max(moved / (rates.copy_gb_s * 1e9), multiplied / rate if multiplies else 0.0)
         size += moved
         macs += multiplied if multiplies else 0.0
+    seconds = max(seconds, streamed / (rates.to_device_gb_s * 1e9))
     return GpuStep(
         seconds=seconds, launch_seconds=len(graph.nodes) * rates.launch_us * 1e-6, bytes=size, macs=macs
     )

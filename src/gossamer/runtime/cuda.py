@@ -9,6 +9,7 @@ from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.program import CudaProgram, plan_memory, require
+from gossamer.backends.cuda.streaming import StreamPlan, place_weights
 from gossamer.backends.cuda.swap import HostSwap, page_bytes
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
@@ -24,19 +25,23 @@ from gossamer.runtime.swap import slots_of
 __all__ = ["DevicePlan", "OnDevice", "plan_cuda", "start_cuda"]
 
 _MIB = 1 << 20
+_ANY = 1 << 60  # of the host beside a device that is not here nothing is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
     """What a device's memory would be used for. graph: after its passes; draft: the KV plan of a draft beside
-    it; memory: of the device, the draft's with it."""
+    it; streams: weights that stay in host memory; memory: of the device, the draft's with it; swap_bytes: of
+    the host."""
 
     device: Device
     graph: Graph
     shape: StepShape
     kv: KVPlan
     draft: KVPlan | None
+    streams: StreamPlan | None
     memory: MemoryReport
+    swap_bytes: int | None
 
     def require(self, budget: int | None) -> None:
         """Raises MemoryBudgetError, with what would fit, where the device (or a budget) holds less."""
@@ -47,7 +52,8 @@ def plan_cuda(
     graph: Graph, config: EngineConfig, kv: KVPlan, device: Device, draft: Graph | None = None
 ) -> DevicePlan:
     """The byte plan, of graphs after their passes. kv: planned within the device's memory. Neither weights
-    nor a GPU are needed. Raises ConfigError and NotBuiltError for formats without kernels."""
+    nor a GPU are needed. Raises ConfigError and NotBuiltError for formats without kernels, ConfigError where
+    the host has no room for what is to stay there."""
     reuse = config.memory_reuse is not None
     shape = step_shape(graph, config, kv)
     memory, own = plan_memory(graph, shape, reuse=reuse), None
@@ -55,7 +61,21 @@ def plan_cuda(
         own = replace(kv, pages=draft_pages(draft, config, kv, device.memory))
         beside = plan_memory(draft, step_shape(draft, config, own), reuse=reuse)
         memory = replace(memory, draft=beside.total)
-    return DevicePlan(device=device, graph=graph, shape=shape, kv=kv, draft=own, memory=memory)
+    host = _ANY if device.torch.type == "meta" else available_memory()
+    swap_bytes, streams = _swap_bytes(config, host), None
+    if config.offloading is not None:
+        budget = min(device.memory, config.memory_budget or device.memory)
+        streams, memory = place_weights(graph, memory, config.offloading, budget, host - (swap_bytes or 0))
+    return DevicePlan(
+        device=device,
+        graph=graph,
+        shape=shape,
+        kv=kv,
+        draft=own,
+        streams=streams,
+        memory=memory,
+        swap_bytes=swap_bytes,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +111,9 @@ def start_cuda(
     memory is taken.
     """
 
-    def make(graph: Graph, source: WeightSource, kv: KVPlan) -> CudaProgram:
+    def make(
+        graph: Graph, source: WeightSource, kv: KVPlan, streams: StreamPlan | None = None
+    ) -> CudaProgram:
         return CudaProgram(
             graph,
             source,
@@ -99,21 +121,21 @@ def start_cuda(
             device,
             reuse=config.memory_reuse is not None,
             recorded=config.layer_fusion is not None,
+            streams=streams,
             progress=progress,
         )
 
     plan = plan_cuda(graph, config, kv, device, None if draft is None else draft[0])
     plan.require(config.memory_budget)
-    swap_bytes = _swap_bytes(config)
     guesser = None if draft is None or plan.draft is None else make(*draft, plan.draft)
-    program = make(graph, source, kv)
+    program = make(graph, source, kv, plan.streams)
     if device.torch.type == "cuda":  # the interpreter compiles nothing
         for each in (guesser, program):
             if each is not None:
                 each.warm_up()
     swap = None
-    if swap_bytes is not None:
-        swap = HostSwap(slots_of(swap_bytes, page_bytes(program.kv)), program.kv)
+    if plan.swap_bytes is not None:
+        swap = HostSwap(slots_of(plan.swap_bytes, page_bytes(program.kv)), program.kv)
     return OnDevice(
         program=program,
         draft=guesser,
@@ -123,10 +145,9 @@ def start_cuda(
     )
 
 
-def _swap_bytes(config: EngineConfig) -> int | None:
+def _swap_bytes(config: EngineConfig, there: int) -> int | None:
     """Host memory for pages. Raises ConfigError where there is less."""
     wanted = None if config.paged_attention is None else config.paged_attention.swap_bytes
-    there = available_memory()
     if wanted is not None and wanted > there:
         raise ConfigError(
             f"swap_bytes {wanted} is more than the {there // _MIB} MiB of host memory that are free, where "
