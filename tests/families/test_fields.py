@@ -165,7 +165,12 @@ def test_rotary_fields_of_transformers_5_are_those_of_4() -> None:
     assert build(head_dim=64, rope_parameters={"rope_theta": 5e5, **scaling}) == stretched != plain
     half = build("Phi3ForCausalLM", hidden_size=256, partial_rotary_factor=0.5)
     assert build("Phi3ForCausalLM", hidden_size=256, rope_parameters={"partial_rotary_factor": 0.5}) == half
-    for other in ({"rope_theta": 1e4}, {"full_attention": {"rope_theta": 5e5}}, {"twist": 1}):
+    kinds = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}}
+    layers = {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    sliding = {"sliding_attention": {"rope_theta": 5e3, "rope_type": "default"}}
+    gemma = build("Gemma3ForCausalLM", head_dim=64, **layers, rope_local_base_freq=5e3)
+    assert build("Gemma3ForCausalLM", head_dim=64, rope_parameters=kinds | sliding) == gemma
+    for other in ({"rope_theta": 1e4}, kinds, {"full_attention": {"rope_theta": 5e5}}, {"twist": 1}):
         with pytest.raises(UnsupportedModelError, match=r"rope_parameters.* is not understood"):
             build(head_dim=64, rope_parameters=other, rope_theta=5e5)
 

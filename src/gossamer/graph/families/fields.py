@@ -40,21 +40,29 @@ _ACTIVATIONS = {
 
 def with_plain_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json whose rotary fields are those that every release knows: transformers 5 writes rope_theta,
-    partial_rotary_factor and the fields of rope_scaling into one object, rope_parameters. It stays as it is
-    where it contradicts the fields beside it, or differs from layer to layer."""
-    given = config.get("rope_parameters")
-    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+    partial_rotary_factor and the fields of rope_scaling into one object, rope_parameters, or one for each
+    kind of layers. It stays as it is where it contradicts the fields beside it or says what they cannot."""
+    plain = _plain_rotary(config.get("rope_parameters"))
+    if plain is None or any(config.get(name) not in (None, value) for name, value in plain.items()):
         return dict(config)
+    return {name: value for name, value in config.items() if name != "rope_parameters"} | plain
+
+
+def _plain_rotary(given: Any) -> dict[str, Any] | None:
+    if not isinstance(given, Mapping):
+        return None
+    if set(given) == {"full_attention", "sliding_attention"}:
+        full, sliding = (_plain_rotary(given[kind]) for kind in ("full_attention", "sliding_attention"))
+        if full is None or sliding is None or set(sliding) != {"rope_theta"}:
+            return None
+        return full | {"rope_local_base_freq": sliding["rope_theta"]}
     plain = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
     scaling = {name: value for name, value in given.items() if name not in plain}
     if scaling.get("rope_type", "default") != "default":
         plain["rope_scaling"] = scaling
     elif set(scaling) - {"rope_type"}:
-        return dict(config)
-    if any(config.get(name) not in (None, value) for name, value in plain.items()):
-        return dict(config)
-    rest = {name: value for name, value in config.items() if name != "rope_parameters"}
-    return rest | plain
+        return None
+    return plain
 
 
 class Fields:
