@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,23 +17,27 @@ import torch
 from gossamer.backends.base import MemoryReport, Program, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
+from gossamer.backends.cuda.inputs import StepInputs
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
+from gossamer.backends.cuda.kernels.embed import name_tokens
 from gossamer.backends.cuda.kernels.kv_copy import Move, copy_tokens
 from gossamer.backends.cuda.kernels.sampling import DeviceSampler
 from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
-from gossamer.backends.cuda.step import Batch, KvLayer
+from gossamer.backends.cuda.replay import Recorder, buckets
+from gossamer.backends.cuda.step import KvLayer
+from gossamer.backends.cuda.transfer import Arrival, Moment
 from gossamer.backends.cuda.values import Quantized, plan_values, views
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
-__all__ = ["CudaProgram", "plan_memory"]
+__all__ = ["CudaProgram", "Flight", "plan_memory"]
 
 _KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _MIB = 1 << 20
-_SOME = {"embed", "experts"}  # read the rows or experts that are asked for
+_RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
 
 @dataclass(slots=True)
@@ -63,14 +68,22 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         arena_shared=shared.bytes,
         workspace=_scratch(graph, shape)
         + _quantized_bytes(graph, shape)
-        + _step_bytes(graph, shape)
+        + 4 * StepInputs.words(shape, len(graph.kv_groups))
         + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched: how many rows it samples, and what comes back of them."""
+
+    rows: int
+    arrival: Arrival
+
+
 class CudaProgram(Program):
-    """One program with its memory: `run` brings the step's arrays to the device, runs the kernels, and brings
-    back what was sampled."""
+    """One program with its memory. `run` is `launch`, which takes the step's arrays to the device and leaves
+    kernels running there, and `land`, which brings back what was sampled."""
 
     def __init__(
         self,
@@ -80,11 +93,12 @@ class CudaProgram(Program):
         device: Device,
         *,
         reuse: bool = True,
+        recorded: bool = True,
         memory_budget: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """memory_budget: bytes of the device; None: what is free. Raises MemoryBudgetError before any memory
-        is taken."""
+        """recorded: decode steps are recorded and replayed, see `replay.py`. memory_budget: bytes of the
+        device; None: what is free. Raises MemoryBudgetError before any memory is taken."""
         self.memory = plan_memory(graph, shape, reuse=reuse)
         budget = device.memory if memory_budget is None else min(device.memory, memory_budget)
         if self.memory.total > budget:
@@ -127,9 +141,17 @@ class CudaProgram(Program):
         self._ran = [_Ran() for _ in self._instructions]
         for name, (extent, kind) in step_arrays(shape, len(graph.kv_groups)).items():
             setattr(self, name, np.zeros(extent, kind))
+        self._inputs = StepInputs(shape, len(graph.kv_groups), at)
         self._sampler = DeviceSampler(at, shape.rows, graph.vocab)
         empty = np.zeros(1, np.int32)
         self.bind_sampling(empty, empty, np.zeros(1, np.float32), empty)
+        self._replays: dict[int, Callable[[], None]] = {}
+        self._replayed: Counter[int] = Counter()
+        if recorded:
+            recorder = Recorder(at)
+            for size in reversed(buckets(min(shape.tokens, shape.rows, shape.spans))):
+                self._replays[size] = recorder.record(partial(self._compute, self._inputs.recorded(size)))
+            self._ran = [_Ran() for _ in self._instructions]
 
     def bind_sampling(
         self,
@@ -153,22 +175,40 @@ class CudaProgram(Program):
     ) -> float:
         """One step over the filled arrays; gives the seconds it took. top1: every row takes its largest logit
         as it is."""
-        began = time.perf_counter()
-        step = self._step(tokens, spans, rows, table_stride)
-        for done, ran in zip(self._instructions, self._ran, strict=True):
-            count = rows if done.sampled else tokens
-            if count == 0:
-                continue
-            start = time.perf_counter()
-            ran.kernels[done.call(step)] += 1
-            ran.seconds += time.perf_counter() - start
-            ran.calls += 1
-            ran.rows += count
-        if sample and rows:
-            self._sample(rows, top1)
-        elif self.device.torch.type == "cuda":
-            torch.cuda.synchronize(self.device.torch)
-        return time.perf_counter() - began
+        return self.land(self.launch(tokens, spans, rows, table_stride, sample=sample, top1=top1))
+
+    def launch(
+        self,
+        tokens: int,
+        spans: int,
+        rows: int,
+        table_stride: int,
+        *,
+        sample: bool = True,
+        top1: bool = False,
+    ) -> Flight:
+        """As `run`, without waiting: the arrays may be filled again at once, and steps run in the order of
+        their launches. An id -1 - r stands for the token that row r of the step launched before got."""
+        began = Moment(self.device.torch)
+        bucket = self._bucket(tokens, spans, rows)
+        step, sampling = self._inputs.fill(self, tokens, spans, rows, table_stride, bucket)
+        if (self.ids[:tokens] < 0).any():
+            name_tokens(step.ids[:tokens], self._sampler.tokens)
+        if bucket is None:
+            self._compute(step)
+        else:
+            self._replays[bucket]()
+            self._replayed[bucket] += 1
+        sampled = self._sample(rows, top1, sampling) if sample and rows else ()
+        return Flight(rows, Arrival(sampled, self.device.torch, began))
+
+    def land(self, flight: Flight) -> float:
+        """Waits for a step that was launched and fills the arrays of its results; gives the seconds it took
+        on the device."""
+        results, seconds = flight.arrival.wait()
+        for name, found in zip(_RESULTS, results, strict=False):
+            getattr(self, name)[: flight.rows] = found
+        return seconds
 
     def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """An output ("logits", ...) after a step, [rows, width], on the host."""
@@ -185,8 +225,11 @@ class CudaProgram(Program):
         copy_tokens(self.kv[group], [Move(source, source_slot, target, target_slot, tokens)])
 
     def receipt(self) -> list[ReceiptLine]:
-        """What ran since the start, node by node. Seconds are those of the launches: kernels run on."""
+        """What ran since the start, node by node. Seconds are those of the launches, kernels run on: of steps
+        that were replayed there are none."""
         whole = sum(ran.seconds for ran in self._ran) or 1.0
+        replays = sum(self._replayed.values())
+        replayed = sum(size * count for size, count in self._replayed.items())
         lines = []
         for done, ran in zip(self._instructions, self._ran, strict=True):
             size = sum(packed_bytes(self.graph.weights[name]) for name in done.weights)
@@ -196,8 +239,8 @@ class CudaProgram(Program):
                     node=done.node,
                     kernel=kernel,
                     isa=self.isa,
-                    calls=ran.calls,
-                    rows=ran.rows,
+                    calls=ran.calls + replays,
+                    rows=ran.rows + replayed,
                     weight_bytes=size,
                     seconds=ran.seconds,
                     share=ran.seconds / whole,
@@ -206,39 +249,34 @@ class CudaProgram(Program):
             )
         return lines
 
-    def _step(self, tokens: int, spans: int, rows: int, stride: int) -> Step:
-        lines = self.spans[:spans]
-        width = stride // spans
-        tables = self.tables[: len(self.graph.kv_groups) * stride].reshape(-1, stride)
-        tree = bool((lines[:, 4] >= 0).any())
-        batch = Batch(
-            positions=self._bring(self.positions[:tokens]),
-            spans=self._bring(lines),
-            tables=self._bring(tables),
-            parents=self._bring(self.parents[: tokens if tree else 1]),
-            row_spans=self._bring(np.repeat(np.arange(spans, dtype=np.int32), lines[:, 1])),
-            most_rows=int(lines[:, 1].max()),
-            most_slots=min(int((lines[:, 1] + lines[:, 2]).max()), width * self.shape.page_size),
-            tree=tree,
-        )
-        return Step(self._bring(self.ids[:tokens]), self._bring(self.rows[:rows]), batch)
+    def _bucket(self, tokens: int, spans: int, rows: int) -> int | None:
+        """The recorded step that this one fits in, if it decodes a token of every sequence."""
+        if not tokens == spans == rows:
+            return None
+        return min((size for size in self._replays if size >= spans), default=None)
 
-    def _bring(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
-        """To the device; the array may change at once."""
-        there = torch.from_numpy(np.ascontiguousarray(array))
-        return there.to(self.device.torch, copy=True)
+    def _compute(self, step: Step) -> None:
+        """Every node's kernels, in order."""
+        tokens, rows = step.count(False), step.count(True)
+        for done, ran in zip(self._instructions, self._ran, strict=True):
+            count = rows if done.sampled else tokens
+            if count == 0:
+                continue
+            start = time.perf_counter()
+            ran.kernels[done.call(step)] += 1
+            ran.seconds += time.perf_counter() - start
+            ran.calls += 1
+            ran.rows += count
 
-    def _sample(self, rows: int, top1: bool) -> None:
+    def _sample(self, rows: int, top1: bool, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In the order of _RESULTS, as many as there are."""
         value = self._values[self.graph.outputs["logits"]]
         assert isinstance(value, torch.Tensor)
         logits = value[:rows]
         if top1:
-            token, bad = self._sampler.greedy(logits)
-            self.token[:rows], self.bad[:rows] = token.cpu().numpy(), bad.cpu().numpy()
-            return
-        found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling)
-        for name in ("token", "logprob", "top_ids", "top_logprobs", "bad"):
-            getattr(self, name)[:rows] = getattr(found, name).cpu().numpy()
+            return self._sampler.greedy(logits)
+        found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling, words[:rows])
+        return tuple(getattr(found, name) for name in _RESULTS)
 
 
 def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:
@@ -283,12 +321,6 @@ def _quantized_width(graph: Graph) -> int:
 def _quantized_bytes(graph: Graph, shape: StepShape) -> int:
     width = _quantized_width(graph)
     return shape.tokens * (width + 4) if width else 0
-
-
-def _step_bytes(graph: Graph, shape: StepShape) -> int:
-    """The step's arrays on the device: those of `_step`."""
-    table = len(graph.kv_groups) * shape.spans * shape.table
-    return 4 * (4 * shape.tokens + shape.rows + 5 * shape.spans + table)
 
 
 def _scratch(graph: Graph, shape: StepShape) -> int:

@@ -23,9 +23,10 @@ class KvLayer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A step on the device; all tensors are int32. positions [T]. spans [S, 5]: first row, rows, slot of the
-    first, offset of its page table, and 0 for a tree or -1. tables [groups, S * width], flat per group: page
-    `tables[group, offset + slot // page_size]` holds a slot. parents [T]: of rows of trees, within the span
-    (-1: under the token before it). row_spans [T]: the span of each row.
+    first, offset of its page table, and 0 for a tree or -1; one without rows fills a decode step up: the row
+    that it begins with is computed for nobody, and its keys are not kept. tables [groups, S * width], flat
+    per group: page `tables[group, offset + slot // page_size]` holds a slot. parents [T]: of rows of trees,
+    within the span (-1: under the token before it). row_spans [T]: the span of each row.
 
     most_rows: of a span; most_slots: slots that any sequence has after the step; both are known on the host.
     tree: whether any span is one.

@@ -104,16 +104,18 @@ def _decode(
     table = tables + table_start + tl.load(line + 3)
     first, end, part = _cut(count, start, splits, WINDOW, KEYS)
     low = first + split * part
-    if count > few or low >= end:
-        return
-    high = tl.minimum(low + part, end)
-
     m = tl.arange(0, ROWS)
     token = m // GROUP
-    live = token < count
     head = kv_head * GROUP + m % GROUP
     d = tl.arange(0, WIDTH)
     where = head[:, None] * HEAD_DIM + d[None, :]
+    if (count == 0) & (split == 0):  # it fills the step up: its row has numbers, not what was there before
+        first_row = (token == 0)[:, None] & (d < HEAD_DIM)[None, :]
+        tl.store(out + row.to(tl.int64) * out_stride + where, tl.zeros([ROWS, WIDTH], tl.float32), first_row)
+    if count > few or low >= end:
+        return
+    high = tl.minimum(low + part, end)
+    live = token < count
     inside = live[:, None] & (d < HEAD_DIM)[None, :]
     rows = (row + token).to(tl.int64)[:, None]
     queries = tl.load(q + rows * q_stride + where, mask=inside, other=0.0).to(OPERAND).to(HELD)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from gossamer.graph.ops.formats import NF4
 
-__all__ = ["dequantize_rows", "embed", "embed_packed", "take_columns", "take_rows"]
+__all__ = ["dequantize_rows", "embed", "embed_packed", "name_tokens", "take_columns", "take_rows"]
 
 _BLOCK = 1024
 
@@ -129,3 +129,16 @@ def take_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
 def take_columns(out: torch.Tensor, x: torch.Tensor, order: torch.Tensor) -> None:
     """x[:, order]. out, x: [T, K], not the same; order: [K], integers."""
     _take_columns_kernel[_grid(out)](out, x, order, out.shape[1], out.stride(0), x.stride(0), BLOCK=_BLOCK)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _name_kernel(ids, tokens, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = tl.load(ids + at, mask=at < count, other=0)
+    token = tl.load(tokens - 1 - known, mask=known < 0, other=0)
+    tl.store(ids + at, tl.maximum(token, 0), mask=known < 0)
+
+
+def name_tokens(ids: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Ids [T] (int32) that are -1 - r become tokens[r] (int32), and 0 where that is none."""
+    _name_kernel[(triton.cdiv(len(ids), _BLOCK),)](ids, tokens, len(ids), BLOCK=_BLOCK)

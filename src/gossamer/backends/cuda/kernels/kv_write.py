@@ -128,7 +128,8 @@ def _heads(
         slot = tl.load(span + 2) + token - tl.load(span)
         page = tl.load(tables + table_start + tl.load(span + 3) + slot // PAGE).to(tl.int64)
         kv_head = tl.where(is_value, head - QUERIES - KEYS, head - QUERIES)
-        cached = live & (head >= QUERIES)
+        kept = tl.where(tl.load(span + 1) > 0, QUERIES, QUERIES + KEYS + VALUES)  # none of what fills a step
+        cached = live & (head >= kept)
         if INT8:
             largest = tl.maximum(_largest(a), _largest(b))
             if REST > 0:

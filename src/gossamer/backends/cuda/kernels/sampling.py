@@ -40,6 +40,7 @@ from gossamer.backends.cuda.kernels.selection import (
     top_keys,
     value_of,
 )
+from gossamer.backends.cuda.transfer import to_device
 
 __all__ = ["DeviceSampler", "Sampled"]
 
@@ -251,6 +252,11 @@ class DeviceSampler:
         self._nothing = empty(1, dtype=torch.int32)
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """int32 [rows]: what the rows of the last call got, -1 where that was nothing."""
+        return self._token
+
+    @property
     def bytes(self) -> int:
         """Of all its tensors; those of one on the meta device take none of them."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
@@ -271,19 +277,23 @@ class DeviceSampler:
         bias_ids: npt.NDArray[np.int32],
         bias_values: npt.NDArray[np.float32],
         masks: npt.NDArray[np.int32],
+        words: torch.Tensor | None = None,
     ) -> Sampled:
         """logits: float32 [R, V]; rows: SAMPLE_ROW [R], whose ranges are of the other arrays, as
-        CpuProgram.bind_sampling has them. Ids are within the vocabulary, which is not checked."""
+        CpuProgram.bind_sampling has them; words: the same rows where they are on the device already, int32
+        [R, WORDS]. Ids are within the vocabulary, which is not checked."""
+        if words is None:
+            words = to_device(np.ascontiguousarray(rows).view(np.int32).reshape(len(rows), -1), self.device)
         count = len(logits)
         given = rows["target"] >= 0
         drawn = (rows["temperature"] != 0) & ~given
         top_k, top_p = rows["top_k"], rows["top_p"]
         cut = bool((drawn & (((top_k > 0) & (top_k < self.vocab)) | (top_p < 1))).any())
         sums = bool((given | (rows["logprobs"] >= 0)).any())
-        words = self._there(np.ascontiguousarray(rows).view(np.int32).reshape(count, -1))
         treated = bool(_any_treated(rows))
         arrays = (
-            self._there(a) if treated else self._nothing for a in (history, bias_ids, bias_values, masks)
+            to_device(a, self.device) if treated else self._nothing
+            for a in (history, bias_ids, bias_values, masks)
         )
         self._scan(logits, words, *arrays, treated=treated, sums=sums)
         grid, stride, tiles = (count, self._tiles), logits.stride(0), {"TILES": self._padded}
@@ -316,9 +326,6 @@ class DeviceSampler:
             top_logprobs=self._top_logprobs[:count],
             bad=self._bad[:count],
         )
-
-    def _there(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
 
     def _scan(
         self,
