@@ -1,1 +1,1 @@
-"""The figures that the cuda backend is held to, each against a limit or a peer of the same machine and run."""
+"""The figures that the cuda backend is held to, against limits and peers of the same machine and run."""

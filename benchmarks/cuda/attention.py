@@ -1,193 +1,135 @@
-"""Times the cuda backend's attention alone, on a GPU: python -m benchmarks.cuda_attention [--json].
-
-Decode (64 sequences of 8192 tokens, 32 query heads on 8 kv heads of 128) is held against the bandwidth of a
-copy on the same device; prefill (8192 tokens, causal) against the best of torch's own backends. Times are
-medians of CUDA events, after a first run that compiles.
+"""Attention over pages alone: decode against the bandwidth of a copy, prefill against the best of torch's own
+backends. 32 query heads on 8 kv heads of 128; decode has 64 sequences of 8192 tokens, prefill one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gossamer.backends.cuda.device import interpreted, open_device
+from benchmarks.cuda.measure import Bench, Line, Work
 from gossamer.backends.cuda.step import Batch, KvLayer
-from gossamer.errors import ConfigError, GossamerError
 
-__all__ = ["Line", "copy_bandwidth", "decode", "main", "prefill"]
+__all__ = ["decode_attention", "decode_work", "prefill_attention", "prefill_work"]
 
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
-_TOKENS = 8192
-_SEQUENCES = 64
 _PAGE = 16
-_REPEATS = 20
-_COPIED = 1 << 30
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+_PAGES = (torch.bfloat16, torch.int8)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One measurement. rate, limit: of the kernel and of what it is held against, in the unit."""
-
-    case: str
-    seconds: float
-    rate: float
-    limit: float
-    unit: str
-    against: str
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB on the device."""
-    source = torch.empty(_COPIED, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * _COPIED / _seconds(lambda: target.copy_(source))
-
-
-def decode(device: torch.device, dtype: torch.dtype, bandwidth: float) -> Line:
+def decode_attention(bench: Bench) -> Iterator[Line]:
     """One token for each sequence: bound by reading its keys and values."""
-    layer, batch = _step(device, dtype, _SEQUENCES, 1)
-    seconds = _seconds(_attention(device, layer, batch, _SEQUENCES))
-    slots = _SEQUENCES * _TOKENS * _KV_HEADS
-    moved = 2 * slots * (_HEAD_DIM * dtype.itemsize + (4 if dtype is torch.int8 else 0))
-    case = f"decode, {_SEQUENCES} x {_TOKENS}, {_name(dtype)} pages"
-    return Line(
-        case=case,
-        seconds=seconds,
-        rate=moved / seconds / 1e9,
-        limit=bandwidth / 1e9,
-        unit="GB/s",
-        against="copy",
-    )
+    for dtype in _PAGES:
+        work = decode_work(bench, dtype)
+        seconds = bench.seconds(work.call)
+        yield Line(
+            case=f"decode attention, 64 x 8192, {_name(dtype)} pages",
+            value=work.bytes / seconds / 1e9,
+            limit=bench.bandwidth / 1e9,
+            unit="GB/s",
+            against="a copy on the device",
+            bar=0.85 if dtype is torch.bfloat16 else None,
+            detail={"us": seconds * 1e6, "bytes": work.bytes},
+        )
 
 
-def prefill(device: torch.device, dtype: torch.dtype) -> Line:
+def prefill_attention(bench: Bench) -> Iterator[Line]:
     """A prompt of one sequence: bound by its products, of which a causal mask leaves half."""
-    layer, batch = _step(device, dtype, 1, _TOKENS)
-    seconds = _seconds(_attention(device, layer, batch, _TOKENS))
-    flops = 2.0 * _HEADS * _HEAD_DIM * _TOKENS * _TOKENS
-    best, name = _best_of_torch(device)
-    case = f"prefill, {_TOKENS} causal, {_name(dtype)} pages"
-    return Line(
-        case=case,
-        seconds=seconds,
-        rate=flops / seconds / 1e12,
-        limit=flops / best / 1e12,
-        unit="TFLOP/s",
-        against=name,
-    )
+    best, name = _best_of_torch(bench)
+    for dtype in _PAGES:
+        work = prefill_work(bench, dtype)
+        seconds = bench.seconds(work.call)
+        yield Line(
+            case=f"prefill attention, 8192 causal, {_name(dtype)} pages",
+            value=work.flops / seconds / 1e12,
+            limit=work.flops / best / 1e12,
+            unit="TFLOP/s",
+            against=name,
+            bar=0.75 if dtype is torch.bfloat16 else None,
+            detail={"us": seconds * 1e6, "us_of_torch": best * 1e6},
+        )
 
 
-def _best_of_torch(device: torch.device) -> tuple[float, str]:
+def decode_work(bench: Bench, dtype: torch.dtype) -> Work:
+    """The kernel's call and the bytes of keys, values and their scales."""
+    sequences, tokens = bench.some(64, 2), _tokens(bench)
+    layer, batch = _step(bench, dtype, sequences, 1)
+    each = _HEAD_DIM * dtype.itemsize + (4 if dtype is torch.int8 else 0)
+    moved = 2.0 * sequences * tokens * _KV_HEADS * each
+    return Work(call=_attention(bench, layer, batch, sequences), steps=1, bytes=moved)
+
+
+def prefill_work(bench: Bench, dtype: torch.dtype) -> Work:
+    """The kernel's call and the operations of two products below the diagonal."""
+    tokens = _tokens(bench)
+    layer, batch = _step(bench, dtype, 1, tokens)
+    flops = 2.0 * _HEADS * _HEAD_DIM * tokens * tokens
+    return Work(call=_attention(bench, layer, batch, tokens), steps=1, flops=flops)
+
+
+def _tokens(bench: Bench) -> int:
+    return bench.some(8192, 32)
+
+
+def _best_of_torch(bench: Bench) -> tuple[float, str]:
     """Seconds of the same in bfloat16, without pages, and which backend it was."""
-    shapes = [(1, heads, _TOKENS, _HEAD_DIM) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
-    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
+    shapes = [(1, heads, _tokens(bench), _HEAD_DIM) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=bench.at) for shape in shapes)
     k, v = (x.repeat_interleave(_HEADS // _KV_HEADS, 1) for x in (k, v))
     times: list[tuple[float, str]] = []
     for backend in _BACKENDS:
         with sdpa_kernel(backend):
             try:
-                seconds = _seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
+                seconds = bench.seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
             except RuntimeError:  # this build of torch lacks it
                 continue
             times.append((seconds, f"torch, {backend.name.lower()}"))
     return min(times)
 
 
-def _step(device: torch.device, dtype: torch.dtype, spans: int, rows: int) -> tuple[KvLayer, Batch]:
-    """Spans of `rows` rows each whose sequences have _TOKENS tokens after them, on pages dealt at random."""
-    width = _TOKENS // _PAGE
+def _step(bench: Bench, dtype: torch.dtype, spans: int, rows: int) -> tuple[KvLayer, Batch]:
+    """Spans of `rows` rows each, the last of their sequences' tokens, on pages dealt at random."""
+    at, tokens = bench.at, _tokens(bench)
+    width = tokens // _PAGE
     shape = (spans * width, _PAGE, _KV_HEADS, _HEAD_DIM)
     if dtype is torch.int8:
-        pages = [torch.randint(-127, 127, shape, dtype=dtype, device=device) for _ in range(2)]
-        scales = [torch.full(shape[:3], 0.01, device=device) for _ in range(2)]
+        pages = [torch.randint(-127, 127, shape, dtype=dtype, device=at) for _ in range(2)]
+        scales = [torch.full(shape[:3], 0.01, device=at) for _ in range(2)]
         layer = KvLayer(keys=pages[0], values=pages[1], key_scales=scales[0], value_scales=scales[1])
     else:
-        pages = [torch.randn(shape, dtype=dtype, device=device) for _ in range(2)]
+        pages = [torch.randn(shape, dtype=dtype, device=at) for _ in range(2)]
         layer = KvLayer(keys=pages[0], values=pages[1])
-    start = _TOKENS - rows
+    start = tokens - rows
     lines = [(i * rows, rows, start, i * width, -1) for i in range(spans)]
-    own = torch.arange(rows, dtype=torch.int32, device=device).repeat(spans)
+    own = torch.arange(rows, dtype=torch.int32, device=at).repeat(spans)
     batch = Batch(
         positions=start + own,
-        spans=torch.tensor(lines, dtype=torch.int32, device=device),
-        tables=torch.randperm(spans * width, dtype=torch.int32, device=device)[None],
+        spans=torch.tensor(lines, dtype=torch.int32, device=at),
+        tables=torch.randperm(spans * width, dtype=torch.int32, device=at)[None],
         parents=own - 1,
-        row_spans=torch.arange(spans, dtype=torch.int32, device=device).repeat_interleave(rows),
+        row_spans=torch.arange(spans, dtype=torch.int32, device=at).repeat_interleave(rows),
         most_rows=rows,
-        most_slots=_TOKENS,
+        most_slots=tokens,
     )
     return layer, batch
 
 
-def _attention(device: torch.device, layer: KvLayer, batch: Batch, rows: int) -> Callable[[], object]:
+def _attention(bench: Bench, layer: KvLayer, batch: Batch, rows: int) -> Callable[[], object]:
     from gossamer.backends.cuda.kernels.attention import attention, scratch_bytes
 
-    q = torch.randn(rows, _HEADS * _HEAD_DIM, dtype=torch.bfloat16, device=device)
+    q = torch.randn(rows, _HEADS * _HEAD_DIM, dtype=torch.bfloat16, device=bench.at)
     out = torch.empty_like(q)
-    size = scratch_bytes(_HEADS, _HEAD_DIM, _SEQUENCES, _TOKENS)
-    scratch = torch.empty(size // 4, device=device)
+    size = scratch_bytes(_HEADS, _HEAD_DIM, rows, _tokens(bench))
+    scratch = torch.empty(size // 4, device=bench.at)
     return lambda: attention(
         out, q, layer, batch, 0, heads=_HEADS, kv_heads=_KV_HEADS, head_dim=_HEAD_DIM, scale=_HEAD_DIM**-0.5,
         scratch=scratch,
     )  # fmt: skip
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    for _ in range(3):
-        call()
-    begins, ends = ([_event() for _ in range(_REPEATS)] for _ in range(2))
-    for begin, end in zip(begins, ends, strict=True):
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    milliseconds = [float(begin.elapsed_time(end)) for begin, end in zip(begins, ends, strict=True)]
-    return median(milliseconds) / 1e3
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measures and prints; 1 where there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="lines as JSON")
-    options = parser.parse_args(arguments)
-    try:
-        if interpreted():
-            raise ConfigError("times of Triton's interpreter say nothing: unset TRITON_INTERPRET")
-        device = open_device()
-    except GossamerError as error:
-        print(f"this benchmark needs an NVIDIA GPU: {error}", file=sys.stderr)
-        return 1
-    bandwidth = copy_bandwidth(device.torch)
-    lines = [decode(device.torch, dtype, bandwidth) for dtype in (torch.bfloat16, torch.int8)]
-    lines += [prefill(device.torch, dtype) for dtype in (torch.bfloat16, torch.int8)]
-    if options.json:
-        print(json.dumps({"device": device.name, "lines": [asdict(line) for line in lines]}, indent=1))
-        return 0
-    print(f"{device.name} ({device.isa})")
-    for line in lines:
-        print(
-            f"{line.case:40} {line.seconds * 1e6:9.1f} us {line.rate:8.1f} {line.unit:8}"
-            f" {line.rate / line.limit:6.1%} of {line.limit:.1f} ({line.against})"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

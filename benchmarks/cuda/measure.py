@@ -58,7 +58,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a row times and what its profile looks at. call: `steps` steps, behind those that compile and warm;
+    """What a row times and what its profile looks at. call: `steps` steps, behind those that compile;
     bytes, flops: what a step must move and compute at least."""
 
     call: Callable[[], object]

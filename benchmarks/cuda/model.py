@@ -45,6 +45,7 @@ class Model:
             prefix_cache=None,
             **options,
         )
+        self.name = shape if config.quantization is None else f"{shape}, {options['quantization']}"
         self.started = start(config)
         self.load_seconds = time.perf_counter() - began
         assert config.continuous_batching is not None
@@ -81,6 +82,8 @@ class Model:
         """Steps until at least so many tokens came."""
         came = 0
         while came < tokens:
+            if not self.engine.has_work():
+                raise RuntimeError(f"the requests ended after {came} of {tokens} tokens")
             came += self.step()
 
     def decoding(self, prompt: int, warm: int, steps: int, *, calls: int) -> Callable[[], object]:
@@ -111,7 +114,7 @@ class Model:
                 "torch_reserved": torch.cuda.memory_reserved(self._bench.at),
             }
         return Line(
-            case=f"resident memory, {self.graph.name.rsplit('/')[-1]}",
+            case=f"resident memory, {self.name}",
             value=taken / 1e9,
             limit=plan.total / 1e9,
             unit="GB",
@@ -129,7 +132,7 @@ class Model:
     def _device_bytes(self) -> int:
         if self._bench.at.type != "cuda":
             return 0
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self._bench.at)
         return torch.cuda.mem_get_info(self._bench.at)[0]
 

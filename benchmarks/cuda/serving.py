@@ -55,7 +55,7 @@ def open_serving(bench: Bench) -> tuple[Model, Work]:
 
 def serving(bench: Bench) -> Iterator[Line]:
     """This engine alone, at both lengths: nothing is held against anything yet."""
-    model, work = open_serving(bench)
+    model, _ = open_serving(bench)
     for case, divisor in ((_CASE, _SHARED), ("conversations in full, 8B, bf16", 1)):
         lengths = conversations(bench, divisor)
         before = model.engine.stats()

@@ -28,8 +28,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
     "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 160, "max_position_embeddings": 512,
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 512,
     },
 }  # fmt: skip
 """Plain rotary embedding for all: the scaling of Llama 3.1 changes numbers, not work."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["busy", "device_intervals", "largest_gaps", "traced"]
@@ -54,4 +54,3 @@ def largest_gaps(intervals: Sequence[Interval], count: int) -> list[float]:
             gaps.append(begin - last)
         last = max(last, end)
     return sorted(gaps, reverse=True)[:count]
-
