@@ -21,10 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.cuda.measure import open_gpu
 from benchmarks.cuda.results import Results, table
 from benchmarks.cuda.rows import ROWS
-from gossamer.backends.cuda.device import interpreted, open_device
-from gossamer.errors import ConfigError, GossamerError
+from gossamer.errors import GossamerError
 
 __all__ = ["main", "run_row"]
 
@@ -81,14 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     if options.tiny and options.out is None:
         parser.error("--tiny measures nothing, so nothing of it goes to docs/results; say where with --out")
+    if options.tiny:
+        os.environ["TRITON_INTERPRET"] = "1"
     try:
-        if interpreted() and not options.tiny:
-            raise ConfigError(
-                "times of Triton's interpreter say nothing: unset TRITON_INTERPRET or add --tiny"
-            )
-        if options.tiny:
-            os.environ["TRITON_INTERPRET"] = "1"
-        device = open_device()
+        device = open_gpu(tiny=options.tiny)
         results = Results(options.out or _OUT, device, tiny=options.tiny)
     except GossamerError as error:
         print(f"nothing was measured: {error}", file=sys.stderr)

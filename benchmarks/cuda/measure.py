@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-from gossamer.backends.cuda.device import Device
+from gossamer.backends.cuda.device import Device, interpreted, open_device
+from gossamer.errors import ConfigError
 
-__all__ = ["Bench", "Line", "Work", "seconds"]
+__all__ = ["Bench", "Line", "Work", "open_gpu", "seconds"]
 
 _COPIED = 1 << 30
 _SIDE = 8192  # of the matrices whose product is the limit of arithmetic
@@ -118,6 +119,14 @@ class Bench:
         there = torch.empty(size, dtype=torch.uint8, device=self.at)
         here = torch.zeros(size, dtype=torch.uint8, pin_memory=self.at.type == "cuda")
         return size / self.seconds(lambda: there.copy_(here, non_blocking=True))
+
+
+def open_gpu(*, tiny: bool) -> Device:
+    """The device to measure on. Raises ConfigError and DependencyError where there is none, and for Triton's
+    interpreter unless nothing is measured."""
+    if interpreted() and not tiny:
+        raise ConfigError("times of Triton's interpreter say nothing: unset TRITON_INTERPRET or add --tiny")
+    return open_device()
 
 
 def seconds(call: Callable[[], object], at: torch.device, repeats: int) -> float:

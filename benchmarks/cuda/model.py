@@ -11,21 +11,21 @@ import torch
 from benchmarks.cuda.measure import Bench, Line
 from benchmarks.cuda.shapes import write_shape
 from gossamer.backends.cuda.packing import packed_bytes
-from gossamer.engine.engine import Engine
-from gossamer.engine.request import Request, SamplingParams
+from gossamer.engine.request import SamplingParams
 from gossamer.graph.ir import Graph
 from gossamer.graph.ops.base import node_cost
 from gossamer.graph.ops.fused import LINEAR_OPS
 from gossamer.llm import engine_config
 from gossamer.runtime.start import start
+from gossamer.text_engine import TextEngine
 
 __all__ = ["Model", "decode_bytes", "kv_token_bytes", "needed_flops"]
 
 
 class Model:
-    """A started shape and its engine; `lines` of it say how much memory there is and was planned.
+    """A started shape and its engine; free device memory is noted before.
 
-    options: of `engine_config`. Loading is timed, device memory noted before it.
+    options: of `engine_config`.
     """
 
     def __init__(self, bench: Bench, shape: str, *, tokens: int, sequences: int = 1, **options: Any) -> None:
@@ -48,20 +48,17 @@ class Model:
         self.name = shape if config.quantization is None else f"{shape}, {options['quantization']}"
         self.started = start(config)
         self.load_seconds = time.perf_counter() - began
-        assert config.continuous_batching is not None
-        self.engine = Engine(
-            self.started.executor, batching=config.continuous_batching, max_num_seqs=sequences
-        )
+        self.engine = TextEngine(self.started)
         self.graph = self.started.graph
-        self._ids = 0
+        self._requests = 0
 
-    def submit(self, prompt: int, output: int) -> str:
-        """Queues a request of so many random tokens, which goes past end tokens; its id."""
-        self._ids += 1
-        ids = torch.randint(self.graph.vocab, (prompt,), generator=torch.Generator().manual_seed(self._ids))
+    def submit(self, prompt: int, output: int) -> None:
+        """Queues a request of so many random tokens, which goes past end tokens."""
+        self._requests += 1
+        noise = torch.Generator().manual_seed(self._requests)
+        ids = torch.randint(self.graph.vocab, (prompt,), generator=noise).tolist()
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-        self.engine.submit(Request(id=str(self._ids), prompt_ids=tuple(ids.tolist()), params=params))
-        return str(self._ids)
+        self.engine.submit(self.engine.new_id(), ids, params)
 
     def step(self) -> int:
         """One step of the engine; how many tokens it brought."""
@@ -124,10 +121,6 @@ class Model:
             note="all that the device lost since before the start: kernels and library workspaces too",
             detail=detail,
         )
-
-    def close(self) -> None:
-        """Gives back what the executor holds."""
-        self.started.executor.close()
 
     def _device_bytes(self) -> int:
         if self._bench.at.type != "cuda":

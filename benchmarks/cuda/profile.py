@@ -71,18 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.tiny:  # to be known before Triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
-    from benchmarks.cuda.measure import Bench
+    from benchmarks.cuda.measure import Bench, open_gpu
     from benchmarks.cuda.rows import ROWS
-    from gossamer.backends.cuda.device import open_device
     from gossamer.errors import GossamerError
 
     having = [name for name, row in ROWS.items() if row.work is not None]
     if options.row not in having:
         parser.error(f"there is no profile of {options.row!r}; there are those of {', '.join(having)}")
     try:
-        device = open_device()
+        device = open_gpu(tiny=options.tiny)
     except GossamerError as error:
-        print(f"this profile needs an NVIDIA GPU: {error}", file=sys.stderr)
+        print(f"nothing was measured: {error}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(device, Path(directory), options.tiny)

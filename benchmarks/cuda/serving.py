@@ -30,7 +30,7 @@ _CASE = "conversations at a quarter of their lengths, 8B, bf16"
 
 def conversations(bench: Bench, divisor: int) -> Lengths:
     """(prompt, output) tokens of each request."""
-    trace = read_trace(_TRACE)[: bench.some(256, 4)]
+    trace = read_trace(_TRACE)[: bench.some(256, 2)]
     divisor = bench.some(divisor, 100)
     return [(-(-a.input_len // divisor), -(-a.output_len // divisor)) for a in trace]
 
@@ -58,11 +58,11 @@ def serving(bench: Bench) -> Iterator[Line]:
     model, _ = open_serving(bench)
     for case, divisor in ((_CASE, _SHARED), ("conversations in full, 8B, bf16", 1)):
         lengths = conversations(bench, divisor)
-        before = model.engine.stats()
+        before = model.engine.engine.stats()
         began = time.perf_counter()
         tokens = _run(model, lengths)
         seconds = time.perf_counter() - began
-        after = model.engine.stats()
+        after = model.engine.engine.stats()
         yield Line(
             case=f"{len(lengths)} {case}",
             value=tokens / seconds,
