@@ -44,7 +44,7 @@ def run_row(name: str, *, tiny: bool, before: dict[str, Any], limit: float) -> d
         command += ["--before", str(known), *(["--tiny"] if tiny else [])]
         with log.open("w") as output:
             child = subprocess.Popen(
-                command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, process_group=0
             )
             error = None
             try:

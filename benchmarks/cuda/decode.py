@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.cuda.measure import Bench, Line, Work
 from benchmarks.cuda.model import Model, decode_bytes, kv_token_bytes
-from benchmarks.cuda.trace import busy, device_intervals, largest_gaps, traced
+from benchmarks.cuda.trace import busy, device_events, largest_gaps, span, traced
 
 __all__ = ["decode", "gap", "open_decode"]
 
@@ -55,9 +55,9 @@ def gap(bench: Bench) -> Iterator[Line]:
     model, work = open_decode(bench, "llama-3.2-1b", "bf16")
     step = work.timed() / work.steps
     memory = model.memory_line()  # before the profiler takes some
-    intervals = device_intervals(traced(work.call, bench.at), bench.at)
-    whole = max(end for _, end in intervals) - min(begin for begin, _ in intervals)
-    between = sum(largest_gaps(intervals, work.steps - 1))
+    events = device_events(traced(work.call, bench.at), bench.at)
+    whole = span(events)
+    between = sum(largest_gaps(events, work.steps - 1))
     yield Line(
         case="gap between steps, one sequence, 1B, bf16",
         value=between / work.steps,
@@ -69,10 +69,10 @@ def gap(bench: Bench) -> Iterator[Line]:
         note="from the profiler's times, which slows what starts kernels: without it gaps are no longer",
         detail={
             "step_us_without_profiler": step * 1e6,
-            "busy_us": busy(intervals) / work.steps,
-            "idle_share_of_trace": 1 - busy(intervals) / whole,
-            "idle_share_by_clock": 1 - busy(intervals) / work.steps / (step * 1e6),
-            "device_calls_per_step": len(intervals) / work.steps,
+            "busy_us": busy(events) / work.steps,
+            "idle_share_of_trace": 1 - busy(events) / whole,
+            "idle_share_by_clock": 1 - busy(events) / work.steps / (step * 1e6),
+            "device_calls_per_step": len(events) / work.steps,
         },
     )
     yield memory

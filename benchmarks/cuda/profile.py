@@ -27,7 +27,7 @@ _SHOWN = 20
 
 def profiled(bench: Bench, work: Work) -> dict[str, Any]:
     """Microseconds of a step: by the clock without the profiler, of kernels by name, and at the limits."""
-    from benchmarks.cuda.trace import busy, device_intervals, traced
+    from benchmarks.cuda.trace import busy, device_events, span, traced
 
     if bench.at.type == "cuda":
         import torch
@@ -35,31 +35,26 @@ def profiled(bench: Bench, work: Work) -> dict[str, Any]:
         work.call()
         torch.cuda.synchronize(bench.at)
     clock = work.timed() / work.steps
-    found = traced(work.call, bench.at)
-    intervals = device_intervals(found, bench.at)
-    kernels = sorted(
-        (
-            {"name": each.key, "calls": each.count / work.steps, "us": _own(each, bench) / work.steps}
-            for each in found.key_averages()
-            if _own(each, bench) > 0
-        ),
-        key=lambda each: -each["us"],
-    )
+    events = device_events(traced(work.call, bench.at), bench.at)
+    kernels: dict[str, list[float]] = {}
+    for event in events:
+        kernels.setdefault(event.name, []).append(event.end - event.begin)
     return {
         "us_by_clock": clock * 1e6,
-        "us_traced": (max(end for _, end in intervals) - intervals[0][0]) / work.steps,
-        "us_busy": busy(intervals) / work.steps,
+        "us_traced": span(events) / work.steps,
+        "us_busy": busy(events) / work.steps,
         "us_at_bandwidth": work.bytes / bench.bandwidth * 1e6,
         "us_at_matmul_rate": work.flops / bench.matmul * 1e6,
         "bytes": work.bytes,
         "flops": work.flops,
-        "kernels": kernels,
+        "kernels": sorted(
+            (
+                {"name": name, "calls": len(times) / work.steps, "us": sum(times) / work.steps}
+                for name, times in kernels.items()
+            ),
+            key=lambda each: -float(each["us"]),
+        ),
     }
-
-
-def _own(event: Any, bench: Bench) -> float:
-    """Microseconds on the device, without those of what it called."""
-    return float(event.self_device_time_total if bench.at.type == "cuda" else event.self_cpu_time_total)
 
 
 def main(arguments: list[str] | None = None) -> int:

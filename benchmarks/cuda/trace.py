@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["busy", "device_intervals", "largest_gaps", "traced"]
+__all__ = ["Event", "busy", "device_events", "largest_gaps", "span", "traced"]
 
-Interval = tuple[float, float]
-"""Begin and end in microseconds."""
+
+class Event(NamedTuple):
+    """A kernel or a copy; times in microseconds."""
+
+    begin: float
+    end: float
+    name: str = ""
 
 
 def traced(call: Callable[[], object], at: torch.device) -> Any:
@@ -26,31 +31,38 @@ def traced(call: Callable[[], object], at: torch.device) -> Any:
     return found
 
 
-def device_intervals(found: Any, at: torch.device) -> list[Interval]:
-    """When the device worked, in order of begin. Raises RuntimeError where the profiler saw nothing."""
+def device_events(found: Any, at: torch.device) -> list[Event]:
+    """What the device did, in order of begin. Raises RuntimeError where the profiler saw nothing."""
     kind = DeviceType.CUDA if at.type == "cuda" else DeviceType.CPU
-    intervals = sorted(
-        (float(event.time_range.start), float(event.time_range.end))
-        for event in found.events()
-        if event.device_type == kind
+    events = sorted(
+        (
+            Event(float(event.time_range.start), float(event.time_range.end), event.name)
+            for event in found.events()
+            if event.device_type == kind
+        ),
+        key=lambda event: event.begin,
     )
-    if not intervals:
+    if not events:
         raise RuntimeError("torch's profiler saw no kernel: CUPTI is missing, or another profiler holds it")
-    return intervals
+    return events
 
 
-def busy(intervals: Sequence[Interval]) -> float:
+def span(events: Sequence[Event]) -> float:
+    """Microseconds from the first begin to the last end."""
+    return max(event.end for event in events) - events[0].begin
+
+
+def busy(events: Sequence[Event]) -> float:
     """Microseconds in which at least one of them is under way."""
-    whole = max(end for _, end in intervals) - intervals[0][0]
-    return whole - sum(largest_gaps(intervals, len(intervals)))
+    return span(events) - sum(largest_gaps(events, len(events)))
 
 
-def largest_gaps(intervals: Sequence[Interval], count: int) -> list[float]:
+def largest_gaps(events: Sequence[Event], count: int) -> list[float]:
     """The longest stretches between them in which none is under way, the longest first; count: how many at
     most."""
-    gaps, last = [], intervals[0][1]
-    for begin, end in intervals:
-        if begin > last:
-            gaps.append(begin - last)
-        last = max(last, end)
+    gaps, last = [], events[0].end
+    for event in events:
+        if event.begin > last:
+            gaps.append(event.begin - last)
+        last = max(last, event.end)
     return sorted(gaps, reverse=True)[:count]

@@ -16,7 +16,7 @@ from benchmarks.cuda import __main__ as command
 from benchmarks.cuda import profile
 from benchmarks.cuda.measure import Line
 from benchmarks.cuda.results import Results, table
-from benchmarks.cuda.trace import busy, largest_gaps
+from benchmarks.cuda.trace import Event, busy, largest_gaps, span
 from gossamer.backends.cuda.device import Device
 from gossamer.errors import ConfigError
 
@@ -26,12 +26,12 @@ LINE = Line(case="copy", value=3.0, unit="GB/s", limit=4.0, against="a copy", ba
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1), st.integers(0, 12))
 def test_busy_and_idle_time_make_up_the_whole(starts: list[tuple[int, int]], count: int) -> None:
-    intervals = sorted((float(at), float(at + length)) for at, length in starts)
+    events = sorted(Event(float(at), float(at + length)) for at, length in starts)
     covered = {tick for at, length in starts for tick in range(at, at + length)}
-    assert busy(intervals) == len(covered)
-    gaps = largest_gaps(intervals, len(intervals))
-    assert sum(gaps) == max(covered) + 1 - min(covered) - len(covered)
-    assert largest_gaps(intervals, count) == sorted(gaps, reverse=True)[:count]
+    assert busy(events) == len(covered)
+    gaps = largest_gaps(events, len(events))
+    assert span(events) == max(covered) + 1 - min(covered) == len(covered) + sum(gaps)
+    assert largest_gaps(events, count) == sorted(gaps, reverse=True)[:count]
 
 
 @pytest.mark.parametrize(
