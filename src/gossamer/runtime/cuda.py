@@ -81,6 +81,10 @@ def start_cuda(
     swap_bytes = _swap_bytes(config)
     guesser = None if draft is None else make(*draft, own)
     program = make(graph, source, kv)
+    if device.torch.type == "cuda":  # the interpreter compiles nothing
+        for each in (guesser, program):
+            if each is not None:
+                each.warm_up()
     swap = None
     if swap_bytes is not None:
         swap = HostSwap(slots_of(swap_bytes, page_bytes(program.kv)), program.kv)

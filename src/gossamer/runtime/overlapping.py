@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from gossamer.backends.cuda.program import CudaProgram, Flight
 from gossamer.backends.cuda.swap import HostSwap
-from gossamer.engine.step import Handle, StepPlan, StepResult
+from gossamer.engine.step import ExecutorLimits, Handle, StepPlan, StepResult
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.steps import ProgramSteps
 
@@ -44,7 +44,13 @@ class OverlappingExecutor(LocalExecutor):
     ) -> None:
         super().__init__(program, max_model_len, draft=draft, swap=swap)
         self._host_swap = swap
+        self._limits = replace(super().limits, overlaps=True)
         self._under: dict[Handle, _Under] = {}
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Bounds that every plan of the target must keep; steps overlap."""
+        return self._limits
 
     def submit(self, plan: StepPlan) -> Handle:
         """Launches the step. Raises as the base's."""

@@ -155,6 +155,15 @@ def test_a_tier_larger_than_the_host_is_refused() -> None:
         made(paged_attention=PagedAttention(swap_bytes=1 << 50))
 
 
+def test_warming_up_is_seen_nowhere() -> None:
+    on_device, graph = made(layer_fusion=None)
+    steps = plans(len(graph.kv_groups))[:2]
+    expected = one_by_one(on_device.executor, steps)
+    on_device.program.warm_up()
+    assert not any(line.calls for line in on_device.receipt())
+    assert one_by_one(on_device.executor, steps) == expected
+
+
 def test_programs_that_are_not_there() -> None:
     on_device, graph = made()
     plan = StepPlan((span(0, PROMPTS[0], 0, len(graph.kv_groups), 0),), program="draft")

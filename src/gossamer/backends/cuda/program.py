@@ -16,7 +16,7 @@ import torch
 
 from gossamer.backends.base import MemoryReport, Program, ReceiptLine
 from gossamer.backends.cpu.budget import too_large
-from gossamer.backends.cpu.plan import StepShape, step_arrays
+from gossamer.backends.cpu.plan import SAMPLE_ROW, StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.inputs import StepInputs
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
@@ -38,6 +38,16 @@ from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 __all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
 
 _KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_ANYTHING = {
+    "temperature": 1,
+    "top_k": 2,
+    "top_p": 0.9,
+    "repetition": 1.1,
+    "logprobs": 1,
+    "mask_row": -1,
+    "target": -1,
+}
+"""A row that takes every path of the sampler."""
 _RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
 
@@ -215,6 +225,22 @@ class CudaProgram(Program):
         for name, found in zip(_RESULTS, results, strict=False):
             getattr(self, name)[: flight.rows] = found
         return seconds
+
+    def warm_up(self) -> None:
+        """Runs steps of every kind over what is in the pages, which nobody has written yet: kernels are
+        compiled before the first request, not by it."""
+        most = min(self.shape.tokens, self.shape.table * self.shape.page_size)
+        # Kernels are compiled apart for one row, for few, and for counts that 16 divides or not.
+        for tokens in sorted({1, 3, min(most, 31), most // 16 * 16, most} - {0}):
+            self.spans[0] = (0, tokens, 0, 0, -1)
+            self.rows[0] = tokens - 1
+            self.sample_rows[0] = np.zeros((), SAMPLE_ROW)
+            for name, value in _ANYTHING.items():
+                self.sample_rows[name][0] = value
+            for top1 in (True, False):
+                self.run(tokens, 1, 1, -(-tokens // self.shape.page_size), top1=top1)
+        self._ran = [_Ran() for _ in self._instructions]
+        self._replayed.clear()
 
     def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """An output ("logits", ...) after a step, [rows, width], on the host."""

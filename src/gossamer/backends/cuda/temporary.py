@@ -1,4 +1,4 @@
-"""Memory that kernels take from torch while they run, beyond the program's own, at most: for the byte plan."""
+"""Memory that kernels take from torch while they run, beside the program's own: the most, for a byte plan."""
 
 from __future__ import annotations
 
