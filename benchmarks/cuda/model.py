@@ -35,7 +35,7 @@ class Model:
             torch.cuda.empty_cache()
         self._free = self._device_bytes()
         began = time.perf_counter()
-        directory = write_shape("tiny" if bench.tiny else shape, bench.directory)
+        directory = write_shape(shape, bench.directory, tiny=bench.tiny)
         config = engine_config(
             directory,
             backend="cuda",

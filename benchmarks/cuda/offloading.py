@@ -10,25 +10,25 @@ from benchmarks.cuda.model import Model
 __all__ = ["offloading", "open_offloading"]
 
 _BUDGET = 24_000_000_000
-_STEPS = 4
+_TINY_BUDGET = 40_000
 
 
 def open_offloading(bench: Bench) -> tuple[Model, Work]:
     """The 70B shape in int4 within 24 GB of device memory. Work.bytes are those that a step streams."""
     from gossamer.config import Offloading  # type: ignore[attr-defined]
 
-    prompt, warm = bench.some(64, 8), 2
+    prompt, warm, steps = bench.some(64, 4), bench.some(2, 1), bench.some(4, 1)
     model = Model(
         bench,
         "llama-3.1-70b",
         tokens=bench.some(128, 16),
         max_model_len=bench.some(512, 64),
         quantization="int4",
-        offloading=Offloading(device_bytes=1 << 14) if bench.tiny else Offloading(),
+        offloading=Offloading(device_bytes=_TINY_BUDGET) if bench.tiny else Offloading(),
         memory_budget=None if bench.tiny else _BUDGET,
     )
-    call = model.decoding(prompt, warm, _STEPS, calls=3)
-    return model, Work(call=call, steps=_STEPS, bytes=model.started.memory.host)  # type: ignore[attr-defined]
+    call = model.decoding(prompt, warm, steps, calls=3)
+    return model, Work(call=call, steps=steps, bytes=model.started.memory.host)  # type: ignore[attr-defined]
 
 
 def offloading(bench: Bench) -> Iterator[Line]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.cuda.measure import Bench, Line, Work
 from benchmarks.cuda.model import Model
-from benchmarks.cuda.shapes import SHAPES
+from benchmarks.cuda.shapes import shape_of
 from benchmarks.cuda.transformers_peer import Ran, continuous, load, static
 from gossamer.bench.trace import read_trace
 from gossamer.bench.workload import Lengths
@@ -38,8 +38,8 @@ def conversations(bench: Bench, divisor: int) -> Lengths:
 def open_serving(bench: Bench) -> tuple[Model, Work]:
     """A model with room for all conversations at their full lengths, and the work of the shared ones."""
     whole = conversations(bench, 1)
-    shape = SHAPES["tiny" if bench.tiny else _SHAPE]
-    token = 2 * shape["num_hidden_layers"] * shape.get("num_key_value_heads", 8) * shape["head_dim"] * 2
+    shape = shape_of(_SHAPE, tiny=bench.tiny)
+    token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * 2
     pages = sum(-(-(prompt + output) // _PAGE) + 1 for prompt, output in whole)
     model = Model(
         bench,

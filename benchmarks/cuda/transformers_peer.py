@@ -43,7 +43,7 @@ def load(bench: Bench, shape: str) -> Any:
             "installed; install a newer one with: pip install --upgrade transformers"
         )
     library = _library()
-    config = library.AutoConfig.from_pretrained(write_shape("tiny" if bench.tiny else shape, bench.directory))
+    config = library.AutoConfig.from_pretrained(write_shape(shape, bench.directory, tiny=bench.tiny))
     with bench.at:
         model = library.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"

@@ -21,7 +21,7 @@ from benchmarks.cuda.model import decode_bytes, needed_flops
 from benchmarks.cuda.profile import profiled
 from benchmarks.cuda.rows import ROWS
 from benchmarks.cuda.serving import conversations
-from benchmarks.cuda.shapes import SHAPES, write_shape
+from benchmarks.cuda.shapes import shape_of, write_shape
 from gossamer.backends.cuda.device import open_device
 from gossamer.config import EngineConfig, MixedPrecision, Quantization
 from gossamer.graph.ir import Graph
@@ -107,12 +107,12 @@ def test_decode_reads_every_weight_once(
     shape: str, quantization: str | None, billions: float | None, tmp_path: Path
 ) -> None:
     graph = graph_of(shape, tmp_path, quantization)
-    config = SHAPES[shape]
+    config = shape_of(shape)
     table = 128256 * config["hidden_size"] * 2
     if billions is None:
         assert 35e9 < decode_bytes(graph, 0, [1]) < 40e9
         return
-    whole = billions * 1e9 - (0 if config.get("tie_word_embeddings") else table)
+    whole = billions * 1e9 - (0 if config["tie_word_embeddings"] else table)
     assert decode_bytes(graph, 0, [1]) == pytest.approx(whole, rel=2e-3)
     more = decode_bytes(graph, 100.0, [7, 9]) - decode_bytes(graph, 0.0, [7])
     assert more == 100.0 * 16 + 2 * config["hidden_size"]
