@@ -11,60 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from benchmarks.cuda.measure import open_gpu
 from benchmarks.cuda.results import Results, table
 from benchmarks.cuda.rows import ROWS
+from benchmarks.cuda.runner import ROOT, run_row
 from gossamer.errors import GossamerError
 
-__all__ = ["main", "run_row"]
+__all__ = ["main"]
 
-_ROOT = Path(__file__).parents[2]
-_OUT = _ROOT / "docs/results/gpu"
-_LOG = 3000  # characters of a failed row's output that are kept
-
-
-def run_row(name: str, *, tiny: bool, before: dict[str, Any], limit: float) -> dict[str, Any]:
-    """A row measured by a process of its own: {"lines", "seconds"}, and "error" and "log" where it failed."""
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        to, known, log = (Path(temporary) / each for each in ("lines", "before", "log"))
-        known.write_text(json.dumps(before))
-        to.touch()
-        command = [sys.executable, "-m", "benchmarks.cuda.child", name, "--to", str(to)]
-        command += ["--before", str(known), *(["--tiny"] if tiny else [])]
-        with log.open("w") as output:
-            child = subprocess.Popen(
-                command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, process_group=0
-            )
-            error = None
-            try:
-                if child.wait(limit) != 0:
-                    error = f"its process ended with {child.returncode}"
-            except subprocess.TimeoutExpired:
-                error = f"given up after {limit:g} s"
-            finally:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-        told = [json.loads(line) for line in to.read_text().splitlines() if line.endswith("}")]
-        found: dict[str, Any] = {
-            "lines": [each["line"] for each in told if "line" in each],
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-        error = next((each["error"] for each in told if "error" in each), error)
-        if error is not None:
-            found |= {"error": error, "log": log.read_text(errors="replace")[-_LOG:]}
-        return found
+_OUT = ROOT / "docs/results/gpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,11 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 160)
     for name in rows:
         console.print(f"{name} ...", style="dim")
-        found = run_row(name, tiny=options.tiny, before=results.content["rows"], limit=ROWS[name].limit)
-        results.add(name, found)
+        before = dict(results.content["rows"])
+        for found in run_row(name, tiny=options.tiny, before=before, limit=ROWS[name].limit):
+            results.add(name, found)
         console.print(table(results.content, [name]))
-        if "error" in found:
-            console.print(found["log"], markup=False, highlight=False)
+        if log := results.content["rows"][name].get("log"):
+            console.print(log, markup=False, highlight=False)
     if options.json:
         print(json.dumps(results.content, indent=1))
     elif len(rows) > 1:

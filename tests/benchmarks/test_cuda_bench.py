@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from benchmarks.cuda import __main__ as command
 from benchmarks.cuda import profile
 from benchmarks.cuda.measure import Line
 from benchmarks.cuda.results import Results, table
+from benchmarks.cuda.runner import run_row
 from benchmarks.cuda.trace import Event, busy, largest_gaps, span
 from gossamer.backends.cuda.device import Device
 from gossamer.errors import ConfigError
@@ -81,13 +82,17 @@ def test_rows_are_kept_one_by_one_and_a_failure_stops_none(
 ) -> None:
     asked: list[tuple[str, list[str]]] = []
 
-    def run_row(name: str, *, tiny: bool, before: dict[str, Any], limit: float) -> dict[str, Any]:
+    def rows_come(name: str, *, tiny: bool, before: dict[str, Any], limit: float) -> Iterator[dict[str, Any]]:
         asked.append((name, sorted(before)))
         if name == "gap":
-            return {"lines": [LINE], "seconds": 1.0, "error": "given up after 9 s", "log": "[as it is]"}
-        return {"lines": [LINE, LINE], "seconds": 2.0}
+            yield {"lines": [LINE], "seconds": 1.0, "error": "given up after 9 s", "log": "[as it is]"}
+            return
+        yield {"lines": [LINE], "seconds": 1.0, "error": "not done", "log": ""}
+        kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["rows"]["prefill"]
+        assert kept["lines"] == [LINE]  # on disk while the row goes on
+        yield {"lines": [LINE, LINE], "seconds": 2.0}
 
-    monkeypatch.setattr(command, "run_row", run_row)
+    monkeypatch.setattr(command, "run_row", rows_come)
     monkeypatch.setattr(command, "open_gpu", lambda *, tiny: HERE)
     assert command.main(["gap", "prefill", "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
@@ -100,9 +105,14 @@ def test_rows_are_kept_one_by_one_and_a_failure_stops_none(
     assert printed["device"] == "NVIDIA H200" and "tiny" not in printed
 
 
-def test_a_row_runs_in_a_process_that_is_given_up_in_time(tmp_path: Path) -> None:
-    found = command.run_row("prefill", tiny=True, before={}, limit=0.05)
+def test_a_row_runs_in_a_process_that_is_given_up_in_time() -> None:
+    *_, found = run_row("prefill", tiny=True, before={}, limit=0.05)
     assert found["error"] == "given up after 0.05 s" and found["lines"] == []
+
+
+def test_a_process_that_fails_leaves_its_reason_and_its_output() -> None:
+    *_, found = run_row("transformers-static", tiny=True, before={}, limit=60)
+    assert "run that first" in found["error"] and "Traceback" in found["log"]
 
 
 def test_a_tiny_run_is_marked_as_no_measurement(
