@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks.cuda.measure import Bench, Line, Work
 from benchmarks.cuda.model import Model
+from gossamer.config import Offloading
 
 __all__ = ["offloading", "open_offloading"]
 
@@ -15,8 +16,6 @@ _TINY_BUDGET = 40_000
 
 def open_offloading(bench: Bench) -> tuple[Model, Work]:
     """The 70B shape in int4 within 24 GB of device memory. Work.bytes are those that a step streams."""
-    from gossamer.config import Offloading  # type: ignore[attr-defined]
-
     prompt, warm, steps = bench.some(64, 4), bench.some(2, 1), bench.some(4, 1)
     model = Model(
         bench,
@@ -28,7 +27,7 @@ def open_offloading(bench: Bench) -> tuple[Model, Work]:
         memory_budget=None if bench.tiny else _BUDGET,
     )
     call = model.decoding(prompt, warm, steps, calls=3)
-    return model, Work(call=call, steps=steps, bytes=model.started.memory.host)  # type: ignore[attr-defined]
+    return model, Work(call=call, steps=steps, bytes=model.started.memory.host)
 
 
 def offloading(bench: Bench) -> Iterator[Line]:
