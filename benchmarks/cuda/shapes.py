@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
     "tiny": _TINY,
-    "tiny-deep": _TINY | {"num_hidden_layers": 6},
+    "tiny-deep": _TINY | {"num_hidden_layers": 4},
 }  # fmt: skip
 """Plain rotary embedding for all: the scaling of Llama 3.1 changes numbers, not work."""
 
