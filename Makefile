@@ -6,7 +6,7 @@ ASAN := .venv-asan
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 
-.PHONY: demo test test-asan lint format bench bench-kernels bench-gpu docs clean
+.PHONY: demo test test-asan lint format bench bench-kernels docs clean
 
 demo: $(VENV)/.installed  ## install, then show the main job on the embedded model
 	$(BIN)/gossamer demo
@@ -39,6 +39,8 @@ bench: $(VENV)/.installed  ## this machine's limits, then the embedded model aga
 bench-kernels: $(VENV)/.installed  ## every native kernel alone, against limits probed in the same run
 	$(BIN)/python -m benchmarks.kernels
 
+# In the environment of test-gpu.
+.PHONY: bench-gpu
 bench-gpu: $(GPU)/.installed  ## the GPU backend's figures, against this GPU's limits and transformers; BENCH="ROW ..." for some
 	$(GPU)/bin/python -m benchmarks.cuda $(BENCH)
 
