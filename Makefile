@@ -46,6 +46,11 @@ bench: $(VENV)/.installed  ## this machine's limits, then the embedded model aga
 bench-kernels: $(VENV)/.installed  ## every native kernel alone, against limits probed in the same run
 	$(BIN)/python -m benchmarks.kernels
 
+# In the environment of test-gpu.
+.PHONY: bench-gpu
+bench-gpu: $(GPU)/.installed  ## the GPU backend's figures, against this GPU's limits and transformers; BENCH="ROW ..." for some
+	$(GPU)/bin/python -m benchmarks.cuda $(BENCH)
+
 docs: $(VENV)/.installed  ## write the pages of docs/ that are made from the code
 	$(BIN)/python tools/docs.py
 
