@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cuda.device import Device
@@ -13,7 +15,7 @@ from gossamer.backends.cuda.streaming import StreamPlan, place_weights
 from gossamer.backends.cuda.swap import HostSwap, page_bytes
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph
 from gossamer.memory import available_memory
 from gossamer.runtime.draft import draft_pages
@@ -127,12 +129,19 @@ def start_cuda(
 
     plan = plan_cuda(graph, config, kv, device, None if draft is None else draft[0])
     plan.require(config.memory_budget)
-    guesser = None if draft is None or plan.draft is None else make(*draft, plan.draft)
-    program = make(graph, source, kv, plan.streams)
-    if device.torch.type == "cuda":  # the interpreter compiles nothing
-        for each in (guesser, program):
-            if each is not None:
-                each.warm_up()
+    try:
+        guesser = None if draft is None or plan.draft is None else make(*draft, plan.draft)
+        program = make(graph, source, kv, plan.streams)
+        if device.torch.type == "cuda":  # the interpreter compiles nothing
+            for each in (guesser, program):
+                if each is not None:
+                    each.warm_up()
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"{device.name} had {device.memory / _MIB:.0f} MiB free and {plan.memory.total / _MIB:.0f} were "
+            f"planned, and still: {error}. Another process may have taken memory meanwhile; --memory-budget "
+            "plans for less"
+        ) from None
     swap = None
     if plan.swap_bytes is not None:
         swap = HostSwap(slots_of(plan.swap_bytes, page_bytes(program.kv)), program.kv)
