@@ -12,6 +12,7 @@ from gossamer.config.dynamic_shapes import DynamicShapes
 from gossamer.config.flash_attention import FlashAttention
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.paged_attention import PagedAttention
+from gossamer.config.quantization import Quantization
 from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 
@@ -108,6 +109,7 @@ def _ngram(c: Choices) -> SpeculativeDecoding:
 
 
 _CPU: Change = ("backend", "cpu")
+_CUDA: Change = ("backend", "cuda")
 _CONTINUOUS: Change = ("batching", (ContinuousBatching(), None))
 
 RULES: tuple[Rule, ...] = (
@@ -262,6 +264,24 @@ RULES: tuple[Rule, ...] = (
             f"{c.parallel_computing.threads} threads are asked for, and the cuda backend computes on a GPU"
         ),
         repairs=lambda c: (_CPU, ("parallel_computing", replace(c.parallel_computing, threads=None))),
+    ),
+    Rule(
+        name="fp8 weights are for GPUs",
+        kind="needs",
+        techniques=("quantization",),
+        says="fp8 is multiplied by GPUs; on the CPU int8 is nearest to it",
+        holds=lambda c: c.backend != "cpu" or c.quantization is None or c.quantization.format != "fp8",
+        reason=lambda c: "the CPU backend has no kernels for weights in fp8",
+        repairs=lambda c: (("quantization", Quantization(format="int8")), _CUDA),
+    ),
+    Rule(
+        name="fp8 keys and values are for GPUs",
+        kind="needs",
+        techniques=("quantization",),
+        says="keys and values in fp8 are read by GPUs; on the CPU int8 is nearest to it",
+        holds=lambda c: c.backend != "cpu" or c.kv_dtype != "fp8",
+        reason=lambda c: "the CPU backend has no kernels for keys and values in fp8",
+        repairs=lambda c: (("kv_dtype", "int8"), _CUDA),
     ),
     Rule(
         name="the reference has no arena",

@@ -29,7 +29,10 @@ _PARTS = {
     "itl_goal_ms": "--itl-goal-ms", "max_wait_ms": "--max-wait-ms",
 }  # fmt: skip
 """Fields of techniques that have flags of their own."""
-_SPELLED = {"mixed_precision": "--dtype", "speculative_decoding": "--speculative-config"}
+_SPELLED = {
+    "mixed_precision": "--dtype", "speculative_decoding": "--speculative-config",
+    "kv_dtype": "--kv-cache-dtype",
+}  # fmt: skip
 
 
 def typed(choice: str, before: Any, after: Any) -> list[str]:

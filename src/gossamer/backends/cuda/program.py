@@ -16,7 +16,7 @@ import torch
 
 from gossamer.backends.base import MemoryReport, Program, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape, step_arrays
-from gossamer.backends.cuda.device import Device
+from gossamer.backends.cuda.device import Device, require_chip
 from gossamer.backends.cuda.inputs import StepInputs
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
 from gossamer.backends.cuda.kernels.embed import name_tokens
@@ -35,7 +35,11 @@ from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
 __all__ = ["CudaProgram", "Flight", "plan_memory"]
 
-_KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_KV = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
+_SCALED_KV = ("int8", "fp8")
 _MIB = 1 << 20
 _RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
@@ -100,6 +104,7 @@ class CudaProgram(Program):
         """recorded: decode steps are recorded and replayed, see `replay.py`. memory_budget: bytes of the
         device; None: what is free. Raises MemoryBudgetError before any memory is taken."""
         self.memory = plan_memory(graph, shape, reuse=reuse)
+        require_chip({weight.format for weight in graph.weights.values()}, shape.kv_dtype, device)
         budget = device.memory if memory_budget is None else min(device.memory, memory_budget)
         if self.memory.total > budget:
             m = self.memory
@@ -281,11 +286,11 @@ class CudaProgram(Program):
 
 def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:
     """Keys and values of a group's layers, [layers, pages, page_size, kv_heads, head_dim] each, and behind
-    them the scales of int8."""
+    them the scales of int8 and fp8."""
     kind = _KV[shape.kv_dtype]
     size = (len(group.layers), shape.pages, shape.page_size, group.kv_heads, group.head_dim)
     pools = [torch.zeros(size, dtype=kind, device=at) for _ in range(2)]
-    if kind == torch.int8:
+    if shape.kv_dtype in _SCALED_KV:
         pools += [torch.zeros(size[:4], device=at) for _ in range(2)]
     return pools
 
@@ -298,7 +303,7 @@ def _layer(pools: list[torch.Tensor], place: int) -> KvLayer:
 
 def _kv_bytes(group: KVGroup, shape: StepShape) -> int:
     kind = _KV[shape.kv_dtype]
-    each = group.head_dim * kind.itemsize + (4 if kind == torch.int8 else 0)
+    each = group.head_dim * kind.itemsize + (4 if shape.kv_dtype in _SCALED_KV else 0)
     return 2 * len(group.layers) * shape.pages * shape.page_size * group.kv_heads * each
 
 
