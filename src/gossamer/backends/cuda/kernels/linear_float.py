@@ -9,7 +9,7 @@ import triton.language as tl
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, deliver, merge, parts_of, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
-from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES
+from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES, gemv_columns
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = ["gemv_rows", "linear_float", "matmul"]
@@ -94,7 +94,7 @@ def gemv_rows(
     k = weight.shape[1]
     block_k = min(ROW_BYTES // weight.data.itemsize, triton.next_power_of_2(k))
     steps = triton.cdiv(k, block_k)
-    block_n = 4 if columns < 4096 else 8
+    block_n = gemv_columns(columns)
     programs = triton.cdiv(columns, block_n)
     if splits is None:
         splits = splits_for(x.device, programs, steps)

@@ -14,7 +14,9 @@ import triton.language as tl
 from gossamer.backends.cuda.device import interpreted
 from gossamer.backends.cuda.packing import PackedWeight
 
-__all__ = ["BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "levels_of", "planes", "steps_of", "tile"]
+__all__ = [
+    "BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "gemv_columns", "levels_of", "planes", "steps_of", "tile",
+]  # fmt: skip
 
 BLOCK_K = 64
 GEMV_ROWS = 4
@@ -122,6 +124,11 @@ def tile(
             K, x_plane, first, last, FORMAT, GROUP, PLANAR, DOT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     return acc
+
+
+def gemv_columns(columns: int) -> int:
+    """Outputs of each program of a GEMV."""
+    return 4 if columns < 4096 else 8
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:
