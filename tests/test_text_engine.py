@@ -15,18 +15,19 @@ from gossamer import LLM, SamplingParams, StructuredOutputs
 from gossamer.engine.engine import Update
 from gossamer.engine.request import TokenLogprob
 from gossamer.errors import RequestError, TokenizerError
-from gossamer.runtime.null import NullExecutor
+from gossamer.runtime.null import Delayed, NullExecutor
 from gossamer.text_engine import TextEngine, TextUpdate
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play."
 
 
-@pytest.fixture(scope="module")
-def llm(shared: Path) -> Iterator[LLM]:
-    """A real tokenizer over an executor that draws tokens by a hash."""
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlapping"])
+def llm(shared: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """A real tokenizer over an executor that draws tokens by a hash, steps one by one or two in flight."""
     made = LLM(str(shared / "models" / "stories260K"), max_model_len=256, max_num_seqs=8)
     started = made.engine.started
-    made.engine = TextEngine(replace(started, executor=NullExecutor(started.executor.limits)))
+    null = NullExecutor(started.executor.limits)
+    made.engine = TextEngine(replace(started, executor=Delayed(null) if request.param else null))
     yield made
     made.engine.close()
 
@@ -67,6 +68,18 @@ def test_a_stop_string_cuts_updates_of_several_tokens(llm: LLM, stop: str, inclu
         assert [token for update in updates for token in update.tokens] == tokens[:count]
         assert all(len(update.logprobs or ()) == len(update.tokens) for update in updates)
         assert (updates[-1].finish_reason, updates[-1].stop_reason) == ("stop", stop)
+
+
+def test_stop_strings_end_outputs_whose_next_tokens_are_on_their_way(llm: LLM) -> None:
+    prompts = ["It is", "Go", "Both:"]
+    plain = llm.generate(prompts, SamplingParams(max_tokens=60, seed=1), use_tqdm=False)
+    texts = [request.outputs[0].text for request in plain]
+    stops = [text[20:24] for text in texts]
+    params = [SamplingParams(max_tokens=60, seed=1, stop=(stop,)) for stop in stops]
+    for request, text, stop in zip(llm.generate(prompts, params, use_tqdm=False), texts, stops):
+        (output,) = request.outputs
+        assert output.text == text[: text.index(stop)]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
 
 
 def test_structured_outputs(llm: LLM) -> None:

@@ -10,11 +10,12 @@ from gossamer.config import ContinuousBatching, PrefixCache
 from gossamer.engine.batching import Batching
 from gossamer.engine.engine import Engine, Update
 from gossamer.engine.request import Request, SamplingParams
-from gossamer.engine.step import ExecutorLimits
+from gossamer.engine.step import Executor, ExecutorLimits
 from gossamer.engine.structured_output import GrammarFactory
-from gossamer.runtime.null import NullExecutor
+from gossamer.runtime.null import Delayed, NullExecutor
 
 VOCAB = 50
+OVERLAPS = False  # see the fixture `overlaps`
 
 
 def limits(**changes: Any) -> ExecutorLimits:
@@ -54,6 +55,11 @@ def request(
     )
 
 
+def executor(bounds: ExecutorLimits, **options: Any) -> Executor:
+    made = NullExecutor(bounds, **options)
+    return Delayed(made) if OVERLAPS else made
+
+
 def make(
     *,
     batching: Batching | None = None,
@@ -63,9 +69,8 @@ def make(
     speculation: Any = None,
     **changes: Any,
 ) -> Engine:
-    executor = NullExecutor(limits(**changes), choose=choose)
     return Engine(
-        executor,
+        executor(limits(**changes), choose=choose),
         batching=batching or ContinuousBatching(),
         max_num_seqs=max_num_seqs,
         prefix_cache=prefix_cache,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from hypothesis import given, settings, target
+import pytest
+from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
 
 from gossamer.config import ContinuousBatching, PrefixCache, StaticBatching
@@ -20,7 +21,10 @@ from gossamer.engine.speculative_decoding.speculator import Speculator
 from gossamer.engine.step import Executor, ExecutorLimits
 from gossamer.errors import ContextLengthError, MemoryBudgetError
 from gossamer.runtime.null import NullExecutor
-from tests.engine.serving import VOCAB, Client, Got, limits, request
+from tests.engine.serving import VOCAB, Client, Got, executor, limits, request
+
+pytestmark = pytest.mark.usefixtures("overlaps")
+every = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ batchings = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@every
 @given(limits_of(), arrivals(), batchings, st.integers(1, 8), st.none() | st.integers(0, 99), st.booleans())
 def test_tokens_are_those_of_the_request_alone(
     bounds: ExecutorLimits,
@@ -207,7 +211,7 @@ def crowds(draw: st.DrawFn) -> list[Arrival]:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@every
 @given(
     st.integers(4, 40),
     st.integers(5, 7),
@@ -262,7 +266,7 @@ def compare(
         else:
             expected.update(Client(make_bare(NullExecutor(roomy))).run(a.request))
     engine = Engine(
-        NullExecutor(bounds),
+        executor(bounds),
         batching=batching,
         max_num_seqs=min(max_num_seqs, bounds.max_tokens),
         prefix_cache=PrefixCache() if cached else None,

@@ -21,18 +21,19 @@ class Free:
         self.limits = limits
         self.draft_limits = None
         self._row = [RowResult(1)]
+        self._results: list[StepResult] = []
 
     def submit(self, plan: StepPlan) -> int:
-        self._result = StepResult([self._row if span.rows else [] for span in plan.spans])
+        self._results.append(StepResult([self._row if span.rows else [] for span in plan.spans]))
         return 0
 
     def collect(self, handle: int) -> StepResult:
-        return self._result
+        return self._results.pop(0)
 
     def close(self) -> None: ...
 
 
-def decoding(sequences: int, *, queued: int = 0) -> Engine:
+def decoding(sequences: int, *, queued: int = 0, overlaps: bool = False) -> Engine:
     """An engine with so many sequences past their prefill and so many that cannot get in."""
     executor = Free(
         limits(
@@ -41,6 +42,7 @@ def decoding(sequences: int, *, queued: int = 0) -> Engine:
             max_spans=sequences,
             pages=(sequences * 64,),
             max_model_len=1024,
+            overlaps=overlaps,
         )
     )
     engine = Engine(executor, batching=ContinuousBatching(), max_num_seqs=sequences)
@@ -62,9 +64,10 @@ def step_seconds(engine: Engine, steps: int = 100) -> float:
     return best
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize(("sequences", "microseconds"), [(1, 60), (32, 400), (256, 3000)])
-def test_plan_and_commit_are_cheap(sequences: int, microseconds: int) -> None:
-    assert step_seconds(decoding(sequences)) * 1e6 < microseconds
+def test_plan_and_commit_are_cheap(sequences: int, microseconds: int, overlaps: bool) -> None:
+    assert step_seconds(decoding(sequences, overlaps=overlaps)) * 1e6 < microseconds
 
 
 def test_a_long_sequence_costs_no_more_than_a_short_one() -> None:

@@ -11,6 +11,8 @@ from gossamer.engine.step_times import StepTimes
 from gossamer.errors import ConfigError
 from tests.engine.serving import Client, alone, make, request
 
+pytestmark = pytest.mark.usefixtures("overlaps")
+
 REQUESTS = [request(f"r{i}", [i] * 20, max_tokens=60, temperature=1.0, seed=i) for i in range(4)]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gossamer.config import ContinuousBatching
 from gossamer.engine.engine import Engine
 from gossamer.engine.waiting import _REMEMBERED, Turns
 from tests.engine.serving import Client, make, request
+
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 
 def order(engine: Engine) -> list[str]:

@@ -1,7 +1,8 @@
 """The engine with everything on, over real kernels, gives each request the bits that it gets alone.
 
 Random requests, arrivals, aborts, page and chunk sizes, preemption by recomputation and by swap, prefixes
-found, outputs that share a prompt, drafts right and wrong as chains and trees, grammars, penalties.
+found, outputs that share a prompt, drafts right and wrong as chains and trees, grammars, penalties; steps in
+turn, and planned while the one before is in flight.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gossamer.config import (
 )
 from gossamer.engine.engine import Engine
 from gossamer.engine.step import Executor
+from gossamer.runtime.null import Delayed
 from gossamer.runtime.start import start
 from tests.engine.serving import VOCAB, Client, Got
 from tests.engine.test_exactness import Arrival, arrivals, make_bare, run_plan
@@ -76,6 +78,7 @@ def executor(windows: bool, kv_dtype: str, pages: int, page_size: int, swaps: bo
     return made
 
 
+@pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "overlapping"])
 @pytest.mark.parametrize("windows", [False, True])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -90,6 +93,7 @@ def executor(windows: bool, kv_dtype: str, pages: int, page_size: int, swaps: bo
 )
 def test_everything_on_changes_no_bit(
     windows: bool,
+    overlaps: bool,
     plan: list[Arrival],
     kv_dtype: str,
     pages: tuple[int, int],
@@ -103,8 +107,9 @@ def test_everything_on_changes_no_bit(
     expected: dict[tuple[str, int], Got] = {}
     for a in plan:
         expected.update(Client(make_bare(alone)).run(a.request))
+    serving = executor(windows, kv_dtype, *pages, preempt_by != "recompute")
     engine = Engine(
-        executor(windows, kv_dtype, *pages, preempt_by != "recompute"),
+        Delayed(serving) if overlaps else serving,
         batching=ContinuousBatching(prefill_chunk=chunk, preempt_by=preempt_by),  # type: ignore[arg-type]
         max_num_seqs=max_num_seqs,
         prefix_cache=PrefixCache() if cached else None,

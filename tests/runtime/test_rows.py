@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
-from gossamer.engine.step import Executor, RowResult, Sampling, Span, StepPlan
+from gossamer.engine.step import Executor, LastSampled, RowResult, Sampling, Span, StepPlan
 from gossamer.errors import GraphError
 from gossamer.runtime.local import LocalExecutor
 from gossamer.runtime.reference import ReferenceExecutor
@@ -177,6 +177,31 @@ def test_a_mask_leaves_what_it_allows(executor: Executor) -> None:
         (row,) = run(executor, Span(0, PROMPT, 0, (len(PROMPT) - 1,), pages, sampling))
         assert row.bad == bad
         assert bad or row.token in allowed
+
+
+@pytest.mark.parametrize("least", [0, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_token_that_is_pending_counts_for_the_output_index(
+    executor: Executor, seed: int, least: int
+) -> None:
+    """Noise and min_tokens go by it."""
+    params = SamplingParams(temperature=1.5, min_tokens=least, max_tokens=9)
+    sampling = Sampling(params, seed, PROMPT, [], tuple(range(30)))
+    first = Span(0, PROMPT, 0, (len(PROMPT) - 1,), tables(executor), sampling)
+    (row,) = run(executor, first)
+    named = Span(0, (LastSampled(0),), len(PROMPT), (0,), tables(executor), replace(sampling, pending=1))
+    (found,) = run(executor, named)
+    known = replace(named, tokens=(row.token,), sampling=replace(sampling, output_ids=[row.token]))
+    assert run(executor, known) == [found]
+
+
+def test_penalties_for_a_token_that_is_pending_are_stopped(tmp_path: Path) -> None:
+    executor = make(tmp_path, "cpu")
+    sampling = Sampling(SamplingParams(presence_penalty=1.0), 0, (1,), [])
+    run(executor, Span(0, (1,), 0, (0,), tables(executor), sampling))
+    late = Span(0, (LastSampled(0),), 1, (0,), tables(executor), replace(sampling, pending=1))
+    with pytest.raises(GraphError, match="not known yet"):
+        executor.submit(StepPlan((late,)))
 
 
 def test_masks_and_targets_of_another_vocabulary_are_stopped(tmp_path: Path) -> None:

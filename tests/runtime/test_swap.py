@@ -128,8 +128,6 @@ def test_a_sequence_goes_on_where_it_was_swapped(kv_dtype: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"swap_bytes": 1, "swap_tier": "host"}, "host memory already"),
-        ({"swap_bytes": 1, "swap_tier": "tape"}, "choose disk"),
         ({"swap_bytes": 0}, "at least 1"),
         ({"swap_directory": "/tmp"}, "without swap_bytes"),
     ],

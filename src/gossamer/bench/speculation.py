@@ -23,6 +23,7 @@ from gossamer.config import EngineConfig
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import (
     Executor,
+    ExecutorLimits,
     Handle,
     Sampling,
     Span,
@@ -69,6 +70,11 @@ class ReplayExecutor(Before):
         self._forced: dict[Handle, list[dict[int, int]]] = {}
         self.reference: Sequence[int] = ()
         self.drafts = self.proposed = self.accepted = 0
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Those of the executor below, without overlap: that would name its tokens, not the reference's."""
+        return replace(self._executor.limits, overlaps=False)
 
     def submit(self, plan: StepPlan) -> Handle:
         """Passes the step on, with the reference's tokens for its rows noted."""

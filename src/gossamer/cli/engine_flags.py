@@ -79,7 +79,7 @@ class EngineFlags:
         help="Tokens in a KV page, a multiple of 16; 16 if not given.")] = None
     swap_bytes: Annotated[str | None, flag(
         "--swap-bytes", panel=_MEMORY, metavar="SIZE",
-        help="Size of a file on disk for KV pages of sequences that had to make room.")] = None
+        help="For KV pages of sequences that had to make room: a file; of a GPU's, host memory.")] = None
     swap_directory: Annotated[str | None, flag(
         "--swap-directory", panel=_MEMORY, metavar="DIR",
         help="Where that file lies; in the cache directory if not given.")] = None

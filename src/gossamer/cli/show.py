@@ -94,7 +94,8 @@ def memory_table(started: Started) -> Table:
     table.add_row("process", format_size(own), f"now{most}; program files: {files}")
     if started.swap_bytes:
         slots = started.executor.limits.swap_pages[0]
-        table.add_row("swap", format_size(started.swap_bytes), f"on disk, {slots:,} KV pages of each group")
+        where = "in host memory" if config.backend == "cuda" else "on disk"
+        table.add_row("swap", format_size(started.swap_bytes), f"{where}, {slots:,} KV pages of each group")
     return table
 
 

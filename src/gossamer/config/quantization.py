@@ -27,11 +27,11 @@ class Quantization:
     """How weights are stored. graph/ops/formats.py has what that does to a number.
 
     format: "int8", "int4" (16 even levels, the middle one 0), "uint4" (16 even levels from the least weight
-    to the greatest, with a zero point), "nf4" (16 levels that suit normally distributed weights), "fp8" (E4M3:
-    floats with 3 bits of fraction, for GPUs).
+    to the greatest, with a zero point), "nf4" (16 levels that suit normally distributed weights), "fp8"
+    (E4M3: floats with 3 bits of fraction, for GPUs).
     group: how many inputs share an fp16 scale: 16 or 32 for int8, 32, 64 or 128 for int4, uint4 and nf4.
-    None: int8 and fp8 have one scale per output channel; int4 and uint4 take the largest that divides every linear layer's
-    input size, nf4 the 64 of its paper if that does (the receipt shows which).
+    None: int8 and fp8 have one scale per output channel; int4 and uint4 take the largest that divides every
+    linear layer's input size, nf4 the 64 of its paper if that does (the receipt shows which).
     """
 
     format: WeightFormat
@@ -43,7 +43,9 @@ class Quantization:
         groups = GROUPS[self.format]
         if self.group is not None and self.group not in groups:
             if not groups:
-                raise ConfigError(f"{self.format} has one scale per channel; leave out its group {self.group}")
+                raise ConfigError(
+                    f"{self.format} has one scale per channel; leave out its group {self.group}"
+                )
             whole = " (or none: one scale per channel)" if self.format in PER_ROW else ""
             raise ConfigError(
                 f"{self.format} group {self.group} is not one of {', '.join(map(str, groups))}{whole}"

@@ -109,7 +109,6 @@ def _ngram(c: Choices) -> SpeculativeDecoding:
 
 
 _CPU: Change = ("backend", "cpu")
-_CUDA: Change = ("backend", "cuda")
 _CONTINUOUS: Change = ("batching", (ContinuousBatching(), None))
 
 RULES: tuple[Rule, ...] = (
@@ -219,25 +218,45 @@ RULES: tuple[Rule, ...] = (
         name="one model beside the CPU backend",
         kind="needs",
         techniques=("speculative_decoding",),
-        says="draft models and heads run on the CPU backend; on the others, ngram does",
+        says="draft models run on the CPU backend and on the cuda backend, heads on the CPU backend; on the "
+        "reference backend ngram does",
         holds=lambda c: (
-            not _not_cpu(c) or c.speculative_decoding is None or c.speculative_decoding.method == "ngram"
+            not _not_cpu(c)
+            or c.speculative_decoding is None
+            or c.speculative_decoding.method == "ngram"
+            or (c.backend == "cuda" and c.speculative_decoding.method == "draft_model")
         ),
         reason=lambda c: (
             f"the {c.backend} backend runs one model, and {c.speculative_decoding.method} is a second"
+            if _reference(c)
+            else "the cuda backend takes no hidden states out of a model, which a head is fed"
         ),
         repairs=lambda c: (_CPU, ("speculative_decoding", _ngram(c)), ("speculative_decoding", None)),
     ),
     Rule(
-        name="the CPU backend swaps",
+        name="the reference swaps nothing",
         kind="needs",
         techniques=("paged_attention",),
-        says="pages are swapped by the CPU backend, not by the others",
-        holds=lambda c: not (_not_cpu(c) and _swaps(c)),
-        reason=lambda c: f"the {c.backend} backend swaps no pages",
+        says="pages are swapped by the CPU and the cuda backend, not by the reference",
+        holds=lambda c: not (_reference(c) and _swaps(c)),
+        reason=lambda c: "the reference backend swaps no pages",
         repairs=lambda c: (
             _CPU,
             ("paged_attention", replace(c.paged_attention, swap_bytes=None, swap_directory=None)),
+        ),
+    ),
+    Rule(
+        name="a GPU's pages go to host memory",
+        kind="needs",
+        techniques=("paged_attention",),
+        says="--swap-directory is for the CPU backend's file; a GPU's pages are swapped to host memory",
+        holds=lambda c: (
+            c.backend != "cuda" or c.paged_attention is None or c.paged_attention.swap_directory is None
+        ),
+        reason=lambda c: "the cuda backend swaps pages to host memory, and a directory is named for a file",
+        repairs=lambda c: (
+            ("paged_attention", replace(c.paged_attention, swap_directory=None)),
+            _CPU,
         ),
     ),
     Rule(
@@ -271,8 +290,8 @@ RULES: tuple[Rule, ...] = (
         techniques=("quantization",),
         says="fp8 is multiplied by GPUs; on the CPU int8 is nearest to it",
         holds=lambda c: c.backend != "cpu" or c.quantization is None or c.quantization.format != "fp8",
-        reason=lambda c: "the CPU backend has no kernels for weights in fp8",
-        repairs=lambda c: (("quantization", Quantization(format="int8")), _CUDA),
+        reason=lambda c: "the CPU backend has no kernels for weights in fp8 (GPUs have: --device cuda)",
+        repairs=lambda c: (("quantization", Quantization(format="int8")),),
     ),
     Rule(
         name="fp8 keys and values are for GPUs",
@@ -280,8 +299,10 @@ RULES: tuple[Rule, ...] = (
         techniques=("quantization",),
         says="keys and values in fp8 are read by GPUs; on the CPU int8 is nearest to it",
         holds=lambda c: c.backend != "cpu" or c.kv_dtype != "fp8",
-        reason=lambda c: "the CPU backend has no kernels for keys and values in fp8",
-        repairs=lambda c: (("kv_dtype", "int8"), _CUDA),
+        reason=lambda c: (
+            "the CPU backend has no kernels for keys and values in fp8 (GPUs have: --device cuda)"
+        ),
+        repairs=lambda c: (("kv_dtype", "int8"),),
     ),
     Rule(
         name="the reference has no arena",

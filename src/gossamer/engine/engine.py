@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from gossamer.config import PrefixCache
+from gossamer.config import ContinuousBatching, PrefixCache
 from gossamer.engine.batching import Batching, policy_of
 from gossamer.engine.batching.budget import Budget, FixedBudget
 from gossamer.engine.pages import IntegrityError
@@ -19,7 +20,7 @@ from gossamer.engine.sequence import Live, Sequence
 from gossamer.engine.speculative_decoding.speculator import Settings, Speculator
 from gossamer.engine.speculative_decoding.verify import accepted_path
 from gossamer.engine.state import State
-from gossamer.engine.step import Executor, KVOp, RowResult, Span, StepPlan, StepResult
+from gossamer.engine.step import Executor, Handle, KVOp, RowResult, Span, StepPlan, StepResult
 from gossamer.errors import ConfigError, ContextLengthError, MemoryBudgetError, RequestError
 
 __all__ = ["Engine", "Stats", "Update"]
@@ -47,6 +48,17 @@ class Update:
     times: Mapping[str, float]
     cached: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step on its way. moving: sequences whose pages are right once its moves are done. submitted: when, in
+    seconds; handle: the executor's, -1 until it has taken the step."""
+
+    plan: StepPlan
+    moving: set[int]
+    submitted: float
+    handle: Handle = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +137,9 @@ class Engine:
             None if speculation is None else Speculator(speculation, executor, self._state.times)
         )
         self._context = min(limits.max_model_len, self._state.kv.capacity)
+        self._overlaps = limits.overlaps and isinstance(batching, ContinuousBatching)
+        self._flights: list[_Flight] = []  # between steps at most one; the oldest first
+        self._collected = 0.0  # when the newest step was
         self._clock = clock
         self._live: dict[str, Live] = {}
         self._undelivered: list[Update] = []
@@ -205,22 +220,43 @@ class Engine:
         return self._end(live.sequences[index], "stop", stop_reason)
 
     def has_work(self) -> bool:
-        """Whether a step would bring something."""
-        return bool(self._live or self._undelivered)
+        """Whether a step would bring something, or one is in flight."""
+        return bool(self._live or self._undelivered or self._flights)
 
     # -- steps ------------------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
-        """Plans, runs and commits one step: an update for every output that got tokens or ended.
+        """Plans, runs and commits one step: an update for every output that got tokens or ended. Where the
+        executor overlaps steps, the one after it is planned and submitted before it is waited for.
 
-        Raises what the executor raises; the sequences of that step have then failed (their updates come
-        with the next call), all others go on.
+        Raises what the executor raises; the sequences of the steps in flight have then failed (their updates
+        come with the next call), all others go on.
         """
-        if not self._live:
-            updates, self._undelivered = self._undelivered, []
-            return updates
+        flights, flight = self._flights, None
+        try:
+            if flights or (self._live and self._launch()):
+                if self._overlaps and self._live:
+                    self._launch_ahead()
+                flight = flights.pop(0)
+                result, count = self._executor.collect(flight.handle), len(flight.plan.spans)
+                if len(result.rows) != count:
+                    raise IntegrityError(f"{count} spans were submitted, {len(result.rows)} came back")
+        except BaseException:
+            self._fail(flight)
+            raise
+        updates, self._undelivered = self._undelivered, []
+        if flight is not None:
+            now = self._clock()
+            since = flight.submitted if flight.submitted > self._collected else self._collected
+            self._collected = now
+            self._learn(flight.plan, result, now - since)
+            updates += self._commit(flight.plan, result, now)
+        return updates
+
+    def _launch(self) -> bool:
+        """Plans and submits a step; False, after a while, where there is none for now."""
         state = self._state
-        began = state.now = self._clock()
+        state.now = self._clock()
         if self._speculator is not None:
             self._speculator.draft(state)
         plan = self._policy.plan(state)
@@ -228,31 +264,55 @@ class Engine:
             seq = state.gave_way.pop()
             if self._speculator is not None:
                 self._speculator.forget(seq)
-        updates, self._undelivered = self._undelivered, []  # not before: a draft may fail too
         if not plan.spans:
-            if not state.running and not self._budget.admits(state):
-                time.sleep(_WINDOW)
-                return updates
-            raise IntegrityError("requests wait, but the policy plans nothing")
+            if not self._flights:
+                self._wait()
+            return False
         moving: set[int] = set()
         if state.kv_ops:
             plan = replace(plan, kv_ops=tuple(state.kv_ops))
             moving, state.moving = state.moving, set()
             state.kv_ops.clear()
-        try:
-            submitted = self._clock()
-            result = self._executor.collect(self._executor.submit(plan))
-            if len(result.rows) != len(plan.spans):
-                raise IntegrityError(f"{len(plan.spans)} spans were submitted, {len(result.rows)} came back")
-        except BaseException:
-            self._undelivered = updates + self._fail(plan, moving)
-            raise
-        now = self._clock()
-        self._learn(plan, result, now - submitted, now - began)
-        updates += self._commit(plan, result, now)
-        return updates
+        flight = _Flight(plan, moving, self._clock())
+        self._flights.append(flight)
+        flight.handle = self._executor.submit(plan)
+        return True
 
-    def _learn(self, plan: StepPlan, result: StepResult, executed: float, took: float) -> None:
+    def _wait(self) -> None:
+        if self._state.running or self._budget.admits(self._state):
+            raise IntegrityError("requests wait, but the policy plans nothing")
+        time.sleep(_WINDOW)
+
+    def _launch_ahead(self) -> None:
+        """Submits the step after the one in flight, unless it needs to know what that one brings: drafts,
+        grammars, penalties and scores do, and so does whoever must give way.
+
+        A sequence that turns out to have ended has a row in it all the same, which nobody takes. That writes
+        behind what was known of the sequence, hence behind all that its pages are published with, and never
+        into shared pages; whoever gets these pages writes in a later step, which the executor does later.
+        """
+        state = self._state
+        if self._speculator is not None:
+            return
+        assumed: list[tuple[Sequence, Span]] = []
+        for span in self._flights[0].plan.spans:
+            seq = state.sequences.get(span.sequence)  # None: it was ended since
+            if seq is not None:
+                if span.rows and (seq.by_history or span.targets):
+                    return
+                assumed.append((seq, span))
+        for seq, span in assumed:
+            seq.assume(span)
+        state.ahead = True
+        try:
+            if state.can_grow:
+                self._launch()
+        finally:
+            state.ahead = False
+            for seq, span in assumed:
+                seq.retract(span)
+
+    def _learn(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """What the step cost, for those who plan by it."""
         tokens = kv_tokens = pairs = rows = 0
         for span in plan.spans:
@@ -265,9 +325,8 @@ class Engine:
         if plan.kv_ops:
             moved = sum(op.kind != "copy" for op in plan.kv_ops)
             times.observe_swap(moved, result.move_seconds)
-            executed -= result.move_seconds
-        times.observe(tokens, kv_tokens, executed, rows=rows, pairs=pairs)
-        self._budget.observe(tokens, kv_tokens, took)
+            seconds -= result.move_seconds
+        times.observe(tokens, kv_tokens, seconds, rows=rows, pairs=pairs)
         self._computed_tokens += tokens
 
     def _commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Update]:
@@ -279,7 +338,7 @@ class Engine:
         for span, rows in zip(plan.spans, result.rows):
             stop = span.start + len(span.tokens)
             seq = sequences.get(span.sequence)
-            if seq is None:  # released since, with the rest of a padded batch
+            if seq is None:  # released since: it had ended, or did with the rest of a padded batch
                 continue
             # What it had before this step's rows: whoever ends now leaves that to the prefix cache.
             seq.computed = min(stop, seq.length)
@@ -391,20 +450,27 @@ class Engine:
         self._output_tokens += len(tokens)
         return update
 
-    def _fail(self, plan: StepPlan, moving: set[int]) -> list[Update]:
-        """Ends the sequences of a step that the executor could not do: what their pages hold is unknown."""
-        updates: list[Update] = []
-        for name in {span.sequence: None for span in plan.spans} | dict.fromkeys(moving):
+    def _fail(self, collecting: _Flight | None) -> None:
+        """Ends the sequences of all steps in flight, of which the executor could not do one: what their pages
+        hold is unknown. collecting: the one that was being collected."""
+        others, self._flights = self._flights, []
+        failed = others if collecting is None else [collecting, *others]
+        for name in {s.sequence: None for f in failed for s in f.plan.spans} | {
+            name: None for f in failed for name in f.moving
+        }:
             seq = self._state.sequences.get(name)
             if seq is not None:
                 seq.prefixes = None
             if seq is not None and seq.finish_reason is None:
-                updates.append(self._end(seq, "error", "executor"))
+                self._undelivered.append(self._end(seq, "error", "executor"))
             elif seq is not None:
                 self._state.release(seq)
-        if self._state.prefix is not None:
+        if failed and self._state.prefix is not None:
             self._state.prefix.clear()
-        return updates
+        for flight in others:
+            if flight.handle >= 0:  # so that the executor is free of it; what it says now adds nothing
+                with suppress(Exception):
+                    self._executor.collect(flight.handle)
 
     def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> Update:
         """Ends a sequence outside the flow of tokens."""
@@ -470,7 +536,7 @@ class Engine:
     def check(self) -> None:
         """Proves the engine's integrity: every page counted once per holder, none leaked, tables long
         enough, queues in order. Raises IntegrityError; costs time in proportion to pages and sequences."""
-        self._state.check()
+        self._state.check([flight.plan for flight in self._flights])
         if self._speculator is not None:
             self._speculator.check()
         unfinished = {s.id for live in self._live.values() for s in live.sequences if s.finish_reason is None}

@@ -204,6 +204,11 @@ class SamplingParams:
         elif wanted is not None and not isinstance(wanted, StructuredOutputs):
             raise RequestError(f"structured_outputs {_short(wanted)} is not a StructuredOutputs")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that were there before are treated otherwise than new ones."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 

@@ -9,7 +9,7 @@ from gossamer.engine.pages import Tables
 from gossamer.engine.prefix_cache import Prefixes
 from gossamer.engine.request import FinishReason, Request, TokenLogprob
 from gossamer.engine.speculative_decoding.draft import Draft
-from gossamer.engine.step import Sampling, Span
+from gossamer.engine.step import LastSampled, Sampling, Span
 from gossamer.engine.structured_output import Grammar
 
 __all__ = ["Live", "Phase", "Sequence"]
@@ -58,10 +58,15 @@ class Sequence:
     capacity: tokens its pages hold, at most the context. swapped: per KV group, slots of the slower tier that
     hold `saved` tokens (empty: none). published: blocks that the prefix cache was told of; next_block: the
     `computed` at which there is another. draft: what is verified with its next token. follows: the first of
-    its request's sequences, which has the same prompt.
+    its request's sequences, which has the same prompt. by_history: what may come next goes by the tokens
+    before, which must be known then (a grammar, penalties). unknown: its newest token until that is known.
+
+    All this counts what is known of the steps that were collected, save while a step is planned on top of one
+    in flight: between `assume` and `retract` it is as though that one were done.
     """
 
     __slots__ = (
+        "by_history",
         "capacity",
         "computed",
         "draft",
@@ -84,6 +89,7 @@ class Sequence:
         "saved",
         "swapped",
         "tables",
+        "unknown",
     )
 
     def __init__(
@@ -118,6 +124,8 @@ class Sequence:
         self.draft: Draft | None = None
         self.follows = live.sequences[0] if index else None
         self.grammar: Grammar | None = None if live.request.grammar is None else live.request.grammar()
+        self.unknown = LastSampled(id)
+        self.by_history = self.grammar is not None or params.penalises
         self.phase = Phase.WAITING
         self.finish_reason: FinishReason | None = None
         self.sampling = Sampling(
@@ -132,6 +140,20 @@ class Sequence:
         """Takes a sampled token."""
         self.output_ids.append(token)
         self.length += 1
+
+    def assume(self, span: Span) -> None:
+        """Counts its span in flight as computed, and the token that this samples as one that it has."""
+        self.computed = span.start + len(span.tokens)
+        if span.rows:
+            self.length += 1
+            self.sampling.pending = 1
+
+    def retract(self, span: Span) -> None:
+        """Takes back what was assumed."""
+        self.computed = span.start
+        if span.rows:
+            self.length -= 1
+            self.sampling.pending = 0
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Ids at slots start to stop of prompt and output together."""
@@ -152,13 +174,13 @@ class Sequence:
         return (
             self.prefixes is not None
             and self.phase is Phase.RUNNING
-            and self.computed < len(self.prompt_ids)
+            and (self.computed < len(self.prompt_ids) or self.sampling.pending > 0)
             and not self.output_ids
         )
 
     def decode(self) -> Span:
         """The newest token, sampled, and its draft."""
-        token = (self.output_ids or self.prompt_ids)[-1]
+        token = self.unknown if self.sampling.pending else (self.output_ids or self.prompt_ids)[-1]
         draft = self.draft
         if self.grammar is not None:
             self.sampling.masks = self.grammar.masks(draft)

@@ -8,7 +8,7 @@ from bisect import bisect_left, insort
 from gossamer.engine.pages import RELEASED, IntegrityError, KVPages, PagePool
 from gossamer.engine.prefix_cache import Hit, Prefixes, PrefixIndex
 from gossamer.engine.sequence import Phase, Rank, Sequence
-from gossamer.engine.step import ExecutorLimits, KVOp
+from gossamer.engine.step import ExecutorLimits, KVOp, StepPlan
 from gossamer.engine.step_times import StepTimes
 from gossamer.engine.waiting import Turns, Waiting
 
@@ -27,10 +27,12 @@ class State:
     shares: whether pages may be shared; prefix: what is known of them, None where they may not.
     preempt_by: "recompute", "swap" or "auto", the cheaper as `times`, what steps cost, says. preemptions,
     swaps: how many there have been; a swap is a preemption that kept its pages. gave_way: those preempted
-    since the engine last looked. slower: the slots of the slower tier.
+    since the engine last looked. slower: the slots of the slower tier. ahead: whether a step is planned while
+    the one before it is in flight, whose outcome the sequences assume.
     """
 
     __slots__ = (
+        "ahead",
         "gave_way",
         "kv",
         "kv_ops",
@@ -76,6 +78,7 @@ class State:
         self.sequences: dict[int, Sequence] = {}
         self.preemptions = self.swaps = 0
         self.gave_way: list[Sequence] = []
+        self.ahead = False
         self.now = 0.0
 
     # -- in and out ---------------------------------------------------------------------------------
@@ -137,9 +140,21 @@ class State:
         seq.capacity = min(self.kv.pages(slots) * self.kv.page_size, self.limits.max_model_len)
         return True
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether every sequence that decodes has its page, so that none must give way."""
+        free, running = self.kv.free, self.running
+        return free >= len(running) or free >= sum(
+            seq.length > seq.capacity and seq.computed >= seq.length - 1 for seq in running
+        )
+
     def preempt(self) -> Sequence:
         """Sends the last of those running back into the queue, its pages freed, its tokens kept: when it
-        runs again its pages come back from the slower tier, or are computed anew. Returns it."""
+        runs again its pages come back from the slower tier, or are computed anew. Returns it.
+
+        Raises IntegrityError where a step is in flight, which may yet write into these pages."""
+        if self.ahead:
+            raise IntegrityError("a sequence is to give way before the step in flight is known")
         seq = self.running.pop()
         if self._swap_pays(seq):
             self._swap_out(seq)
@@ -271,9 +286,9 @@ class State:
 
     # -- integrity -------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, flights: list[StepPlan]) -> None:
         """Raises IntegrityError for a page leaked, shared without a count or written while shared, a table
-        too short, or a broken queue."""
+        too short, or a broken queue. flights: steps that are not collected."""
         self.kv.check([seq.tables for seq in self.running])
         if self.prefix is not None:
             self.prefix.check()
@@ -283,6 +298,7 @@ class State:
             raise IntegrityError("running sequences are out of order")
         for seq in self.running:
             self._check_running(seq)
+        self._check_flights(flights)
         waiting = self.waiting.sequences()
         if len(waiting) != len(self.waiting) or any(seq.computed or seq.capacity for seq in waiting):
             raise IntegrityError("the queue holds sequences that do not wait")
@@ -290,6 +306,20 @@ class State:
             raise IntegrityError("sequences that neither wait nor run are kept")
         for group, pool in enumerate(self.slower):
             pool.check(slot for seq in waiting for slots in seq.swapped[group : group + 1] for slot in slots)
+
+    def _check_flights(self, flights: list[StepPlan]) -> None:
+        if len(flights) > 1 or self.ahead or any(seq.sampling.pending for seq in self.sequences.values()):
+            raise IntegrityError(f"{len(flights)} steps are in flight, and what they bring is assumed")
+        for span in flights[0].spans if flights else ():
+            seq = self.sequences.get(span.sequence)
+            if seq is None:  # ended since
+                continue
+            stop = span.start + len(span.tokens)
+            if seq.phase is not Phase.RUNNING or seq.computed != span.start or stop > seq.capacity:
+                raise IntegrityError(
+                    f"sequence {seq.id} ({seq.phase.name}) is at {seq.computed} of {seq.capacity} slots, and "
+                    f"the step in flight goes from {span.start} to {stop}"
+                )
 
     def _check_running(self, seq: Sequence) -> None:
         held = min(len(table) for table in seq.tables) * self.kv.page_size

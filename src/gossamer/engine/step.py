@@ -32,7 +32,9 @@ ProgramName = Literal["target", "draft"]
 
 @dataclass(frozen=True, slots=True)
 class LastSampled:
-    """An input id not known yet: the newest token that the executor sampled for this sequence."""
+    """An input id not known yet: the newest token that the executor sampled for this sequence. The engine
+    names by it the one row, without target or draft, that the sequence has in the step submitted before. If
+    that row is bad, any id stands in, and nobody takes what comes of it."""
 
     sequence: int
 
@@ -50,6 +52,8 @@ class Sampling:
     the first row that is sampled (has no target). Of a further one, the span's tokens after that row's, along
     its own path, count as produced too: they are in its history, and its output index is greater by their
     number.
+    pending: 1 where one more has been produced that nobody knows yet, and the span begins with it as
+    `LastSampled`: it counts for the output index. Never with penalties or masks, which go by what is known.
     banned_ids: not to be chosen where the output index is below min_tokens (the end tokens).
     masks: per row of the span, what a grammar allows there (None: everything); empty: no grammar.
     """
@@ -60,11 +64,13 @@ class Sampling:
     output_ids: Sequence[int]
     banned_ids: tuple[int, ...] = ()
     masks: Sequence[Mask | None] = ()
+    pending: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Span:
-    """Consecutive tokens of one sequence: a prefill chunk, a decode or a speculative draft.
+    """Consecutive tokens of one sequence: a prefill chunk, a decode or a speculative draft. Nobody changes it
+    once made; it is not frozen, because that would double what planning a step costs.
 
     start: slot of the first token; token i goes to slot start + i, and its position is the same unless
     `parents` says otherwise. parents: for trees, offset of each token's parent within the span (-1: the
@@ -156,7 +162,8 @@ class ExecutorLimits:
 
     pages: per KV group, how many pages its pool has. page_size: tokens per page (of every group).
     swap_pages: per KV group, slots of the slower tier (empty: there is none). windows: per KV group, how many
-    tokens back attention sees, itself included (None: all).
+    tokens back attention sees, itself included (None: all). overlaps: whether it gains where a step is
+    submitted before the one before it is collected, two at most in flight; its inputs may be `LastSampled`.
     """
 
     max_tokens: int
@@ -168,6 +175,7 @@ class ExecutorLimits:
     vocab: int
     windows: tuple[int | None, ...] = field(default=(None,))
     swap_pages: tuple[int, ...] = ()
+    overlaps: bool = False
 
 
 class Executor(Protocol):
@@ -185,7 +193,7 @@ class Executor(Protocol):
         """Takes a plan; its live lists may change once this returns."""
 
     def collect(self, handle: Handle) -> StepResult:
-        """Waits for a submitted plan and gives its result; each handle once."""
+        """Waits for a submitted plan and gives its result; each handle once, even where that raises."""
 
     def close(self) -> None:
         """Gives memory and threads back. Idempotent."""

@@ -6,7 +6,7 @@ from gossamer.backends.cpu.program import CpuProgram
 from gossamer.engine.step import Handle, StepPlan
 from gossamer.runtime.features import Features
 from gossamer.runtime.local import LocalExecutor
-from gossamer.runtime.swap import SwapFile
+from gossamer.runtime.swap import Swap
 
 __all__ = ["HeadedExecutor"]
 
@@ -18,7 +18,7 @@ class HeadedExecutor(LocalExecutor):
     """
 
     def __init__(
-        self, program: CpuProgram, max_model_len: int, *, head: CpuProgram, swap: SwapFile | None = None
+        self, program: CpuProgram, max_model_len: int, *, head: CpuProgram, swap: Swap | None = None
     ) -> None:
         super().__init__(program, max_model_len, draft=head, swap=swap)
         self._features = Features(program, head)

@@ -12,7 +12,7 @@ from gossamer.backends.base import Program
 from gossamer.engine.step import ExecutorLimits, Handle, ProgramName, StepPlan, StepResult
 from gossamer.errors import NotBuiltError
 from gossamer.runtime.steps import ProgramSteps
-from gossamer.runtime.swap import SwapFile
+from gossamer.runtime.swap import Swap
 
 __all__ = ["LocalExecutor"]
 
@@ -22,7 +22,7 @@ class LocalExecutor:
     `collect` hands it over.
 
     `LastSampled` names the newest token of a sequence whichever program sampled it. Pages of the target alone
-    go to the swap file.
+    are swapped.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class LocalExecutor:
         max_model_len: int,
         *,
         draft: Program | None = None,
-        swap: SwapFile | None = None,
+        swap: Swap | None = None,
     ) -> None:
         self.program = program
         last: OrderedDict[int, int] = OrderedDict()
@@ -57,22 +57,14 @@ class LocalExecutor:
 
     def submit(self, plan: StepPlan) -> Handle:
         """Computes the step now. Raises NotBuiltError for what no program here can do yet, GraphError for a
-        plan outside of the limits, ConfigError where the swap file can be written no more."""
-        steps = self._steps.get(plan.program)
-        if steps is None:
-            raise NotBuiltError(f"program {plan.program!r} does not exist; this executor has 'target' alone")
-        seconds = moved = 0.0
-        if plan.kv_ops:
-            start = time.perf_counter()
-            for op in plan.kv_ops:
-                steps.move(op)
-            moved = time.perf_counter() - start
+        plan outside of the limits, ConfigError where the slower tier can be written no more."""
+        steps = self._steps_of(plan)
+        moved = self._move(steps, plan)
+        seconds = 0.0
         if plan.spans:
             tokens, rows, stride, top1 = steps.pack(plan)
             seconds = steps.program.run(tokens, len(plan.spans), rows, stride, top1=top1)
-        self._next += 1
-        self._results[self._next] = StepResult(steps.unpack(plan), seconds, moved)
-        return self._next
+        return self._finished(StepResult(steps.unpack(plan), seconds, moved))
 
     def collect(self, handle: Handle) -> StepResult:
         """The result of a submitted step, once."""
@@ -87,6 +79,26 @@ class LocalExecutor:
         return steps.program.value("logits", rows)
 
     def close(self) -> None:
-        """Gives the swap file back; memory goes with the programs."""
+        """Gives the slower tier back; memory goes with the programs."""
         if self._swap is not None:
             self._swap.close()
+
+    def _steps_of(self, plan: StepPlan) -> ProgramSteps:
+        steps = self._steps.get(plan.program)
+        if steps is None:
+            raise NotBuiltError(f"program {plan.program!r} does not exist; this executor has 'target' alone")
+        return steps
+
+    def _move(self, steps: ProgramSteps, plan: StepPlan) -> float:
+        """Does the plan's moves of pages; gives the seconds they took."""
+        if not plan.kv_ops:
+            return 0.0
+        start = time.perf_counter()
+        for op in plan.kv_ops:
+            steps.move(op)
+        return time.perf_counter() - start
+
+    def _finished(self, result: StepResult) -> Handle:
+        self._next += 1
+        self._results[self._next] = result
+        return self._next

@@ -4,11 +4,14 @@ row can see, so that a request's tokens are the same under any schedule that fee
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import count
 
 from gossamer.engine.request import TokenLogprob
 from gossamer.engine.step import (
+    Executor,
     ExecutorLimits,
     Handle,
     KVOp,
@@ -22,7 +25,7 @@ from gossamer.engine.step import (
     StepResult,
 )
 
-__all__ = ["ContractError", "NullExecutor", "end_after"]
+__all__ = ["ContractError", "Delayed", "NullExecutor", "end_after"]
 
 Choose = Callable[[Sampling, int], int | str]
 
@@ -209,9 +212,11 @@ class NullExecutor:
         name = f"span of sequence {span.sequence}"
         _require(len(span.tokens) > 0, f"{name} is empty")
         _require(span.start >= 0 and stop <= limits.max_model_len, f"{name} ends at slot {stop}")
+        pending = 0
         for token in span.tokens:
             if isinstance(token, LastSampled):
                 _require(token.sequence in self._sampled, f"{name} has {token}, which has none")
+                pending += 1
             elif not 0 <= token < limits.vocab:
                 raise ContractError(f"{name} has token {token} of a vocabulary of {limits.vocab}")
         if span.parents is not None:
@@ -224,8 +229,12 @@ class NullExecutor:
         _require(not rows or span.sampling is not None, f"{name} has rows but no sampling")
         _require(len(span.targets) in (0, len(rows)), f"{name} has {len(span.targets)} targets")
         if span.sampling is not None:
-            masks = len(span.sampling.masks)
+            sampling = span.sampling
+            masks = len(sampling.masks)
             _require(not rows or masks in (0, len(rows)), f"{name} has {masks} masks for {len(rows)} rows")
+            _require(sampling.pending == pending, f"{name} names {pending} of {sampling.pending} pending")
+            plain = not (masks or span.targets or sampling.params.penalises or span.parents)
+            _require(not pending or plain, f"{name} needs to know the token that is pending")
         _require(len(span.tables) == len(limits.pages), f"{name} has {len(span.tables)} tables")
         for pages, table, window in zip(limits.pages, span.tables, limits.windows):
             _require(len(table) * limits.page_size >= stop, f"{name} has {len(table)} pages for {stop} slots")
@@ -247,7 +256,8 @@ class NullExecutor:
             return []
         parents = range(-1, len(tokens) - 1) if span.parents is None else span.parents
         results = []
-        history = _hash((*sampling.prompt_ids, *sampling.output_ids))
+        pending = tokens[: sampling.pending]
+        history = _hash((*sampling.prompt_ids, *sampling.output_ids, *pending))
         first = next((row for row, target in zip(span.rows, span.targets) if target < 0), span.rows[0])
         for i, row in enumerate(span.rows):
             target = span.targets[i] if span.targets else -1
@@ -271,7 +281,7 @@ class NullExecutor:
                 sampling.params,
                 sampling.seed,
                 sampling.prompt_ids,
-                [*sampling.output_ids, *path],
+                [*sampling.output_ids, *pending, *path],
                 sampling.banned_ids,
             )
             mask = sampling.masks[i] if sampling.masks else None
@@ -286,6 +296,7 @@ class NullExecutor:
         drawn = _mix(seen ^ seed)
         token: int | str = drawn % vocab
         token = self._choose(sampling, drawn % vocab) if self._choose else drawn % vocab
+        self._sampled[sequence] = 0  # where the row is bad: any stands in, in a step that nobody will use
         if isinstance(token, str):
             return RowResult(-1, bad=token)
         if program == "draft" and _mix(drawn) % 1000 >= self._agrees * 1000:
@@ -304,6 +315,50 @@ class NullExecutor:
     def _logprob(self, token: int, most: int) -> TokenLogprob:
         top = tuple(((token + i) % self.limits.vocab, -1.0 - i) for i in range(most))
         return TokenLogprob(token, -1.0, top)
+
+
+class Delayed:
+    """Another executor, as a device would be it: a step is computed when it is collected, with what there was
+    when it was submitted. Raises ContractError for more than two in flight, or collected out of order."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._plans: dict[Handle, StepPlan] = {}
+        self._handles = count()
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Those of the other, and that it overlaps."""
+        return replace(self._executor.limits, overlaps=True)
+
+    @property
+    def draft_limits(self) -> ExecutorLimits | None:
+        """As the other's."""
+        return self._executor.draft_limits
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Notes the plan, and of its live lists what they hold."""
+        _require(len(self._plans) < 2, "more than two steps in flight")
+        handle = next(self._handles)
+        self._plans[handle] = replace(plan, spans=tuple(map(_noted, plan.spans)))
+        return handle
+
+    def collect(self, handle: Handle) -> StepResult:
+        """Computes the step."""
+        _require(handle == next(iter(self._plans), None), f"step {handle} is not the oldest in flight")
+        return self._executor.collect(self._executor.submit(self._plans.pop(handle)))
+
+    def close(self) -> None:
+        """Closes the other."""
+        self._executor.close()
+
+
+def _noted(span: Span) -> Span:
+    tables = tuple(array("i", table) for table in span.tables)
+    sampling = span.sampling
+    if sampling is not None:
+        sampling = replace(sampling, output_ids=tuple(sampling.output_ids), masks=tuple(sampling.masks))
+    return replace(span, tokens=tuple(span.tokens), tables=tables, sampling=sampling)
 
 
 def _require(condition: bool, message: str) -> None:

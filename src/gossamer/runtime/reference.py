@@ -148,7 +148,10 @@ class ReferenceExecutor:
         at = 0
         for span, tokens in zip(plan.spans, known, strict=True):
             before = produced_before(span, tokens) if span.rows else []
-            results.append([self._sample(span, i, path, logits[at + i]) for i, path in enumerate(before)])
+            pending = [] if span.sampling is None else tokens[: span.sampling.pending]
+            results.append(
+                [self._sample(span, i, [*pending, *path], logits[at + i]) for i, path in enumerate(before)]
+            )
             at += len(span.rows)
             if span.rows and (not span.targets or span.targets[-1] < 0):
                 self._last[span.sequence] = results[-1][-1].token
@@ -157,7 +160,7 @@ class ReferenceExecutor:
     def _sample(
         self, span: Span, index: int, path: Sequence[int], logits: npt.NDArray[np.float32]
     ) -> RowResult:
-        """The span's index-th row; path: the tokens produced before it in this step."""
+        """The span's index-th row; path: the tokens of the span that were produced before it."""
         s = span.sampling
         assert s is not None
         p, produced = s.params, [*s.output_ids, *path]

@@ -59,7 +59,8 @@ _LOGGER = logging.getLogger("gossamer")
 class Started:
     """An executor with all that stands behind it. receipt() lists what ran (empty on the reference), a
     draft's after the model's. process: most bytes that the process takes beside `memory`, what it held before
-    the start included (on the reference backend that alone). swap_bytes: size of the swap file on disk."""
+    the start included (on the reference backend that alone). swap_bytes: size of the swap file on disk, or
+    of host memory for a GPU's pages."""
 
     config: EngineConfig
     directory: Path
@@ -251,10 +252,14 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     if device is not None:
         from gossamer.runtime.cuda import start_cuda
 
-        program, on_device = start_cuda(graph, source, config, kv, device, progress)
+        on_device = start_cuda(
+            graph, source, config, kv, device,
+            draft=_draft(graph, plain, directory, source, config, kv), progress=progress,
+        )  # fmt: skip
         return Started(
-            executor=on_device, memory=program.memory, process=held, isa=program.isa,
-            threads=program.threads, receipt=program.receipt, **common,
+            executor=on_device.executor, memory=on_device.memory, process=held, isa=device.isa,
+            threads=on_device.program.threads, receipt=on_device.receipt, swap_bytes=on_device.swap_bytes,
+            **common,
         )  # fmt: skip
     made = _start_cpu(graph, plain, directory, source, config, kv, budget, progress)
     return Started(
@@ -299,14 +304,9 @@ def _start_cpu(
     beside: CpuProgram | None = None
     rooms: dict[ProgramName, Room] = {"target": room_of(graph, config, kv)}
     draft_graph: Graph | None = None
-    own = draft_config(config, kv)
-    if own is not None:
-        if has_head(config):
-            draft_graph, draft_source = head_of(config, plain, directory, source)
-        else:
-            draft_graph, draft_directory, draft_source = load_graph(own)
-            check_draft(config, graph, draft_graph, kv, directory, draft_directory)
-        draft_graph, _ = passed(draft_graph, own)
+    found = _draft(graph, plain, directory, source, config, kv)
+    if found is not None:
+        draft_graph, draft_source = found
         rooms["draft"] = room_of(draft_graph, config, kv)
     tokenizer = _speaks(directory, config)
     kind = own_kind()
@@ -341,6 +341,22 @@ def _start_cpu(
     if config.dynamic_shapes is None:
         executor = PaddedExecutor(executor, rooms)
     return _Made(plan, program, beside, swap, executor)
+
+
+def _draft(
+    graph: Graph, plain: Graph, directory: Path, source: WeightSource, config: EngineConfig, kv: KVPlan
+) -> tuple[Graph, WeightSource] | None:
+    """The draft's graph after its passes and where its weights come from; None where there is none. graph,
+    plain: the model's, after its passes and before."""
+    own = draft_config(config, kv)
+    if own is None:
+        return None
+    if has_head(config):
+        draft, weights = head_of(config, plain, directory, source)
+    else:
+        draft, draft_directory, weights = load_graph(own)
+        check_draft(config, graph, draft, kv, directory, draft_directory)
+    return passed(draft, own)[0], weights
 
 
 def _program(

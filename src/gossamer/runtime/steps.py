@@ -25,7 +25,7 @@ from gossamer.engine.step import (
 from gossamer.errors import GraphError, NotBuiltError
 from gossamer.graph.ops.attention import tree_depths
 from gossamer.runtime.rows import produced_before
-from gossamer.runtime.swap import SwapFile
+from gossamer.runtime.swap import Swap
 
 __all__ = ["ProgramSteps"]
 
@@ -38,10 +38,10 @@ assert _ROW.size == SAMPLE_ROW.itemsize
 
 class ProgramSteps:
     """Packs and unpacks the steps of a program. last: the newest token of each sequence, shared with the
-    other programs of an executor."""
+    other programs of an executor. coming: what stands in for it while it is not here yet, by sequence."""
 
     def __init__(
-        self, program: Program, max_model_len: int, last: OrderedDict[int, int], swap: SwapFile | None
+        self, program: Program, max_model_len: int, last: OrderedDict[int, int], swap: Swap | None
     ) -> None:
         self.program = program
         shape, groups = program.shape, program.graph.kv_groups
@@ -66,6 +66,7 @@ class ProgramSteps:
         self._spans, self._tables = program.spans.reshape(-1).data, program.tables.data
         self._token, self._bad = program.token.data, program.bad.data
         self._last = last
+        self.coming: dict[int, int] = {}
 
     def move(self, op: KVOp) -> None:
         """Copies tokens, or takes a page to or from the slower tier."""
@@ -144,7 +145,11 @@ class ProgramSteps:
 
     def _known(self, span: Span) -> Sequence[int]:
         """The span's ids, with tokens that were not known to the planner filled in."""
-        return [self._last[t.sequence] if isinstance(t, LastSampled) else t for t in span.tokens]
+        return [self._newest(t.sequence) if isinstance(t, LastSampled) else t for t in span.tokens]
+
+    def _newest(self, sequence: int) -> int:
+        found = self.coming.get(sequence)
+        return self._last[sequence] if found is None else found
 
     def unpack(self, plan: StepPlan) -> list[list[RowResult]]:
         """The results of the step that was packed."""
@@ -217,11 +222,13 @@ class _Sampler:
         """Appends the rows of one span, whose tokens are given as they are known now."""
         sampling = span.sampling
         assert sampling is not None
-        p, index = sampling.params, len(sampling.output_ids)
+        p, index = sampling.params, len(sampling.output_ids) + sampling.pending
         self.greedy &= p.temperature == 0 and p.logprobs is None
         penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
         prompt = middle = end = 0
         if penalties:
+            if sampling.pending:
+                raise GraphError(f"sequence {span.sequence}: penalties for a token that is not known yet")
             prompt = len(self._history)
             self._history += sampling.prompt_ids
             middle = len(self._history)

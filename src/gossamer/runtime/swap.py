@@ -1,4 +1,4 @@
-"""The slower tier of KV pages: a file on disk that is there in full from the start and has no name."""
+"""The slower tier of KV pages; on the CPU a file on disk, there in full from the start and without a name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,44 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gossamer.errors import ConfigError
 
-__all__ = ["SwapFile"]
+__all__ = ["Swap", "SwapFile", "slots_of"]
 
 _MIB = 1 << 20
+
+
+class Swap(Protocol):
+    """Slots for pages of every KV group, each with all layers of its group. slots: how many of each group;
+    bytes: that they take."""
+
+    slots: int
+    bytes: int
+
+    def write(self, group: int, page: int, slot: int) -> None:
+        """Takes a page out."""
+
+    def read(self, group: int, page: int, slot: int) -> None:
+        """Brings back what was taken out to the slot."""
+
+    def close(self) -> None:
+        """Gives its room back. Idempotent."""
+
+
+def slots_of(size: int, page_bytes: Sequence[int]) -> int:
+    """How many pages of every KV group, of so many bytes each, `size` bytes hold. Raises ConfigError where
+    they hold none."""
+    slots = size // max(sum(page_bytes), 1)
+    if slots < 1:
+        raise ConfigError(
+            f"swap_bytes {size} holds not one KV page of {sum(page_bytes)} bytes; give a multiple of that"
+        )
+    return slots
 
 
 class SwapFile:
@@ -28,11 +57,7 @@ class SwapFile:
         """Raises ConfigError where not one page fits or the disk has no room for `size` bytes."""
         self._pools = tuple(pools)
         each = [pool.shape[0] * pool.shape[2] for pool in pools]
-        self.slots = size // max(sum(each), 1)
-        if self.slots < 1:
-            raise ConfigError(
-                f"swap_bytes {size} holds not one KV page of {sum(each)} bytes; give a multiple of that"
-            )
+        self.slots = slots_of(size, each)
         self.bytes = self.slots * sum(each)
         self._file = -1
         self._starts = [self.slots * sum(each[:group]) for group in range(len(each))]

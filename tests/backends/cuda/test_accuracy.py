@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def compared(shared: Path, tokens: int, window: int, chunk: int, decoded: int) -
         part = list(ids[begin : begin + window])
         cuts = [*range(0, window - decoded, chunk), *range(window - decoded, window + 1)]
         found = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             rows = range(stop - start)
             span = Span(0, part[start:stop], start, rows, (table,) * len(graph.kv_groups))
             found.append(executor.logits(StepPlan((span,))).copy())

@@ -73,7 +73,9 @@ def test_qkv_write(
         got = [x[span.start :] for x in stored(layer, step, i, 1)]
         for x, want in zip(got, (k, v), strict=True):
             # Of int8 and fp8 the one code that a rounding error in float32 may move.
-            unit = float(want[rows].abs().max()) / {"int8": 127, "fp8": 14}[format] if format in MOST else 2e-6
+            unit = (
+                float(want[rows].abs().max()) / {"int8": 127, "fp8": 14}[format] if format in MOST else 2e-6
+            )
             torch.testing.assert_close(x, round_kv(want[rows], format), rtol=STEPS[format], atol=1.01 * unit)
             if format in MOST:
                 off = (x - round_kv(want[rows], format)).abs() > 1e-5

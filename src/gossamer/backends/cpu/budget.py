@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from gossamer.backends.cpu.formats import kv_page_bytes
@@ -16,27 +17,41 @@ if TYPE_CHECKING:
 
 __all__ = ["too_large"]
 
+_Sizes = Callable[[Graph], int]
+
 _SCORES = (
     "the workspace holds the scores of attention, which grow with --max-model-len and "
     "--max-num-batched-tokens, and which FlashAttention does without (leave out --no-flash-attention); "
 )
 
 
-def too_large(budget: int, graph: Graph, shape: StepShape, *, flash: bool, **parts: int) -> MemoryBudgetError:
-    """The error for a program of these parts in a budget that is too small, with what would fit. flash: no
-    scores of attention are among them."""
+def too_large(
+    budget: int,
+    graph: Graph,
+    shape: StepShape,
+    parts: Mapping[str, int],
+    *,
+    flash: bool,
+    weight_bytes: _Sizes = lambda graph: layout(graph)[1],
+    where: str = "",
+) -> MemoryBudgetError:
+    """The error for a program in a budget that is too small, with what would fit. parts: bytes by name,
+    "weights" and "kv" among them. flash: no scores of attention are. weight_bytes: of a graph's weights, as
+    the backend packs them. where: whose memory it is, as " on ..."."""
     need = sum(parts.values())
     listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     room = budget - (need - parts["weights"] - parts["kv"])
     room -= shape.padding * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
     return MemoryBudgetError(
-        f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there; "
+        f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there{where}; "
         + ("" if flash else _SCORES)
-        + _what_fits(graph, shape, budget, room, parts["weights"])
+        + _what_fits(graph, shape, budget, room, parts["weights"], weight_bytes)
     )
 
 
-def _what_fits(graph: Graph, shape: StepShape, budget: int, room: int, weights: int) -> str:
+def _what_fits(
+    graph: Graph, shape: StepShape, budget: int, room: int, weights: int, weight_bytes: _Sizes
+) -> str:
     """What to ask for instead, never more than was asked for. room: bytes of the budget that are there for
     weights and KV together."""
     page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
@@ -53,7 +68,7 @@ def _what_fits(graph: Graph, shape: StepShape, budget: int, room: int, weights: 
         )
     least, stored = weights, "as they are"
     for format in ("int8", "int4"):
-        size_there = _weights_in(graph, format)
+        size_there = weight_bytes(_in_format(graph, format))
         if size_there < least:
             least, stored = size_there, f"as {format}"
         if room - least >= page:
@@ -73,10 +88,10 @@ def _what_fits(graph: Graph, shape: StepShape, budget: int, room: int, weights: 
     )
 
 
-def _weights_in(graph: Graph, format: str) -> int:
-    """Bytes of the graph's matrices in a quantized format."""
+def _in_format(graph: Graph, format: str) -> Graph:
+    """The graph with its matrices in a quantized format."""
     group = auto_group(graph, format)
-    return layout(with_formats(graph, lambda weight: weight.stored_as(format, group)))[1]
+    return with_formats(graph, lambda weight: weight.stored_as(format, group))
 
 
 def _mib(size: int) -> str:

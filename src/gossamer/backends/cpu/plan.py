@@ -89,7 +89,7 @@ class ProgramPlan:
         m = self.memory
         if m.total - m.draft + sum(beside.values()) > budget:
             parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
-            raise too_large(budget, self.graph, self.shape, flash=self.flash, **parts, **beside)
+            raise too_large(budget, self.graph, self.shape, parts | beside, flash=self.flash)
 
 
 def plan_program(

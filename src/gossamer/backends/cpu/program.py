@@ -97,7 +97,7 @@ class CpuProgram(Program):
         except MemoryError:
             m = plan.memory
             sizes = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace} | beside
-            raise too_large(memory_budget or 0, graph, shape, flash=flash, **sizes) from None
+            raise too_large(memory_budget or 0, graph, shape, sizes, flash=flash) from None
         self._vectors = load_vectors(graph, source)
         self.program = _native.Program(isa, self.pool)
         self._instructions = lowered(

@@ -89,5 +89,5 @@ def require_chip(weights: Collection[str], kv_dtype: str, device: Device) -> Non
         if asked:
             raise ConfigError(
                 f"{what} in fp8 need compute capability {_FP8[0]}.{_FP8[1]} at least, and {device.name} has "
-                f"{device.capability[0]}.{device.capability[1]}; the nearest that it has is int8 ({flag} int8)"
+                f"{device.capability[0]}.{device.capability[1]}; the nearest it has is int8 ({flag} int8)"
             )

@@ -40,9 +40,9 @@ class PackedWeight:
     """A weight as kernels read it; format, group, shape and activation_scale as of `Weight`. shape is [N, K],
     [experts, N, K] or, of vectors, [N]; the tensors are contiguous and begin with the same extents up to N.
 
-    data: floats in their type, vectors in float32, [.., K]. int8 without groups and fp8: int8 or float8_e4m3fn
-    [.., K]. With groups K is padded to whole ones: int8 [.., K], or uint8 [.., K / 2], where byte i holds
-    column 2i in its low half and 2i + 1 in its high half (int4: plus 8).
+    data: floats in their type, vectors in float32, [.., K]. int8 without groups and fp8: int8 or
+    float8_e4m3fn [.., K]. With groups K is padded to whole ones: int8 [.., K], or uint8 [.., K / 2], where
+    byte i holds column 2i in its low half and 2i + 1 in its high half (int4: plus 8).
     scales: float32 [..], one a row, or float16 [.., groups]. zeros: uint8 [.., groups] of uint4.
     levels: float32 [16] of nf4, one table for all weights of a model.
     """

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from gossamer.backends.base import MemoryReport, Program, ReceiptLine
-from gossamer.backends.cpu.plan import StepShape, step_arrays
+from gossamer.backends.cpu.budget import too_large
+from gossamer.backends.cpu.plan import SAMPLE_ROW, StepShape, step_arrays
 from gossamer.backends.cuda.device import Device, require_chip
 from gossamer.backends.cuda.inputs import StepInputs
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
@@ -26,21 +27,31 @@ from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
 from gossamer.backends.cuda.replay import Recorder, buckets
 from gossamer.backends.cuda.step import KvLayer
+from gossamer.backends.cuda.temporary import temporary_bytes
 from gossamer.backends.cuda.transfer import Arrival, Moment
 from gossamer.backends.cuda.values import Quantized, plan_values, views
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
-__all__ = ["CudaProgram", "Flight", "plan_memory"]
+__all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
 
 _KV = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 _SCALED_KV = ("int8", "fp8")
-_MIB = 1 << 20
+_ANYTHING = {
+    "temperature": 1,
+    "top_k": 2,
+    "top_p": 0.9,
+    "repetition": 1.1,
+    "logprobs": 1,
+    "mask_row": -1,
+    "target": -1,
+}
+"""A row that takes every path of the sampler."""
 _RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
 
@@ -49,7 +60,7 @@ class _Ran:
     calls: int = 0
     rows: int = 0
     seconds: float = 0.0
-    kernels: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, None] = field(default_factory=dict)
 
 
 def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> MemoryReport:
@@ -62,9 +73,8 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         )
     arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
     shared = arena if reuse else plan_values(graph, shape.tokens, shape.rows, reuse=True)
-    read = {name for node in graph.nodes for name in node.weights}
     return MemoryReport(
-        weights=sum(packed_bytes(graph.weights[name]) for name in read),
+        weights=_weight_bytes(graph),
         kv=sum(_kv_bytes(group, shape) for group in graph.kv_groups),
         kv_tokens=shape.pages * shape.page_size,
         arena=arena.bytes,
@@ -73,8 +83,23 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         workspace=_scratch(graph, shape)
         + _quantized_bytes(graph, shape)
         + 4 * StepInputs.words(shape, len(graph.kv_groups))
-        + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes,
+        + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes
+        + temporary_bytes(graph, shape, recorded=_most_recorded(shape)),
     )
+
+
+def require(memory: MemoryReport, graph: Graph, shape: StepShape, device: Device, budget: int | None) -> None:
+    """Raises MemoryBudgetError, with what would fit, where the device (or a budget within it, in bytes) does
+    not hold a program."""
+    there = device.memory if budget is None else min(device.memory, budget)
+    if memory.total > there:
+        m = memory
+        parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
+        beside = {"draft": m.draft} if m.draft else {}
+        where = f" on {device.name}"
+        raise too_large(
+            there, graph, shape, parts | beside, flash=True, weight_bytes=_weight_bytes, where=where
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +123,12 @@ class CudaProgram(Program):
         *,
         reuse: bool = True,
         recorded: bool = True,
-        memory_budget: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """recorded: decode steps are recorded and replayed, see `replay.py`. memory_budget: bytes of the
-        device; None: what is free. Raises MemoryBudgetError before any memory is taken."""
+        """recorded: decode steps are recorded and replayed, see `replay.py`. Takes its memory whether or not
+        there is enough: `require` asks first."""
         self.memory = plan_memory(graph, shape, reuse=reuse)
         require_chip({weight.format for weight in graph.weights.values()}, shape.kv_dtype, device)
-        budget = device.memory if memory_budget is None else min(device.memory, memory_budget)
-        if self.memory.total > budget:
-            m = self.memory
-            raise MemoryBudgetError(
-                f"{m.total / _MIB:.1f} MiB of device memory are needed (weights {m.weights / _MIB:.1f}, KV "
-                f"{m.kv / _MIB:.1f}, intermediates {(m.arena + m.workspace) / _MIB:.1f}) and "
-                f"{budget / _MIB:.1f} are there on {device.name}; a smaller --max-num-batched-tokens, "
-                "--kv-bytes or weight format takes less"
-            )
         self.graph, self.shape, self.device = graph, shape, device
         self.isa, self.threads = device.isa, 1
         at = device.torch
@@ -154,9 +169,10 @@ class CudaProgram(Program):
         self._replayed: Counter[int] = Counter()
         if recorded:
             recorder = Recorder(at)
-            for size in reversed(buckets(min(shape.tokens, shape.rows, shape.spans))):
-                self._replays[size] = recorder.record(partial(self._compute, self._inputs.recorded(size)))
-            self._ran = [_Ran() for _ in self._instructions]
+            for size in reversed(buckets(_most_recorded(shape))):
+                self._replays[size] = recorder.record(
+                    partial(self._compute, self._inputs.recorded(size), counted=False)
+                )
 
     def bind_sampling(
         self,
@@ -215,6 +231,22 @@ class CudaProgram(Program):
             getattr(self, name)[: flight.rows] = found
         return seconds
 
+    def warm_up(self) -> None:
+        """Runs steps of every kind over what is in the pages, which nobody has written yet: kernels are
+        compiled before the first request, not by it."""
+        most = min(self.shape.tokens, self.shape.table * self.shape.page_size)
+        # Kernels are compiled apart for one row, for few, and for counts that 16 divides or not.
+        for tokens in sorted({1, 3, min(most, 31), most // 16 * 16, most} - {0}):
+            self.spans[0] = (0, tokens, 0, 0, -1)
+            self.rows[0] = tokens - 1
+            self.sample_rows[0] = np.zeros((), SAMPLE_ROW)
+            for name, value in _ANYTHING.items():
+                self.sample_rows[name][0] = value
+            for top1 in (True, False):
+                self.run(tokens, 1, 1, -(-tokens // self.shape.page_size), top1=top1)
+        self._ran = [_Ran() for _ in self._instructions]
+        self._replayed.clear()
+
     def value(self, name: str, rows: int) -> npt.NDArray[np.float32]:
         """An output ("logits", ...) after a step, [rows, width], on the host."""
         value = self._values[self.graph.outputs[name]]
@@ -260,18 +292,19 @@ class CudaProgram(Program):
             return None
         return min((size for size in self._replays if size >= spans), default=None)
 
-    def _compute(self, step: Step) -> None:
-        """Every node's kernels, in order."""
+    def _compute(self, step: Step, *, counted: bool = True) -> None:
+        """Every node's kernels, in order. counted: for the receipt, which counts replays on its own."""
         tokens, rows = step.count(False), step.count(True)
         for done, ran in zip(self._instructions, self._ran, strict=True):
             count = rows if done.sampled else tokens
             if count == 0:
                 continue
             start = time.perf_counter()
-            ran.kernels[done.call(step)] += 1
-            ran.seconds += time.perf_counter() - start
-            ran.calls += 1
-            ran.rows += count
+            ran.kernels[done.call(step)] = None
+            if counted:
+                ran.seconds += time.perf_counter() - start
+                ran.calls += 1
+                ran.rows += count
 
     def _sample(self, rows: int, top1: bool, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In the order of _RESULTS, as many as there are."""
@@ -282,6 +315,17 @@ class CudaProgram(Program):
             return self._sampler.greedy(logits)
         found = self._sampler.sample(logits, self.sample_rows[:rows], *self._sampling, words[:rows])
         return tuple(getattr(found, name) for name in _RESULTS)
+
+
+def _most_recorded(shape: StepShape) -> int:
+    """Sequences of the largest step that decodes a token of each."""
+    return min(shape.tokens, shape.rows, shape.spans)
+
+
+def _weight_bytes(graph: Graph) -> int:
+    return sum(
+        packed_bytes(graph.weights[name]) for name in {n for node in graph.nodes for n in node.weights}
+    )
 
 
 def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:

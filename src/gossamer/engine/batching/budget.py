@@ -25,9 +25,6 @@ class Budget(Protocol):
     def admits(self, state: State) -> bool:
         """Whether newcomers may join now."""
 
-    def observe(self, tokens: int, kv_tokens: int, seconds: float) -> None:
-        """What a step took."""
-
 
 class FixedBudget:
     """The executor's limits."""
@@ -45,6 +42,3 @@ class FixedBudget:
     def admits(self, state: State) -> bool:
         """Always."""
         return True
-
-    def observe(self, tokens: int, kv_tokens: int, seconds: float) -> None:
-        """Nothing to learn."""

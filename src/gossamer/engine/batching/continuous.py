@@ -32,7 +32,7 @@ class Continuous:
     def plan(self, state: State) -> StepPlan:
         """The next step."""
         spans: list[Span] = []
-        running, limits = state.running, state.limits
+        running, limits, ahead = state.running, state.limits, state.ahead
         budget = min(self._budget.tokens(state), limits.max_tokens)
         # What drafts, scores of prompts and newcomers may take: everyone running has a row and a token.
         spare_rows = limits.max_rows - len(running)
@@ -45,6 +45,8 @@ class Continuous:
             i += 1
             if seq.computed < seq.length - 1:
                 prefilling = True
+            elif ahead and seq.length >= seq.limit:
+                continue  # the step in flight brings its last token
             elif seq.length <= seq.capacity or _make_room(state, seq):
                 if seq.draft is not None:
                     drafted = _fit_draft(state, seq, min(spare_rows, spare_tokens))
@@ -66,7 +68,7 @@ class Continuous:
                         spare_rows -= max(len(spans[-1].rows) - 1, 0)
         if budget > 0 and spare_rows > 0 and state.waiting and self._budget.admits(state):
             self._admit(state, spans, budget, spare_rows)
-        if not spans and len(running) > 1:  # prompts in the making hold all pages, and none can go on
+        if not spans and len(running) > 1 and not ahead:  # prompts hold all pages, and none can go on
             state.preempt()
             return self.plan(state)
         return StepPlan(tuple(spans))

@@ -86,9 +86,6 @@ class GoalBudget:
         """Always: the two above say how many."""
         return True
 
-    def observe(self, tokens: int, kv_tokens: int, seconds: float) -> None:
-        """Nothing: gaps are seen from step to step, with what the engine's caller takes between them."""
-
     def _predict(self, state: State, prompt: int, start: int) -> float:
         """Seconds of the decodes together with so many tokens of a prompt, of which `start` are computed."""
         pairs = prompt * start + prompt * (prompt + 1) // 2
@@ -150,10 +147,6 @@ class WaitBudget:
         if state.now - waiting.first().live.times["arrival"] >= self._seconds:
             return True
         return len(waiting) >= self._inner.sequences(state) - len(state.running)
-
-    def observe(self, tokens: int, kv_tokens: int, seconds: float) -> None:
-        """Told to the other."""
-        self._inner.observe(tokens, kv_tokens, seconds)
 
 
 def budget_of(dynamic: DynamicBatching | None) -> Budget:

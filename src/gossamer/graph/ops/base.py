@@ -87,8 +87,8 @@ _BITS = {
 
 def weight_bytes(weight: Weight) -> float:
     """Bytes of a weight in its storage format, scales included (fp16 per group, and for uint4 a byte for the
-    zero point; int8 without groups, and fp8: fp32 per row). A last group that the columns do not fill is padded. Of a
-    sparse one: its non-zeros, and a bit for every number."""
+    zero point; int8 without groups, and fp8: fp32 per row). A last group that the columns do not fill is
+    padded. Of a sparse one: its non-zeros, and a bit for every number."""
     *rows, columns = weight.shape
     scales = 4.0 if weight.format in ("int8", "fp8") else 0.0
     if weight.group:

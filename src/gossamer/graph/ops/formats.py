@@ -67,8 +67,8 @@ def round_weight(weight: torch.Tensor, format: str, group: int = 0) -> torch.Ten
 
 def round_activations(x: torch.Tensor, format: str, group: int = 0, scale: float = 0.0) -> torch.Tensor:
     """Activations [..., K] as a linear layer of that weight format sees them: untouched for f32 and f16; bf16
-    for bf16; E4M3 for fp8, with a float32 scale per token; symmetric int8 for all others, with a float32 scale
-    per token (and group where there is one).
+    for bf16; E4M3 for fp8, with a float32 scale per token; symmetric int8 for all others, with a float32
+    scale per token (and group where there is one).
 
     scale: above 0 (of int8 without groups alone) it is that of every token: the integers are clamp(round(x /
     scale), -127, 127), and a token with a NaN or infinity is NaN as a whole."""
@@ -97,9 +97,9 @@ def round_activations(x: torch.Tensor, format: str, group: int = 0, scale: float
 def round_kv(x: torch.Tensor, format: str) -> torch.Tensor:
     """Float32 values of keys or values [..., head_dim] as KV pages of that format store them.
 
-    int8: one scale max|x|/127 per token and head. fp8: E4M3 under one scale max|x|/448 per token and head, so
-    that the small numbers of a head keep their bits and large ones have room. int4: a fp16 scale per token and head, the signed extreme
-    over -8, and 16 levels -8..7.
+    int8: one scale max|x|/127 per token and head. fp8: E4M3 under one scale max|x|/448 per token and head,
+    so that the small numbers of a head keep their bits and large ones have room. int4: a fp16 scale per token
+    and head, the signed extreme over -8, and 16 levels -8..7.
     """
     import torch
 

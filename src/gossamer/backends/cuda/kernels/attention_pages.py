@@ -50,8 +50,8 @@ class Heads:
 
 
 def dot_types(pages: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
-    """In which type numbers are multiplied: that of the pages, bfloat16 for int8 and fp8. The second is what holds
-    them: the interpreter cannot multiply bfloat16, so float32 there."""
+    """In which type numbers are multiplied: that of the pages, bfloat16 for int8 and fp8. The second is what
+    holds them: the interpreter cannot multiply bfloat16, so float32 there."""
     operand = {torch.float32: tl.float32, torch.float16: tl.float16}.get(pages, tl.bfloat16)
     return operand, tl.float32 if interpreted() and operand is tl.bfloat16 else operand
 

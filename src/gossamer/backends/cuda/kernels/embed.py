@@ -111,8 +111,9 @@ def embed_packed(
 ) -> None:
     """scale times rows of a packed table. out: [T, K] of float32, float16 or bfloat16; ids: [T], integers.
 
-    format: int8 (codes int8 [V, K]), fp8 (float8_e4m3fn [V, K]), int4 (codes - 8), uint4 (codes - zeros, uint8 [V, groups]) or nf4
-    (uint8 [V, K / 2], rounded up). scales: float32 [V] where group is 0 (int8 and fp8), else fp16 [V, groups].
+    format: int8 (codes int8 [V, K]), fp8 (float8_e4m3fn [V, K]), int4 (codes - 8), uint4 (codes -
+    zeros, uint8 [V, groups]) or nf4 (uint8 [V, K / 2], rounded up). scales: float32 [V] where group is 0
+    (int8 and fp8), else fp16 [V, groups].
     """
     _embed_packed_kernel[_grid(out)](
         out, ids, codes, scales, zeros, _levels(codes.device) if format == "nf4" else None,

@@ -179,8 +179,8 @@ def qkv_write(
     and turned, into out_q [T, heads * head_dim]; keys and values into the tokens' slots of the layer's pages.
 
     inv_freq [rotary / 2] and magnitude: with rotary; q_norm, k_norm [head_dim] and eps: with norms. All is
-    float32 inside, rounded once: to out_q's dtype and the pages' (int8 and fp8: formats.round_kv). qkv and out_q are
-    float32, float16 or bfloat16, with columns side by side.
+    float32 inside, rounded once: to out_q's dtype and the pages' (int8 and fp8: formats.round_kv). qkv and
+    out_q are float32, float16 or bfloat16, with columns side by side.
     """
     _launch(
         qkv, qkv[:, (heads + kv_heads) * head_dim :], out_q, layer, batch, group, (heads, kv_heads), head_dim,

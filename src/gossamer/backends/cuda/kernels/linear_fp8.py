@@ -1,8 +1,9 @@
-"""Linear layers over fp8 weights (E4M3: Micikevicius et al., FP8 Formats for Deep Learning, 2022), a scale a row.
+"""Linear layers over fp8 weights (E4M3: Micikevicius et al., FP8 Formats for Deep Learning, 2022) with a
+scale a row.
 
-W8A8 for many rows: these are quantized as they come, a scale a token, and torch's scaled matmul multiplies fp8
-by fp8. For few rows memory is the limit, not arithmetic: they stay as they are (W8A16), and weights are widened
-in registers. So are those of matrices that tensor cores do not take whole.
+W8A8 for many rows: they are quantized as they come, a scale a token, and torch's scaled matmul multiplies fp8
+by fp8. For few rows memory is the limit, not arithmetic: they stay as they are (W8A16), and weights are
+widened in registers. So are those of matrices that tensor cores do not take whole.
 """
 
 from __future__ import annotations

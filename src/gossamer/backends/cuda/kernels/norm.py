@@ -205,8 +205,8 @@ def rms_norm_quantize(
 
 
 def quantize_rows(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, scale: float = 0.0) -> None:
-    """Symmetric int8 or fp8 per token: out int8 or float8_e4m3fn [T, K], scales float32 [T], x [T, K] is out *
-    scales up to rounding, half to even.
+    """Symmetric int8 or fp8 per token: out int8 or float8_e4m3fn [T, K], scales float32 [T], x [T, K] is out
+    * scales up to rounding, half to even.
 
     scale: above 0 it is that of every token, and integers are clamped. A row with a NaN or infinity gets
     zeros and a scale of NaN; one of zeros, or of numbers too small to divide by, zeros and 0.

@@ -15,7 +15,8 @@ from gossamer.backends.cuda.device import interpreted
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = [
-    "BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "gemv_columns", "levels_of", "planes", "steps_of", "tile",
+    "BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "gemv_columns", "levels_of", "planes", "steps_of",
+    "tile",
 ]  # fmt: skip
 
 BLOCK_K = 64
