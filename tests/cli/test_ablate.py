@@ -17,7 +17,7 @@ FLAGS = ("--speed-shape", "own", "--rounds", 2, "--quick")
 
 
 def test_a_table_of_claims_and_measurements(cli: Cli) -> None:
-    ran = cli("ablate", MODEL, "--technique", "memory-reuse", "--technique", "offloading", *FLAGS)
+    ran = cli("ablate", MODEL, "--technique", "memory-reuse", "--technique", "sequence-parallelism", *FLAGS)
     assert ran.code == 0, ran.err
     for words in ("memory reuse", "arena", "not built", "alone, against its honest baseline"):
         assert words in ran.out
@@ -38,7 +38,7 @@ def test_signals_show_what_was_measured(cli: Cli, monkeypatch: pytest.MonkeyPatc
         signal.raise_signal(number)
 
     monkeypatch.setattr(sides, "Worker", interrupt)
-    ran = cli("ablate", MODEL, "--technique", "offloading", "--technique", "memory_reuse", *FLAGS)
+    ran = cli("ablate", MODEL, "--technique", "sequence_parallelism", "--technique", "memory_reuse", *FLAGS)
     assert ran.code == 130 and "not built" in ran.out and "interrupted" in ran.err
 
 

@@ -19,6 +19,7 @@ from gossamer.config import (
     FlashAttention,
     HardwareKernels,
     MixedPrecision,
+    Offloading,
     PagedAttention,
     PrefixCache,
     Quantization,
@@ -96,6 +97,12 @@ def refused(**choices: Any) -> ConflictError:
          "with --quantization int8"),
         ({"kv_dtype": "fp8"}, "no kernels for keys and values in fp8",
          "with --kv-cache-dtype int8"),
+        ({"offloading": Offloading()}, "those of the cpu backend lie there already", "with --backend cuda"),
+        (
+            {"backend": "cuda", "offloading": Offloading(device_bytes=3 << 30), "flash_attention": None},
+            "no other attention than FlashAttention",
+            "without --no-flash-attention",
+        ),
         ({"backend": "reference", "memory_reuse": None}, "no arena", "with --backend cpu, or without "
          "--no-memory-reuse"),
     ],
@@ -182,7 +189,8 @@ def test_rules_are_named_and_speak_of_techniques_there_are() -> None:
 
 # What each choice may be.
 DOMAIN: dict[str, list[Any]] = {
-    "backend": ["cpu", "reference"],
+    "backend": ["cpu", "cuda", "reference"],
+    "offloading": [None, Offloading()],
     "load_format": ["auto", "dummy"],
     "dummy_sparsity": [None, "0.5"],
     "quantization": [None, Quantization(format="int4")],

@@ -19,7 +19,8 @@ __all__ = ["MemoryReport", "Program", "ReceiptLine"]
 class MemoryReport:
     """Bytes taken at start; nothing grows past them. kv_tokens: how many tokens the KV pages hold.
     arena_separate, arena_shared: what the arena would be without memory reuse, and with it. draft: all that a
-    draft model takes beside."""
+    draft model takes beside. host: of host memory for weights that a GPU does not hold; no part of total,
+    which is of the device's."""
 
     weights: int
     kv: int
@@ -29,6 +30,7 @@ class MemoryReport:
     arena_shared: int
     workspace: int
     draft: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:

@@ -25,6 +25,7 @@ def memory_figures(report: MemoryReport) -> dict[str, int]:
         "arena_shared_bytes": report.arena_shared,
         "workspace_bytes": report.workspace,
         "draft_bytes": report.draft,
+        "host_bytes": report.host,
         "total_bytes": report.total,
         "resident_bytes": resident_bytes(),
     }

@@ -14,7 +14,7 @@ from gossamer.config.quantization import SPELLINGS
 from gossamer.errors import ConfigError, ConflictError
 
 if TYPE_CHECKING:
-    from gossamer.config import EngineConfig
+    from gossamer.config import EngineConfig, Offloading
 
 __all__ = ["EngineFlags"]
 
@@ -74,6 +74,10 @@ class EngineFlags:
     memory_budget: Annotated[str | None, flag(
         "--memory-budget", panel=_MEMORY, metavar="SIZE",
         help="Most memory to take in all; a model that needs more is refused.")] = None
+    offload: Annotated[str | None, flag(
+        "--offload", panel=_MEMORY, metavar="SIZE",
+        help="With --device cuda: layers that do not fit lie in host memory and are streamed in every step; "
+        "auto, or the device memory that weights may take.")] = None
     page_size: Annotated[int | None, flag(
         "--page-size", panel=_MEMORY, metavar="TOKENS",
         help="Tokens in a KV page, a multiple of 16; 16 if not given.")] = None
@@ -185,6 +189,8 @@ class EngineFlags:
         for name in ("memory_reuse", "dynamic_shapes", "flash_attention"):
             if getattr(self, f"no_{name}"):
                 options[name] = None
+        if self.offload is not None:
+            options["offloading"] = self._offloading(self.offload)
         options |= self._fusion()
         if self.static_batching is not None:
             options |= self._static()
@@ -229,6 +235,12 @@ class EngineFlags:
         operators = None if self.no_operator_fusion else OperatorFusion(without=without)
         rows = LayerFusion() if self.layer_fusion_rows is None else LayerFusion(rows=self.layer_fusion_rows)
         return {"operator_fusion": operators, "layer_fusion": None if self.no_layer_fusion else rows}
+
+    @staticmethod
+    def _offloading(text: str) -> Offloading:
+        from gossamer.config import Offloading
+
+        return Offloading(device_bytes=None if text == "auto" else parse_size(text))
 
     def _static(self) -> dict[str, Any]:
         from gossamer.config import StaticBatching

@@ -67,6 +67,9 @@ def memory_table(started: Started) -> Table:
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("weights", format_size(memory.weights), stored)
+    if config.offloading is not None:
+        brought = "read anew in every step" if memory.host else "all of them fit on the device"
+        table.add_row("weights in host memory", format_size(memory.host), brought)
     paged = config.paged_attention is not None
     table.add_row(
         "KV pages" if paged else "KV slots",

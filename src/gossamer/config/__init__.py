@@ -12,6 +12,7 @@ from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.offloading import Offloading
 from gossamer.config.operator_fusion import OperatorFusion
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
@@ -31,6 +32,7 @@ __all__ = [
     "LayerFusion",
     "MemoryReuse",
     "MixedPrecision",
+    "Offloading",
     "OperatorFusion",
     "PagedAttention",
     "ParallelComputing",

@@ -14,6 +14,7 @@ from gossamer.config.hardware_kernels import HardwareKernels
 from gossamer.config.layer_fusion import LayerFusion
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.offloading import Offloading
 from gossamer.config.operator_fusion import OperatorFusion
 from gossamer.config.paged_attention import PagedAttention
 from gossamer.config.parallel_computing import ParallelComputing
@@ -35,6 +36,7 @@ _TECHNIQUES: dict[str, type] = {
     "continuous_batching": ContinuousBatching, "static_batching": StaticBatching,
     "speculative_decoding": SpeculativeDecoding, "dynamic_batching": DynamicBatching,
     "sparse_weights": SparseWeights, "flash_attention": FlashAttention, "dynamic_shapes": DynamicShapes,
+    "offloading": Offloading,
 }  # fmt: skip
 _MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 20}
 
@@ -69,6 +71,7 @@ class EngineConfig:
     layer_fusion: LayerFusion | None = field(default_factory=LayerFusion)
     paged_attention: PagedAttention | None = field(default_factory=PagedAttention)
     prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)
+    offloading: Offloading | None = None
     memory_reuse: MemoryReuse | None = field(default_factory=MemoryReuse)
     flash_attention: FlashAttention | None = field(default_factory=FlashAttention)
     dynamic_shapes: DynamicShapes | None = field(default_factory=DynamicShapes)

@@ -305,6 +305,19 @@ RULES: tuple[Rule, ...] = (
         repairs=lambda c: (("kv_dtype", "int8"),),
     ),
     Rule(
+        name="weights are offloaded from a GPU",
+        kind="needs",
+        techniques=("offloading",),
+        says="weights are streamed from host memory to a GPU (--device cuda); on the other backends they are "
+        "there already, and fewer bits (-q int4) are what takes less of it",
+        holds=lambda c: c.offloading is None or c.backend == "cuda",
+        reason=lambda c: (
+            "offloading keeps weights in host memory for a GPU, and those of the "
+            f"{c.backend} backend lie there already (-q int4 makes them smaller)"
+        ),
+        repairs=lambda c: (("offloading", None), ("backend", "cuda")),
+    ),
+    Rule(
         name="the reference has no arena",
         kind="needs",
         techniques=("memory_reuse",),

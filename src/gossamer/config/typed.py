@@ -10,6 +10,7 @@ from typing import Any
 from gossamer.config.continuous_batching import ContinuousBatching
 from gossamer.config.dynamic_batching import DynamicBatching
 from gossamer.config.mixed_precision import MixedPrecision
+from gossamer.config.offloading import Offloading
 from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 
@@ -30,9 +31,11 @@ _PARTS = {
 }  # fmt: skip
 """Fields of techniques that have flags of their own."""
 _SPELLED = {
-    "mixed_precision": "--dtype", "speculative_decoding": "--speculative-config",
+    "mixed_precision": "--dtype",
+    "speculative_decoding": "--speculative-config",
+    "offloading": "--offload",
     "kv_dtype": "--kv-cache-dtype",
-}  # fmt: skip
+}
 
 
 def typed(choice: str, before: Any, after: Any) -> list[str]:
@@ -87,6 +90,8 @@ def _value(value: Any) -> str:
         return {"bf16": "bfloat16", "f16": "float16"}[value.dtype]
     if isinstance(value, StaticBatching):
         return "padded" if value.padded else "ragged"
+    if isinstance(value, Offloading):
+        return "auto" if value.device_bytes is None else _value(value.device_bytes)
     if isinstance(value, SpeculativeDecoding):
         given = {own.name: getattr(value, own.name) for own in fields(value)}
         kept = {own.name: given[own.name] for own in fields(value) if given[own.name] != own.default}

@@ -65,8 +65,8 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offload:
-    """Weights that would stay elsewhere (not built). resident, streamed: bytes here in all, and of weights
-    that come anew in every step; seconds: (link, least seconds of a step) over each of LINKS."""
+    """Weights that would stay elsewhere (not built for CPUs). resident, streamed: bytes here in all, and of
+    weights that come anew in every step; seconds: (link, least seconds of a step) over each of LINKS."""
 
     resident: int
     streamed: int
@@ -237,7 +237,7 @@ def offload_sentence(found: Offload | None) -> str:
         return ""
     times = " or ".join(f"{ms(1e3 * seconds)} over {link}" for link, seconds in found.seconds)
     return (
-        f"; offloading (not built yet) would keep {size(found.resident)} here and read "
+        f"; offloading (built for GPUs alone) would keep {size(found.resident)} here and read "
         f"{size(found.streamed)} of weights in every step, which takes at least {times}"
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.program import CudaProgram, plan_memory, require
+from gossamer.backends.cuda.streaming import StreamPlan, place_weights
 from gossamer.backends.cuda.swap import HostSwap, page_bytes
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
@@ -59,7 +60,9 @@ def start_cuda(
     """
     reuse = config.memory_reuse is not None
 
-    def make(graph: Graph, source: WeightSource, kv: KVPlan) -> CudaProgram:
+    def make(
+        graph: Graph, source: WeightSource, kv: KVPlan, streams: StreamPlan | None = None
+    ) -> CudaProgram:
         return CudaProgram(
             graph,
             source,
@@ -67,6 +70,7 @@ def start_cuda(
             device,
             reuse=reuse,
             recorded=config.layer_fusion is not None,
+            streams=streams,
             progress=progress,
         )
 
@@ -77,10 +81,15 @@ def start_cuda(
         own = replace(kv, pages=draft_pages(draft[0], config, kv, device.memory))
         beside = plan_memory(draft[0], step_shape(draft[0], config, own), reuse=reuse)
         memory = replace(memory, draft=beside.total)
-    require(memory, graph, shape, device, config.memory_budget)
     swap_bytes = _swap_bytes(config)
+    streams = None
+    if config.offloading is not None:
+        budget = min(device.memory, config.memory_budget or device.memory)
+        host = available_memory() - (swap_bytes or 0)
+        streams, memory = place_weights(graph, memory, config.offloading, budget, host)
+    require(memory, graph, shape, device, config.memory_budget)
     guesser = None if draft is None else make(*draft, own)
-    program = make(graph, source, kv)
+    program = make(graph, source, kv, streams)
     if device.torch.type == "cuda":  # the interpreter compiles nothing
         for each in (guesser, program):
             if each is not None:

@@ -11,6 +11,7 @@ import torch
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, merge, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
+from gossamer.backends.cuda.kernels.gemv_words import gemv_words
 from gossamer.backends.cuda.kernels.linear import linear
 from gossamer.backends.cuda.kernels.linear_float import gemv_rows
 from gossamer.backends.cuda.kernels.linear_grouped import gemv_grouped
@@ -68,6 +69,18 @@ def test_every_format_any_rows(format: str, group: int, t: int, device: torch.de
         close(out, seen(x, format) @ values.T)
         assert name.endswith(weight.stored)
         assert name.startswith("gemv_" if t <= 4 else ("cublas_", "gemm_"))
+
+
+@pytest.mark.parametrize(("format", "group"), [("int4", 128), ("uint4", 32)])
+def test_words_without_a_rest(format: str, group: int, device: torch.device) -> None:
+    """Inputs that fill whole steps of words are read without asking; many columns are taken by eights."""
+    n, k = 8195, 256
+    weight, values = matrix(n, k, format, group)
+    x = rows(1, k, torch.bfloat16, device)
+    out = torch.full((1, n), torch.nan, device=device)
+    some = slice(n - 37, n)
+    linear(out[:, some], x, [weight.part(some)])
+    close(out[:, some], x.double() @ values[some].T)
 
 
 @pytest.mark.parametrize(("format", "group"), [("f16", 0), ("int8", 0), ("fp8", 0), *GROUPED])
@@ -135,7 +148,8 @@ def test_outputs_side_by_side(format: str, group: int, t: int, device: torch.dev
 @pytest.mark.parametrize(
     ("run", "format", "group", "t"),
     [
-        (gemv_grouped, "int4", 32, 3), (gemv_grouped, "uint4", 32, 1), (gemv_rows, "bf16", 0, 2),
+        (gemv_words, "int4", 32, 3), (gemv_words, "uint4", 32, 1),
+        (gemv_grouped, "nf4", 32, 2), (gemv_rows, "bf16", 0, 2),
         (gemv_rows, "fp8", 0, 1),
         (gemm, "int8", 0, 17), (gemm, "nf4", 32, 5),
     ],

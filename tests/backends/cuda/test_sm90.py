@@ -14,7 +14,16 @@ ROOT = Path(__file__).parents[3]
 SHARED = 232_448
 """Bytes of shared memory that a program may have on sm_90."""
 SLOW = pytest.mark.slow
-LINEAR = {"_gemv_grouped", "_gemv_rows", "_gemm", "_linear_int8", "_merge", "_experts", "_sum_slots"}
+LINEAR = {
+    "_gemv_grouped",
+    "_gemv_words",
+    "_gemv_rows",
+    "_gemm",
+    "_linear_int8",
+    "_merge",
+    "_experts",
+    "_sum_slots",
+}
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,9 @@ def request(*names: str, **options: object) -> Request:
 def test_a_technique_alone_has_figures_effects_and_proof() -> None:
     heard: list[Now] = []
     rows: list[Row] = []
-    ledger = ablate(request("memory_reuse", "offloading"), Watch(now=heard.append, row=rows.append))
-    reuse, offloading = ledger.rows
+    names = ("memory_reuse", "offloading", "sequence_parallelism")
+    ledger = ablate(request(*names), Watch(now=heard.append, row=rows.append))
+    reuse, offloading, sequence = ledger.rows
     assert list(ledger.rows) == rows and heard[0].technique == "memory_reuse"
     assert any(now.medians for now in heard)
     assert reuse.off is not None and reuse.on is not None
@@ -105,7 +106,8 @@ def test_a_technique_alone_has_figures_effects_and_proof() -> None:
     assert len(reuse.on.figures["itl_ms"].samples) == 2
     assert any("the same tokens in all" in fact for fact in reuse.proof.facts)
     assert "--no-memory-reuse" in reuse.off.config and "--no-memory-reuse" not in reuse.on.config
-    assert offloading.on is None and "not built" in offloading.note
+    assert offloading.on is None and "--device cuda" in offloading.note
+    assert sequence.on is None and "not built" in sequence.note
     assert ledger.settings["interrupted"] is False and ledger.seconds > 0
     json.dumps(asdict(ledger), allow_nan=False)
 

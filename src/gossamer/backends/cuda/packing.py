@@ -2,7 +2,8 @@
 
 What a node reads side by side (the projections of `merged_linear`, their biases) lies side by side, so that
 one launch multiplies all of it. Memory is taken for one such run at a time and filled row block by row block:
-beside the weights, loading never holds more than one block of rows.
+beside the weights, loading never holds more than one block of rows. Where it is taken is a `Memory`'s choice:
+weights that are streamed share it (`streaming.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from gossamer.graph.ops.formats import NF4
 from gossamer.graph.ops.fused import matrix_weights
 from gossamer.graph.weights import Stack, Transpose, WeightExpr, leaves, stored_format
 
-__all__ = ["PackedWeight", "pack", "packed_bytes", "require_format", "side_by_side"]
+__all__ = [
+    "Memory", "PackedWeight", "pack", "packed_bytes", "require_format", "run_tensors", "runs", "side_by_side",
+]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 
@@ -73,6 +76,22 @@ class PackedWeight:
         )
 
 
+class Memory:
+    """Where packed weights lie: every tensor of a run by itself, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def take(
+        self, run: tuple[str, ...], tensor: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Room for a tensor ("data", "scales", "zeros") of the weights of a run; it may hold anything."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def filled(self, run: tuple[str, ...]) -> None:
+        """Says that all tensors of a run are there; runs are filled one by one, in the order of `runs`."""
+
+
 def require_format(weight: Weight) -> None:
     """Raises NotBuiltError for a weight without its zeros, ConfigError for a format or a group that no kernel
     reads."""
@@ -108,7 +127,12 @@ def packed_bytes(weight: Weight) -> int:
 
 
 def pack(
-    graph: Graph, source: WeightSource, device: torch.device, *, progress: Progress | None = None
+    graph: Graph,
+    source: WeightSource,
+    device: torch.device,
+    *,
+    memory: Memory | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, PackedWeight]:
     """Every weight that a node of the graph reads, by name.
 
@@ -116,13 +140,15 @@ def pack(
     progress(bytes done, bytes in all) is called after each weight. Raises as `require_format`, before memory
     is taken, and CheckpointError for damaged tensors.
     """
-    runs = list(_runs(graph))
-    sizes = {name: packed_bytes(graph.weights[name]) for run in runs for name in run}
+    memory = memory or Memory(device)
+    every = list(runs(graph))
+    sizes = {name: packed_bytes(graph.weights[name]) for run in every for name in run}
     levels = torch.tensor(NF4, dtype=torch.float32, device=device)
     packed: dict[str, PackedWeight] = {}
     done = 0
-    for run in runs:
-        for name, place in zip(run, _allocate([graph.weights[name] for name in run], levels), strict=True):
+    for run in every:
+        places = _allocate(run, [graph.weights[name] for name in run], levels, memory)
+        for name, place in zip(run, places, strict=True):
             weight = graph.weights[name]
             if len(weight.shape) == 3:
                 assert isinstance(weight.expr, Stack)
@@ -134,6 +160,7 @@ def pack(
             done += sizes[name]
             if progress is not None:
                 progress(done, sum(sizes.values()))
+        memory.filled(run)
     return packed
 
 
@@ -174,7 +201,7 @@ def _joined(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | No
     return a.as_strided((a.shape[0] + b.shape[0], *a.shape[1:]), a.stride(), a.storage_offset())
 
 
-def _runs(graph: Graph) -> Iterator[tuple[str, ...]]:
+def runs(graph: Graph) -> Iterator[tuple[str, ...]]:
     """Names of the weights that nodes read, in runs that lie side by side."""
     seen: set[str] = set()
     for node in graph.nodes:
@@ -208,15 +235,21 @@ def _tensors(weight: Weight) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {"data": ((*rows, padded // 2), torch.uint8), **per_group}
 
 
-def _allocate(run: Sequence[Weight], levels: torch.Tensor) -> Iterator[PackedWeight]:
-    """Memory for weights that lie side by side along their first axis."""
-    rows = sum(weight.shape[0] for weight in run)
+def run_tensors(weights: Sequence[Weight]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what the weights of a run are packed into, side by side along their first axis."""
+    rows = sum(weight.shape[0] for weight in weights)
+    return {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in _tensors(weights[0]).items()}
+
+
+def _allocate(
+    run: tuple[str, ...], weights: Sequence[Weight], levels: torch.Tensor, memory: Memory
+) -> Iterator[PackedWeight]:
+    """Room for the weights of a run."""
     whole = {
-        name: torch.empty((rows, *shape[1:]), dtype=dtype, device=levels.device)
-        for name, (shape, dtype) in _tensors(run[0]).items()
+        name: memory.take(run, name, shape, dtype) for name, (shape, dtype) in run_tensors(weights).items()
     }
     start = 0
-    for weight in run:
+    for weight in weights:
         stop = start + weight.shape[0]
         yield PackedWeight(
             format=weight.format,

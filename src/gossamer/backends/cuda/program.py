@@ -27,11 +27,12 @@ from gossamer.backends.cuda.lower import Instruction, Lowering, Step, lower
 from gossamer.backends.cuda.packing import PackedWeight, pack, packed_bytes
 from gossamer.backends.cuda.replay import Recorder, buckets
 from gossamer.backends.cuda.step import KvLayer
+from gossamer.backends.cuda.streaming import StreamPlan, WeightStream
 from gossamer.backends.cuda.temporary import temporary_bytes
 from gossamer.backends.cuda.transfer import Arrival, Moment
 from gossamer.backends.cuda.values import Quantized, plan_values, views
 from gossamer.checkpoint.weights import WeightSource
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
@@ -63,9 +64,12 @@ class _Ran:
     kernels: dict[str, None] = field(default_factory=dict)
 
 
-def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> MemoryReport:
-    """Bytes of device memory that a program of this shape takes, exactly, before any is taken. Raises
-    ConfigError and NotBuiltError for formats that no kernel reads."""
+def plan_memory(
+    graph: Graph, shape: StepShape, *, reuse: bool = True, streams: StreamPlan | None = None
+) -> MemoryReport:
+    """Bytes of device memory that a program of this shape takes, exactly, before any is taken. streams: which
+    weights are not kept on the device. Raises ConfigError and NotBuiltError for formats that no kernel
+    reads."""
     if shape.kv_dtype not in _KV:
         raise ConfigError(
             f"the cuda backend stores keys and values in {', '.join(_KV)}, not in {shape.kv_dtype}; "
@@ -74,7 +78,7 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
     arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
     shared = arena if reuse else plan_values(graph, shape.tokens, shape.rows, reuse=True)
     return MemoryReport(
-        weights=_weight_bytes(graph),
+        weights=_weight_bytes(graph) if streams is None else streams.device_bytes,
         kv=sum(_kv_bytes(group, shape) for group in graph.kv_groups),
         kv_tokens=shape.pages * shape.page_size,
         arena=arena.bytes,
@@ -85,6 +89,7 @@ def plan_memory(graph: Graph, shape: StepShape, *, reuse: bool = True) -> Memory
         + 4 * StepInputs.words(shape, len(graph.kv_groups))
         + DeviceSampler(torch.device("meta"), shape.rows, graph.vocab).bytes
         + temporary_bytes(graph, shape, recorded=_most_recorded(shape)),
+        host=0 if streams is None else streams.host_bytes,
     )
 
 
@@ -97,9 +102,10 @@ def require(memory: MemoryReport, graph: Graph, shape: StepShape, device: Device
         parts = {"weights": m.weights, "kv": m.kv, "arena": m.arena, "workspace": m.workspace}
         beside = {"draft": m.draft} if m.draft else {}
         where = f" on {device.name}"
-        raise too_large(
+        error = too_large(
             there, graph, shape, parts | beside, flash=True, weight_bytes=_weight_bytes, where=where
         )
+        raise MemoryBudgetError(f"{error}; --offload auto streams from host memory what does not fit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +129,19 @@ class CudaProgram(Program):
         *,
         reuse: bool = True,
         recorded: bool = True,
+        streams: StreamPlan | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """recorded: decode steps are recorded and replayed, see `replay.py`. Takes its memory whether or not
-        there is enough: `require` asks first."""
-        self.memory = plan_memory(graph, shape, reuse=reuse)
+        """recorded: decode steps are recorded and replayed, see `replay.py`. streams: which weights are not
+        kept on the device, see `streaming.py`. Takes its memory whether or not there is enough: `require`
+        asks first."""
+        self.memory = plan_memory(graph, shape, reuse=reuse, streams=streams)
         require_chip({weight.format for weight in graph.weights.values()}, shape.kv_dtype, device)
         self.graph, self.shape, self.device = graph, shape, device
         self.isa, self.threads = device.isa, 1
         at = device.torch
-        self.weights: dict[str, PackedWeight] = pack(graph, source, at, progress=progress)
+        stream = None if streams is None else WeightStream(streams, at)
+        self.weights: dict[str, PackedWeight] = pack(graph, source, at, memory=stream, progress=progress)
         arena = plan_values(graph, shape.tokens, shape.rows, reuse=reuse)
         self._arena = torch.zeros(max(arena.bytes, 1), dtype=torch.uint8, device=at)
         self._values = views(graph, self._arena, arena.offsets, shape.tokens, shape.rows)
@@ -158,6 +167,8 @@ class CudaProgram(Program):
                 scratch=torch.zeros(size // 4, device=at) if size else None,
             )
         )
+        if stream is not None:
+            self._instructions = stream.between(self._instructions)
         self._ran = [_Ran() for _ in self._instructions]
         for name, (extent, kind) in step_arrays(shape, len(graph.kv_groups)).items():
             setattr(self, name, np.zeros(extent, kind))

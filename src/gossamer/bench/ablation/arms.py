@@ -140,6 +140,12 @@ def _alone(name: str, goal_ms: float, gap_ms: float, student: str | None, pruned
     built = card(name)
     if not built.built:
         return Arm(technique=name, mode="alone", note=f"not built: {built.missing}")
+    if name == "offloading":
+        note = (
+            "not measured: it is of a GPU's memory, and engines here are the CPU's; `gossamer bench latency "
+            "MODEL --device cuda`, with and without --offload SIZE, measures it"
+        )
+        return Arm(technique=name, mode="alone", note=note)
     if name == "pruning":
         return _pruning(pruned)
     if name == "distillation":

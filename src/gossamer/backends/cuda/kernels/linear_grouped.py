@@ -8,7 +8,8 @@ import triton.language as tl
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, deliver, merge, parts_of, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
-from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES, gemv_columns, levels_of
+from gossamer.backends.cuda.kernels.gemv_words import gemv_words
+from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES, gemv_columns
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = ["gemv_grouped", "linear_grouped"]
@@ -16,7 +17,7 @@ __all__ = ["gemv_grouped", "linear_grouped"]
 
 @triton.jit
 def _grouped_rows(
-    x_ptr, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row, first, last,
+    x_ptr, w_ptr, s_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row, first, last,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -39,12 +40,8 @@ def _grouped_rows(
                 acc += tl.where(order[:, None] == row, tl.sum(sums * scale, 1)[None, :], 0.0)
         else:
             pair = group[:, None] * HALF + tl.arange(0, HALF)[None, :]
-            zero = tl.zeros((BLOCK_N, AT_ONCE, 1), tl.int8)
-            if FORMAT == "uint4":
-                zero = tl.load(z_ptr + far * s_row + group[None, :], there, 0).to(tl.int8)[:, :, None]
             both = tl.load(w_ptr + (far * w_row)[:, :, None] + pair[None, :, :], there[:, :, None], 0)
-            low = levels_of((both & 15).to(tl.int8), zero, levels_ptr, FORMAT).to(tl.float32)
-            high = levels_of((both >> 4).to(tl.int8), zero, levels_ptr, FORMAT).to(tl.float32)
+            low, high = tl.load(levels_ptr + (both & 15)), tl.load(levels_ptr + (both >> 4))
             k = 2 * pair[:, :, None] + tl.arange(0, 2)[None, None, :]
             for row in tl.static_range(ROWS):
                 x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
@@ -56,8 +53,8 @@ def _grouped_rows(
 
 @triton.jit
 def _gemv_grouped(
-    out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, z_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, bias_ptr,
-    up_bias_ptr, residual_ptr, N, K, groups, x_row, w_row, s_row, out_row, residual_row, steps, split_steps,
+    out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, up_ptr, up_s_ptr, levels_ptr, bias_ptr, up_bias_ptr,
+    residual_ptr, N, K, groups, x_row, w_row, s_row, out_row, residual_row, steps, split_steps,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -67,13 +64,13 @@ def _gemv_grouped(
     first = split * split_steps
     last = tl.minimum(first + split_steps, steps)
     acc = _grouped_rows(
-        x_ptr, w_ptr, s_ptr, z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row,
+        x_ptr, w_ptr, s_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row, s_row,
         first, last, FORMAT, GROUP, AT_ONCE, ROWS, PADDED, BLOCK_N,
     )  # fmt: skip
     up = acc
     if GATED:
         up = _grouped_rows(
-            x_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row,
+            x_ptr, up_ptr, up_s_ptr, levels_ptr, columns, columns_in, K, groups, x_row, w_row,
             s_row, first, last, FORMAT, GROUP, AT_ONCE, ROWS, PADDED, BLOCK_N,
         )  # fmt: skip
     rows = tl.arange(0, PADDED)
@@ -92,8 +89,8 @@ def gemv_grouped(
     *,
     splits: int | None = None,
 ) -> None:
-    """As `gemm`, for few rows and weights with groups: bound by the memory of the weights, which pass once.
-    Products are of float32."""
+    """As `gemm`, for few rows and weights in int8 or nf4: bound by the memory of the weights, which pass
+    once. Products are of float32."""
     rows, columns = out.shape
     assert weight.scales is not None
     groups = weight.scales.shape[-1]
@@ -106,8 +103,7 @@ def gemv_grouped(
         splits = splits_for(x.device, programs, steps)
     parts = parts_of(out, splits, up is not None)
     _gemv_grouped[programs, splits](
-        out, parts, x, weight.data, weight.scales, weight.zeros,
-        up and up.data, up and up.scales, up and up.zeros, weight.levels,
+        out, parts, x, weight.data, weight.scales, up and up.data, up and up.scales, weight.levels,
         epilogue.bias, epilogue.up_bias, epilogue.residual,
         columns, weight.shape[1], groups, x.stride(0), weight.data.stride(0), weight.scales.stride(0),
         out.stride(0), epilogue.residual_row, steps, triton.cdiv(steps, splits),
@@ -123,7 +119,8 @@ def linear_grouped(
 ) -> str:
     """out [T, N] = the epilogue of x [T, K] . weight^T (and x . up^T). Gives the name of its kernel."""
     if x.shape[0] <= GEMV_ROWS:
-        gemv_grouped(out, x, weight, up, epilogue)
+        gemv = gemv_words if weight.format in ("int4", "uint4") else gemv_grouped
+        gemv(out, x, weight, up, epilogue)
         return f"gemv_{weight.stored}"
     gemm(out, x, weight, up, epilogue)
     return f"gemm_{weight.stored}"
