@@ -173,14 +173,23 @@ OTHERS = ("gemma3", "gpt2", "mixtral", "qwen3-moe")
 @pytest.mark.parametrize(
     ("family", "stored", "fused"),
     [
-        *(("llama", stored, True) for stored in STORED),
-        *(("llama", stored, False) for stored in ("bf16", "int8", "int4-g32", "fp8")),
-        *(pytest.param(f, stored, True, marks=pytest.mark.slow) for f in OTHERS for stored in STORED),
+        *(("llama", stored, True) for stored in STORED if stored != "uint4-g32"),
+        *(("llama", stored, False) for stored in ("bf16", "int8", "fp8")),
+        *(
+            pytest.param(family, stored, fused, marks=pytest.mark.slow)
+            for family, stored, fused in (
+                ("llama", "uint4-g32", True),
+                ("llama", "int4-g32", False),
+                *((family, stored, True) for family in OTHERS for stored in STORED),
+            )
+        ),
     ],
 )
 def test_formats_are_near_the_reference(family: str, stored: str, fused: bool) -> None:
     graph, (kv, bound) = graph_of(family), STORED[stored]
-    off = {} if fused else {"operator_fusion": None, "layer_fusion": None}
+    off: dict[str, Any] = {} if fused else {"operator_fusion": None, "layer_fusion": None}
+    if stored.startswith(("int4", "uint4")):
+        off["layer_fusion"] = None  # no rehearsals: the interpreter takes long over their words
     by = parse_stored(stored)
     technique = "quantization" if isinstance(by, Quantization) else "mixed_precision"
     program, executor, after = started(graph, config_of(kv_dtype=kv, **{technique: by}, **off))
@@ -238,7 +247,7 @@ class Allocated(TorchDispatchMode):
     [
         ("llama", None),
         ("gpt2", None),
-        ("llama", "int4-g32"),
+        ("llama", "nf4-g32"),
         ("llama", "int8"),
         ("llama", "fp8"),
         ("qwen3-moe", "int4-g32"),
