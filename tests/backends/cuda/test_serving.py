@@ -34,5 +34,4 @@ def test_tokens_are_those_of_the_cpu(shared: Path, guess: dict[str, str] | None)
             speculative_config=guess,
         )
         said.append([output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)])
-        llm.close()
     assert said[0] == said[1]

@@ -47,6 +47,7 @@ class StepInputs:
 
     def __init__(self, shape: StepShape, groups: int, device: torch.device) -> None:
         self._shape, self._groups, self._device = shape, groups, device
+        self._recorded: dict[int, Step] = {}
         self._there = torch.zeros(self.words(shape, groups), dtype=torch.int32, device=device)
 
     @staticmethod
@@ -89,9 +90,14 @@ class StepInputs:
 
     def recorded(self, bucket: int) -> Step:
         """What every decode step of a bucket looks like: tables, and slots of a sequence, at their most."""
-        layout = _layout(bucket, bucket, bucket, False)
-        slots = self._shape.table * self._shape.page_size
-        return self._step(layout, bucket * self._shape.table, most_rows=1, most_slots=slots, tree=False)
+        found = self._recorded.get(bucket)
+        if found is None:
+            layout = _layout(bucket, bucket, bucket, False)
+            slots = self._shape.table * self._shape.page_size
+            found = self._recorded[bucket] = self._step(
+                layout, bucket * self._shape.table, most_rows=1, most_slots=slots, tree=False
+            )
+        return found
 
     @staticmethod
     def _put(
