@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ASAN := .venv-asan
+GPU := .venv-gpu
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 
-.PHONY: demo test test-asan lint format bench bench-kernels docs clean
+.PHONY: demo test test-asan test-gpu lint format bench bench-kernels docs clean
 
 demo: $(VENV)/.installed  ## install, then show the main job on the embedded model
 	$(BIN)/gossamer demo
@@ -19,6 +20,12 @@ test-asan: $(ASAN)/.installed  ## the kernels under the address and undefined-be
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(ASAN)/bin/python -m pytest -p no:cacheprovider -o timeout=1800 tests/numerics tests/exactness
+
+test-gpu: $(GPU)/.installed  ## the GPU backend on a GPU, with what $(PYTHON) has beside torch and Triton; no network
+	$(GPU)/bin/python -c "from gossamer.backends.cuda.device import open_device; print(open_device())"
+	$(GPU)/bin/python -m pytest -q -p no:cacheprovider -o addopts=--strict-markers \
+	  $$($(GPU)/bin/python -c "import xdist; print('-n logical --maxprocesses 12')" 2>/dev/null) \
+	  --ignore tests/backends/cuda/test_sm90.py --durations 5 tests/backends/cuda
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -39,11 +46,16 @@ bench: $(VENV)/.installed  ## this machine's limits, then the embedded model aga
 bench-kernels: $(VENV)/.installed  ## every native kernel alone, against limits probed in the same run
 	$(BIN)/python -m benchmarks.kernels
 
+# In the environment of test-gpu.
+.PHONY: bench-gpu
+bench-gpu: $(GPU)/.installed  ## the GPU backend's figures, against this GPU's limits and transformers; BENCH="ROW ..." for some
+	$(GPU)/bin/python -m benchmarks.cuda $(BENCH)
+
 docs: $(VENV)/.installed  ## write the pages of docs/ that are made from the code
 	$(BIN)/python tools/docs.py
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(ASAN) $(VENV)/.installed $(VENV)/.dev
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(ASAN) $(GPU) $(VENV)/.installed $(VENV)/.dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,4 +77,13 @@ $(ASAN)/.installed: $(NATIVE) | $(VENV)/.dev
 	  > "$$($(ASAN)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/development.pth"
 	$(ASAN)/bin/pip install --quiet --no-deps --editable . --config-settings=build-dir=build/asan \
 	  --config-settings=cmake.define.GOSSAMER_SANITIZE=ON
+	touch $@
+
+# All but the project comes from the packages of $(PYTHON), which may itself be of a virtual environment: hence a .pth
+# rather than --system-site-packages. Built with what is there (scikit-build-core, nanobind, cmake), without network.
+$(GPU)/.installed: $(NATIVE)
+	test -x $(GPU)/bin/python || $(PYTHON) -m venv --without-pip $(GPU)
+	$(PYTHON) -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\n')" \
+	  > "$$($(GPU)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/image.pth"
+	$(GPU)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	touch $@

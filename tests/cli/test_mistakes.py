@@ -237,6 +237,12 @@ def test_our_own_mistakes_show_a_traceback(cli: Cli, stories: Path, monkeypatch:
     assert ran.code == 1 and "Traceback" in ran.err and "a bug" in ran.err
 
 
+def test_a_package_that_is_missing_is_named(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "gossamer.server.run", raising=False)
+    assert "uvicorn is not installed" in cli("serve", stories).complaint
+
+
 def test_interrupted(cli: Cli, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

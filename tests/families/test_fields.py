@@ -150,6 +150,31 @@ def test_null_and_absent_differ_where_transformers_says_so() -> None:
     assert caps(final_logit_softcapping=None, attn_logit_softcapping=None) == {None}
 
 
+def test_rotary_fields_of_transformers_5_are_those_of_4() -> None:
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }  # fmt: skip
+    plain = build(head_dim=64, rope_theta=5e5)
+    assert build(head_dim=64, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}) == plain
+    assert (
+        build(head_dim=64, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}, rope_theta=5e5)
+        == plain
+    )
+    stretched = build(head_dim=64, rope_theta=5e5, rope_scaling=scaling)
+    assert build(head_dim=64, rope_parameters={"rope_theta": 5e5, **scaling}) == stretched != plain
+    half = build("Phi3ForCausalLM", hidden_size=256, partial_rotary_factor=0.5)
+    assert build("Phi3ForCausalLM", hidden_size=256, rope_parameters={"partial_rotary_factor": 0.5}) == half
+    kinds = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}}
+    layers = {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    sliding = {"sliding_attention": {"rope_theta": 5e3, "rope_type": "default"}}
+    gemma = build("Gemma3ForCausalLM", head_dim=64, **layers, rope_local_base_freq=5e3)
+    assert build("Gemma3ForCausalLM", head_dim=64, rope_parameters=kinds | sliding) == gemma
+    for other in ({"rope_theta": 1e4}, kinds, {"full_attention": {"rope_theta": 5e5}}, {"twist": 1}):
+        with pytest.raises(UnsupportedModelError, match=r"rope_parameters.* is not understood"):
+            build(head_dim=64, rope_parameters=other, rope_theta=5e5)
+
+
 def test_long_context_picks_the_long_factors_once() -> None:
     scaling = {"type": "longrope", "short_factor": [1.0], "long_factor": [3.0]}
     fields = {"rope_scaling": scaling, "max_position_embeddings": 131072}

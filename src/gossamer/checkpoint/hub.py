@@ -12,6 +12,7 @@ from typing import Any
 
 from gossamer.checkpoint.json_file import read_json_object
 from gossamer.errors import CheckpointError, ConfigError
+from gossamer.graph.families.fields import with_plain_rotary
 
 __all__ = [
     "GGUF_POINTER", "POCKET", "POCKET_HALF", "has_weights", "read_config", "read_quantization",
@@ -80,11 +81,11 @@ def has_weights(directory: Path) -> bool:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The object in a model directory's config.json, less what it says of quantization: that belongs to its
-    tensors, and `gossamer.checkpoint.opening` reads it.
+    tensors, and `gossamer.checkpoint.opening` reads it. Rotary fields are those of `with_plain_rotary`.
 
     Raises CheckpointError when it is missing, larger than 4 MiB or not a JSON object.
     """
-    return {key: value for key, value in _config(directory).items() if key not in _QUANTIZATION}
+    return with_plain_rotary({k: v for k, v in _config(directory).items() if k not in _QUANTIZATION})
 
 
 def read_quantization(directory: Path, ignore: Collection[str] = ()) -> dict[str, Any] | None:

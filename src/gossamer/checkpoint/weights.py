@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Protocol
@@ -217,6 +219,7 @@ class DummySource(Floats):
         self._pruned: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._centre: dict[str, float] = {}
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "dummy")  # begins none before work
         for node in graph.nodes:
             for i, name in enumerate(node.weights):
                 expr = graph.weights[name].expr
@@ -236,20 +239,30 @@ class DummySource(Floats):
         first, last = start * width, stop * width
         out = np.empty(last - first, np.float32)
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        block = first // self._BLOCK
-        while block * self._BLOCK < last:
+        spread = math.sqrt(3.0 / width) if len(shape) > 1 else 0.1
+
+        def fill(block: int) -> None:
+            """What there is of a block, in its place."""
             offset = block * self._BLOCK
             count = min(self._BLOCK, math.prod(shape) - offset)
-            values = np.random.Generator(np.random.SFC64([seed, block])).random(count, np.float32)
+            low, high = max(first, offset), min(last, offset + self._BLOCK)
+            part, whole = out[low - first : high - first], high - low == count
+            random = np.random.Generator(np.random.SFC64([seed, block]))
+            values = random.random(count, np.float32, out=part if whole else None)
             if name in self._pruned:
                 values[self._zeros(seed, block, count)] = 0.5  # the middle, which is 0
-            low, high = max(first, offset), min(last, offset + self._BLOCK)
-            out[low - first : high - first] = values[low - offset : high - offset]
-            block += 1
-        spread = math.sqrt(3.0 / width) if len(shape) > 1 else 0.1
-        out -= 0.5
-        out *= spread
-        out += self._centre[name]
+            if not whole:
+                part[:] = values[low - offset : high - offset]
+            part -= 0.5
+            part *= spread
+            part += self._centre[name]
+
+        blocks = range(first // self._BLOCK, -(-last // self._BLOCK))
+        if len(blocks) > 2:  # numpy lets other threads run while it draws
+            list(self._threads.map(fill, blocks))
+        else:
+            for block in blocks:
+                fill(block)
         return out.reshape(stop - start, *shape[1:])
 
     def _zeros(self, seed: int, block: int, count: int) -> npt.NDArray[np.bool_]:

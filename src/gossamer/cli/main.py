@@ -99,6 +99,13 @@ def run(arguments: Sequence[str]) -> int:
             return _ours()
         quiet_output()
         return _say(f"cannot write: {error.strerror}; make room, or write elsewhere")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("gossamer"):
+            return _ours()
+        return _say(
+            f"{error.name} is not installed, and `{' '.join(['gossamer', *arguments[:1]])}` needs it; "
+            "pip install gossamer brings all that it needs"
+        )
     except MemoryError:
         return _say(
             "memory ran out, within what limits (ulimit -v, control groups) leave of it; raise them or take "

@@ -96,12 +96,36 @@ def plan(
 ) -> int | None:
     """Choose formats and limits for MODEL and an objective, from config.json alone: bytes, times, and why.
 
-    Flags of the engine that are given stand; the plan decides the others.
+    Flags of the engine that are given stand; the plan decides the others. For --device cuda nothing is
+    decided: the plan is what the flags take, of the GPU here or of --memory-budget.
     """  # fmt: skip
     if accuracy:
         from gossamer.cli.plan_accuracy import show_accuracy
 
         return show_accuracy(json)
+    config = engine.config()
+    if config.backend == "cuda":
+        from gossamer.cli.plan_gpu import plan_on_gpu
+
+        searched = {
+            "--objective": objective != "easy",
+            "--itl-limit-ms": itl_limit_ms is not None,
+            "--ttft-limit-ms": ttft_limit_ms is not None,
+            "--quality-limit": quality_limit is not None,
+            "--sensitivity": sensitivity is not None,
+            "--acceptance": bool(acceptance),
+            "--full": full,
+            "--out": out is not None,
+        }
+        plan_on_gpu(
+            config,
+            searched=searched,
+            input_len=input_len,
+            output_len=output_len,
+            concurrency=concurrency,
+            json=json,
+        )
+        return None
     from gossamer.memory import available_memory
     from gossamer.planner.drafts import parse_acceptance
     from gossamer.planner.hardware import hardware
@@ -111,7 +135,6 @@ def plan(
     from gossamer.planner.remembered import measure
 
     accepted = parse_acceptance(acceptance or ())
-    config = engine.config()
     there = available_memory()
     limits = Limits(
         memory=there if config.memory_budget is None else config.memory_budget,

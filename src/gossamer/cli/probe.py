@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 from gossamer.cli.options import flag
-from gossamer.cli.show import emit_json
+from gossamer.cli.show import emit_json, stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from gossamer.backends.cpu.tuning import Choice
+    from gossamer.backends.cuda.rates import GpuRates
     from gossamer.planner.hardware import Hardware, Rates
 
 __all__ = ["probe"]
@@ -29,10 +30,11 @@ def probe(
     ] = False,
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks."""
+    """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks, and those of its GPU."""
     from gossamer.backends.cpu.tuning import tuned_layers
     from gossamer.config import HardwareKernels, ParallelComputing
-    from gossamer.errors import ConfigError
+    from gossamer.errors import ConfigError, GossamerError
+    from gossamer.planner.gpu_rates import measure_gpu
     from gossamer.planner.hardware import Prober, hardware
     from gossamer.runtime.start import tuning_directory
 
@@ -45,17 +47,24 @@ def probe(
     machine = hardware()
     rates = Prober(isa, threads).measure(seconds)
     tuned = tuned_layers(tuning_directory(), rates.isa, rates.threads)
+    gpu, why = None, ""
+    try:
+        gpu = measure_gpu()
+    except GossamerError as error:  # a GPU that kernels do not run on says nothing about the processor
+        why = str(error)
     if json:
         choices = {name: {rows: asdict(c) for rows, c in found.items()} for name, found in tuned.items()}
-        emit_json(asdict(rates) | {"hardware": asdict(machine), "tuned": choices})
+        found = {} if gpu is None else {"gpu": asdict(gpu)}
+        emit_json(asdict(rates) | {"hardware": asdict(machine), "tuned": choices} | found)
     else:
-        _print(machine, rates, tuned)
+        _print(machine, rates, tuned, gpu)
+    if why:
+        stderr().print(f"the GPU is not measured: {why}", soft_wrap=True)
 
 
 def _calibrate(isa: str | None) -> None:
     """Measures efficiencies, and says where they are kept."""
     from gossamer.bench.calibration import calibrate_machine
-    from gossamer.cli.show import stderr
     from gossamer.planner.efficiencies import measured_file
     from gossamer.progress import status_line
 
@@ -67,7 +76,9 @@ def _calibrate(isa: str | None) -> None:
     stderr().print(f"efficiencies of this machine are in {measured_file()}", soft_wrap=True)
 
 
-def _print(machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]]) -> None:
+def _print(
+    machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]], gpu: GpuRates | None
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -103,8 +114,37 @@ def _print(machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]])
     table.add_row("fp32", f"[bold]{rates.fp32_gmacs:.0f}[/] GMAC/s")
     console = Console(highlight=False)
     console.print(table)
+    if gpu is not None:
+        console.print(_gpu(gpu))
     if tuned:
         console.print(_tuned(tuned))
+
+
+def _gpu(gpu: GpuRates) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from gossamer.cli.sizes import format_size
+
+    table = Table(
+        title=f"[bold]{gpu.name}[/]",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+    )
+    table.add_column(style="cyan")
+    table.add_column()
+    table.add_row("chip", f"{gpu.isa}, {gpu.multiprocessors} multiprocessors")
+    table.add_row("memory", f"{format_size(gpu.memory_total)}, {format_size(gpu.memory_free)} free")
+    table.add_section()
+    table.add_row("copy (read + write)", f"[bold]{gpu.copy_gb_s:.0f}[/] GB/s")
+    for kind, rate in gpu.tflops.items():
+        table.add_row(kind, f"[bold]{rate:.1f}[/] {'TOP/s' if kind == 'int8' else 'TFLOP/s'}")
+    table.add_row("from the host", f"[bold]{gpu.to_device_gb_s:.1f}[/] GB/s, pinned")
+    table.add_row("to the host", f"[bold]{gpu.to_host_gb_s:.1f}[/] GB/s, pinned")
+    table.add_row("launch", f"[bold]{gpu.launch_us:.1f}[/] us")
+    return table
 
 
 def _tuned(tuned: dict[str, dict[int, Choice]]) -> Table:

@@ -130,7 +130,11 @@ def _machine(plan: Plan, machine: Hardware) -> str:
         f"{machine.cpu}: {machine.cores} processors, {rates.isa}, {caches}; {rates.read_gb_s:.1f} GB/s read, "
         f"{rates.int8_gmacs:.0f} int8 and {rates.bf16_gmacs:.0f} bf16 GMAC/s on {rates.threads} threads; "
         f"{size(machine.memory_available)} of {size(machine.memory_total)} free{limit}; "
-        + (f"GPUs, which nothing here uses yet: {', '.join(found)}" if found else "no GPU")
+        + (
+            f"GPUs, which --device cuda uses where they are NVIDIA's: {', '.join(found)}"
+            if found
+            else "no GPU"
+        )
     )
 
 

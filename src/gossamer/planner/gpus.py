@@ -11,7 +11,7 @@ _AMD = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 def gpus() -> tuple[str, ...]:
-    """Names of NVIDIA and AMD GPUs. Nothing here runs on them yet; a plan says so."""
+    """Names of NVIDIA and AMD GPUs. A plan for the processor says that they are there."""
     return (*_nvidia(), *_amd())
 
 

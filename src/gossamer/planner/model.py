@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gossamer.config import EngineConfig
 from gossamer.graph.ir import Graph
-from gossamer.quality.certificate import Certificate, read_certificate
 from gossamer.runtime.start import load_planned_graph
+
+if TYPE_CHECKING:
+    from gossamer.quality.certificate import Certificate
 
 __all__ = ["PlannedModel", "open_planned"]
 
@@ -30,6 +33,8 @@ def open_planned(config: EngineConfig) -> PlannedModel:
 
     Raises UnsupportedModelError (which ops or fields are missing), CheckpointError.
     """
+    from gossamer.quality.certificate import read_certificate
+
     graph, directory, complete = load_planned_graph(config)
     return PlannedModel(
         name=config.model,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,11 @@ from gossamer.runtime.swap import SwapFile
 
 if TYPE_CHECKING:
     from gossamer.backends.cuda.device import Device
+    from gossamer.runtime.cuda import DevicePlan
 
 __all__ = [
     "StartPlan", "Started", "cache_directory", "load_graph", "load_planned_graph", "packed_directory",
-    "plan_start", "start", "tuning_directory",
+    "plan_device", "plan_start", "start", "tuning_directory",
 ]  # fmt: skip
 
 _DRAFTS = 8  # graphs of drafts that plans remember
@@ -157,7 +159,8 @@ def plan_start(
     if budget is None:
         budget = _budget(config)
     if config.backend != "cpu":
-        raise ConfigError(f"the byte plan is of the CPU backend; --backend {config.backend} has none")
+        other = "plan_device plans GPUs" if config.backend == "cuda" else "--device cpu and cuda have one"
+        raise ConfigError(f"--backend {config.backend} has no byte plan of the process: {other}")
     after, _ = passed(graph, config)
     kv = plan_kv(after, config, budget)
     own, draft = draft_config(config, kv), None
@@ -165,6 +168,26 @@ def plan_start(
         draft, _ = passed(_planned_draft(config, own, graph, kv, directory), own)
     tokenizer = directory is None or _speaks(directory, config)
     return plan_programs(after, config, kv, budget, draft=draft, tokenizer=tokenizer, kind=kind)
+
+
+def plan_device(graph: Graph, config: EngineConfig, directory: Path | None = None) -> DevicePlan:
+    """What `start` would take of a GPU's memory, without reading a weight. graph: before any pass, as
+    `load_planned_graph` gives it with its directory. Where there is no GPU, config.memory_budget says how
+    much memory one has. Whether all of it fits is for `DevicePlan.require` to say.
+
+    Raises MemoryBudgetError where there is no KV memory for a sequence, ConfigError and DependencyError.
+    """
+    with _needs_torch():
+        from gossamer.backends.cuda.device import device_to_plan
+    device = device_to_plan(config.memory_budget)
+    from gossamer.runtime.cuda import plan_cuda
+
+    after, _ = passed(graph, config)
+    kv = plan_kv(after, config, _budget(config, device.memory))
+    own, draft = draft_config(config, kv), None
+    if own is not None:
+        draft, _ = passed(_planned_draft(config, own, graph, kv, directory), own)
+    return plan_cuda(after, config, kv, device, draft)
 
 
 _drafts: dict[tuple[object, ...], tuple[Graph, Graph]] = {}
@@ -199,13 +222,19 @@ def _speaks(directory: Path, config: EngineConfig) -> bool:
 
 def _open_cuda() -> Device:
     """The GPU, before anything is read. Raises DependencyError, ConfigError."""
-    try:
+    with _needs_torch():
         from gossamer.backends.cuda.device import open_device  # alone: kernels are imported where one is
+    return open_device()
+
+
+@contextmanager
+def _needs_torch() -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise DependencyError(
             "the cuda backend needs torch and Triton; install them with: pip install 'gossamer[cuda]'"
         ) from error
-    return open_device()
 
 
 def _budget(config: EngineConfig, there: int | None = None) -> int:

@@ -7,11 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gossamer.backends.cuda.device import Device, require_chip
+from gossamer.backends.cuda.device import Device, open_device, require_chip
 from gossamer.backends.cuda.kernels.linear import linear
+from gossamer.config import Quantization
 from gossamer.errors import ConfigError
 from gossamer.graph.ops.formats import round_activations
+from gossamer.runtime.cuda import plan_cuda
+from gossamer.runtime.planning import passed
+from gossamer.runtime.sizing import plan_kv
 from tests.backends.cuda.test_linear import matrix, rows
+from tests.backends.cuda.test_program import config_of, graph_of
 
 N, K = 32, 64
 
@@ -60,3 +65,11 @@ def test_chips_without_it(weights: set[str], kv: str, words: str) -> None:
     require_chip({"int8"}, "int8", chip)
     for able in ((8, 9), (9, 0), (0, 0)):
         require_chip(weights, kv, replace(chip, capability=able))
+
+
+def test_a_start_asks_the_chip_before_it_takes_memory() -> None:
+    chip = replace(open_device(), name="A100", capability=(8, 0))
+    graph, config = graph_of("llama"), config_of(quantization=Quantization(format="fp8"))
+    after, _ = passed(graph, config)
+    with pytest.raises(ConfigError, match=r"A100 has 8\.0; the nearest it has is int8"):
+        plan_cuda(after, config, plan_kv(after, config, 1 << 24), chip)

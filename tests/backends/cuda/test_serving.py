@@ -18,10 +18,15 @@ PARAMS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guess", [None, {"method": "ngram"}], ids=["plain", "ngram"])
-def test_tokens_are_those_of_the_cpu(shared: Path, guess: dict[str, str] | None) -> None:
-    model = shared / "models" / "stories260K"
-    if not model.is_dir():
-        pytest.skip("the model stories260K is not there")
+@pytest.mark.parametrize("name", ["stories260K", pytest.param("gossamer/pocket", marks=pytest.mark.gpu)])
+def test_tokens_are_those_of_the_cpu(
+    name: str, guess: dict[str, str] | None, request: pytest.FixtureRequest
+) -> None:
+    model: str | Path = name
+    if name == "stories260K":
+        model = request.getfixturevalue("shared") / "models" / name
+        if not Path(model).is_dir():
+            pytest.skip("the model stories260K is not there")
     said = []
     for backend in ("cpu", "cuda"):
         llm = LLM(

@@ -11,7 +11,7 @@ import torch
 
 from gossamer.errors import ConfigError, DependencyError
 
-__all__ = ["Device", "interpreted", "open_device", "require_chip"]
+__all__ = ["Device", "device_to_plan", "interpreted", "open_device", "require_chip"]
 
 _LEAST = (8, 0)  # bf16 and asynchronous copies: Ampere
 _FP8 = (8, 9)  # the first chips that multiply and convert E4M3: Ada
@@ -75,6 +75,20 @@ def open_device() -> Device:
         )
     free, _ = torch.cuda.mem_get_info(0)
     return Device(torch=torch.device("cuda", 0), name=chip.name, capability=capability, memory=free)
+
+
+def device_to_plan(memory_budget: int | None) -> Device:
+    """The GPU that is here; where none is, one of the newest kind with so many bytes, which can be planned
+    for but runs nothing. Raises as `open_device`, and ConfigError where nobody says how many bytes."""
+    if interpreted() or torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return open_device()
+    if memory_budget is None:
+        raise ConfigError(
+            "there is no GPU here whose memory could be planned; --memory-budget says how much there is to "
+            "be (such as 24GB, or 139GiB for an H200)"
+        )
+    name = f"a GPU with {memory_budget / (1 << 30):.2f} GiB"
+    return Device(torch=torch.device("meta"), name=name, capability=(9, 0), memory=memory_budget)
 
 
 def require_chip(weights: Collection[str], kv_dtype: str, device: Device) -> None:

@@ -17,7 +17,7 @@ import torch
 from gossamer.backends.base import MemoryReport, Program, ReceiptLine
 from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.plan import SAMPLE_ROW, StepShape, step_arrays
-from gossamer.backends.cuda.device import Device, require_chip
+from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.inputs import StepInputs
 from gossamer.backends.cuda.kernels.attention import scratch_bytes
 from gossamer.backends.cuda.kernels.embed import name_tokens
@@ -136,7 +136,6 @@ class CudaProgram(Program):
         kept on the device, see `streaming.py`. Takes its memory whether or not there is enough: `require`
         asks first."""
         self.memory = plan_memory(graph, shape, reuse=reuse, streams=streams)
-        require_chip({weight.format for weight in graph.weights.values()}, shape.kv_dtype, device)
         self.graph, self.shape, self.device = graph, shape, device
         self.isa, self.threads = device.isa, 1
         at = device.torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from gossamer.errors import UnsupportedModelError
 
-__all__ = ["Fields"]
+__all__ = ["Fields", "with_plain_rotary"]
 
 # fmt: off
 # What transformers writes into every config and what says nothing about the numbers of inference.
@@ -38,6 +38,33 @@ _ACTIVATIONS = {
 # fmt: on
 
 
+def with_plain_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose rotary fields are those that every release knows: transformers 5 writes rope_theta,
+    partial_rotary_factor and the fields of rope_scaling into one object, rope_parameters, or one for each
+    kind of layers. It stays as it is where it contradicts the fields beside it or says what they cannot."""
+    plain = _plain_rotary(config.get("rope_parameters"))
+    if plain is None or any(config.get(name) not in (None, value) for name, value in plain.items()):
+        return dict(config)
+    return {name: value for name, value in config.items() if name != "rope_parameters"} | plain
+
+
+def _plain_rotary(given: Any) -> dict[str, Any] | None:
+    if not isinstance(given, Mapping):
+        return None
+    if set(given) == {"full_attention", "sliding_attention"}:
+        full, sliding = (_plain_rotary(given[kind]) for kind in ("full_attention", "sliding_attention"))
+        if full is None or sliding is None or set(sliding) != {"rope_theta"}:
+            return None
+        return full | {"rope_local_base_freq": sliding["rope_theta"]}
+    plain = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
+    scaling = {name: value for name, value in given.items() if name not in plain}
+    if scaling.get("rope_type", "default") != "default":
+        plain["rope_scaling"] = scaling
+    elif set(scaling) - {"rope_type"}:
+        return None
+    return plain
+
+
 class Fields:
     """One config.json being read by a family. Every field must be read, inert or off by `finish`.
 
@@ -47,7 +74,8 @@ class Fields:
 
     def __init__(self, config: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
         """ignore: fields to treat as absent (`--ignore-config-field`)."""
-        self._config = {name: value for name, value in config.items() if name not in ignore}
+        kept = {name: value for name, value in config.items() if name not in ignore}
+        self._config = with_plain_rotary(kept)
         self._read: set[str] = set()
 
     def raw(self, name: str) -> Any:

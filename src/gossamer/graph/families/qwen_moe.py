@@ -38,7 +38,9 @@ def build(f: Fields, name: str, context: int | None) -> Graph:
 
 def _read_layers(f: Fields, layers: int) -> tuple[MoE | None, ...]:
     """Every decoder_sparse_step-th layer has experts, unless mlp_only_layers lists it."""
-    experts = f.size("num_experts", 128, most=MOST_EXPERTS // layers)
+    also = f.optional_size("num_local_experts", 128)  # what transformers 5 writes
+    experts = f.size("num_experts", also, most=MOST_EXPERTS // layers)
+    f.only("num_local_experts", experts)
     moe = MoE(
         experts=experts,
         k=f.size("num_experts_per_tok", 8, most=experts),
