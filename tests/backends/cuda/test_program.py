@@ -249,8 +249,8 @@ class Allocated(TorchDispatchMode):
         ("gpt2", None),
         ("llama", "nf4-g32"),
         ("llama", "int8"),
-        ("llama", "fp8"),
-        ("qwen3-moe", "int4-g32"),
+        pytest.param("llama", "fp8", marks=pytest.mark.slow),
+        pytest.param("qwen3-moe", "int4-g32", marks=pytest.mark.slow),
         ("qwen3-moe", "fp8"),
     ],
 )

@@ -109,14 +109,19 @@ def logits(program: CudaProgram, *, decode: bool = False) -> list[npt.NDArray[np
 @pytest.mark.parametrize(
     ("family", "format"),
     [
-        ("llama", "f32"),
-        ("llama", "int8"),
-        ("llama", "fp8"),
-        ("llama", "int4"),
         ("llama", "nf4"),
         ("qwen3", "bf16"),
         ("gpt2", "int8"),
-        ("qwen3-moe", "uint4"),
+        *(
+            pytest.param(family, format, marks=pytest.mark.slow)
+            for family, format in (
+                ("llama", "f32"),
+                ("llama", "int8"),
+                ("llama", "fp8"),
+                ("llama", "int4"),
+                ("qwen3-moe", "uint4"),
+            )
+        ),
     ],
 )
 def test_logits_are_those_of_resident_weights(family: str, format: str) -> None:
