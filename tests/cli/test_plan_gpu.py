@@ -37,6 +37,15 @@ def test_bytes_of_a_device_that_is_not_here(cli: Cli) -> None:
     assert half["weights"] < 0.6 * sizes["weights"] and half["kv"] == sizes["kv"]
     text = cli(*PLAN, *BUDGET).out
     assert "a GPU with 22.35 GiB" in text and "no GPU was measured here" in text
+    assert "nothing is searched for a GPU" in text and "bf16" in text.partition("KV pages")[0]
+
+
+def test_what_lies_in_host_memory_is_named(cli: Cli) -> None:
+    flags = (*PLAN, *BUDGET, "--offload", "8MiB", "--swap-bytes", "8MiB")
+    report = cli(*flags, "--json").json
+    assert report["bytes"]["host"] > 0 and 0 < report["swap_bytes"] <= 8 << 20
+    text = cli(*flags).out
+    assert "other weights, brought anew in every step" in text and "of host memory, for KV pages" in text
 
 
 def test_steps_at_the_limits_that_were_measured(cli: Cli, cache: Path) -> None:
@@ -54,6 +63,7 @@ def test_steps_at_the_limits_that_were_measured(cli: Cli, cache: Path) -> None:
         ((), "--memory-budget says how much there is to be"),
         ((*BUDGET, "--full", "-O", "latency"), "--objective, --full: nothing is searched for a GPU"),
         (("--memory-budget", "1MiB"), "are there on a GPU with 0.00 GiB"),
+        (("--memory-budget", "1MiB"), "take a smaller model, or give --offload auto, which streams"),
         ((*BUDGET, "--kv-cache-dtype", "int4"), "nearest"),
     ],
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gossamer.cli.show import emit_json
+from gossamer.cli.show import emit_json, stored_formats
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 
@@ -81,6 +81,7 @@ def _print_json(
             "device": plan.device.name,
             "device_bytes": plan.device.memory,
             "bytes": memory,
+            "swap_bytes": plan.swap_bytes,
             "max_model_len": plan.kv.max_model_len,
             "rates": None if rates is None else asdict(rates),
             "at_least": {name: asdict(step) for name, step in steps.items()},
@@ -116,7 +117,7 @@ def _print(
     table.add_column(style="cyan")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    table.add_row("weights", size(memory.weights), "")
+    table.add_row("weights", size(memory.weights), stored_formats(plan.graph))
     table.add_row("KV pages", size(memory.kv), f"{memory.kv_tokens:,} tokens in {config.kv_dtype}")
     table.add_row("context", f"{plan.kv.max_model_len:,}", "tokens, the longest sequence")
     table.add_row("arena", size(memory.arena), f"{size(memory.arena_separate)} without memory reuse")
@@ -126,14 +127,16 @@ def _print(
     table.add_section()
     table.add_row("total", size(memory.total), f"of {size(plan.device.memory)}", style="bold")
     if memory.host:
-        table.add_row("host", size(memory.host), "of weights beside these, brought anew in every step")
+        table.add_row("host memory", size(memory.host), "other weights, brought anew in every step")
+    if plan.swap_bytes:
+        table.add_row("swap", size(plan.swap_bytes), "of host memory, for KV pages that make room")
     console.print(table)
+    limits = "" if rates is None else rates.name
     if rates is None:
         console.print(
             "no GPU was measured here: `gossamer probe` on one makes the least times of steps known",
             soft_wrap=True,
         )
-        return
     about = {
         "decode": f"{running} at once, {prompt + output // 2:,} tokens before",
         "prefill": f"{min(prompt, config.max_num_batched_tokens):,} tokens",
@@ -141,7 +144,7 @@ def _print(
     for name, step in steps.items():
         console.print(
             f"{name} ({about[name]}): at least {ms(step.seconds * 1e3)} a step at the limits of "
-            f"{escape(rates.name)}, {size(step.bytes)} and {step.macs / 1e9:,.0f} GMAC; "
+            f"{escape(limits)}, {size(step.bytes)} and {step.macs / 1e9:,.0f} GMAC; "
             f"launches one by one {ms(step.launch_seconds * 1e3)}",
             soft_wrap=True,
         )
