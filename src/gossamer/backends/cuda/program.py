@@ -38,7 +38,11 @@ from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
 __all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
 
-_KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_KV = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
+_SCALED_KV = ("int8", "fp8")
 _ANYTHING = {
     "temperature": 1,
     "top_k": 2,
@@ -338,11 +342,11 @@ def _weight_bytes(graph: Graph) -> int:
 
 def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:
     """Keys and values of a group's layers, [layers, pages, page_size, kv_heads, head_dim] each, and behind
-    them the scales of int8."""
+    them the scales of int8 and fp8."""
     kind = _KV[shape.kv_dtype]
     size = (len(group.layers), shape.pages, shape.page_size, group.kv_heads, group.head_dim)
     pools = [torch.zeros(size, dtype=kind, device=at) for _ in range(2)]
-    if kind == torch.int8:
+    if shape.kv_dtype in _SCALED_KV:
         pools += [torch.zeros(size[:4], device=at) for _ in range(2)]
     return pools
 
@@ -355,7 +359,7 @@ def _layer(pools: list[torch.Tensor], place: int) -> KvLayer:
 
 def _kv_bytes(group: KVGroup, shape: StepShape) -> int:
     kind = _KV[shape.kv_dtype]
-    each = group.head_dim * kind.itemsize + (4 if kind == torch.int8 else 0)
+    each = group.head_dim * kind.itemsize + (4 if shape.kv_dtype in _SCALED_KV else 0)
     return 2 * len(group.layers) * shape.pages * shape.page_size * group.kv_heads * each
 
 
