@@ -106,7 +106,7 @@ def require(memory: MemoryReport, graph: Graph, shape: StepShape, device: Device
             there, graph, shape, parts | beside, flash=True, weight_bytes=_weight_bytes, where=where
         )
         raise MemoryBudgetError(
-            f"{error}, or give --offload auto, which streams from host memory the weights that do not fit"
+            f"{error}; or let --offload auto stream from host memory the weights that do not fit"
         )
 
 
