@@ -302,7 +302,10 @@ def test_a_gpu_that_is_not_there(cli: Cli, stories: Path, monkeypatch: pytest.Mo
         (("--enable-chunked-prefill",), "always on; --prefill-chunk"),
         (("--trust-remote-code",), "never run"),
         (("--tokenizer=x",), "the model's directory"),
-        (("-ngl", "99"), "one device as a whole"),
+        (("-ngl", "99"), "--offload brings what does not fit on a GPU"),
+        (("--enforce-eager",), "--no-layer-fusion records no CUDA graphs"),
+        (("--cpu-offload-gb", "4"), "--offload auto"),
+        (("--swap-space", "4"), "--swap-bytes"),
         (("--ctx", "4096"), "--max-model-len"),
     ],
 )

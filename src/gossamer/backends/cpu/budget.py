@@ -82,7 +82,7 @@ def _what_fits(
         f"nothing fits: {_mib(least + page + rest)} are the least (weights {stored} {_mib(least)}, one KV "
         f"page {_mib(page)}, {_mib(rest)} beside), {_mib(least + page - room)} more than there are; "
     ) + (
-        "take a smaller model (offloading is for weights of a GPU)"
+        "take a smaller model"
         if room < least
         else "lower --max-num-seqs and --max-num-batched-tokens or take a smaller model"
     )

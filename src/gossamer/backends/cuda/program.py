@@ -105,7 +105,9 @@ def require(memory: MemoryReport, graph: Graph, shape: StepShape, device: Device
         error = too_large(
             there, graph, shape, parts | beside, flash=True, weight_bytes=_weight_bytes, where=where
         )
-        raise MemoryBudgetError(f"{error}; --offload auto streams from host memory what does not fit")
+        raise MemoryBudgetError(
+            f"{error}; or let --offload auto stream from host memory the weights that do not fit"
+        )
 
 
 @dataclass(frozen=True, slots=True)
