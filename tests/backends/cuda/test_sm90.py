@@ -30,7 +30,7 @@ LINEAR = {
     ("what", "kernels"),
     [
         (("rows",), {"_scan_kernel", "_draw_kernel", "_quantize_kernel", "_rms_norm_kernel"}),
-        (("attention", "bf16"), {"_decode", "_prefill", "_copy"}),
+        pytest.param(("attention", "bf16"), {"_decode", "_prefill", "_copy"}, marks=SLOW),
         pytest.param(("attention", "f32", "f16", "bf16", "int8", "fp8"), {"_decode"}, marks=SLOW),
         pytest.param(("linear",), LINEAR, marks=SLOW),
     ],
