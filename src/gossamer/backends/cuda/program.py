@@ -386,7 +386,10 @@ def _scratch(graph: Graph, shape: StepShape) -> int:
             _, group = graph.group_of(node.attrs["layer"])
             sizes.append(
                 scratch_bytes(
-                    node.attrs["heads"], group.head_dim, shape.tokens, shape.table * shape.page_size
+                    node.attrs["heads"],
+                    group.head_dim,
+                    min(shape.tokens, shape.spans),
+                    shape.table * shape.page_size,
                 )
             )
     return max(sizes)
