@@ -39,16 +39,15 @@ from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 __all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
 
 _KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-_ANYTHING = {
-    "temperature": 1,
-    "top_k": 2,
-    "top_p": 0.9,
-    "repetition": 1.1,
-    "logprobs": 1,
-    "mask_row": -1,
-    "target": -1,
-}
-"""A row that takes every path of the sampler."""
+_PLAIN = {"temperature": 1, "top_p": 1, "repetition": 1, "logprobs": -1, "mask_row": -1, "target": -1}
+_ASKED = (
+    _PLAIN,
+    _PLAIN | {"top_p": 0.9},
+    _PLAIN | {"repetition": 1.1},
+    _PLAIN | {"logprobs": 1},
+    _PLAIN | {"repetition": 1.1, "logprobs": 1},
+)
+"""Rows that between them take every path of the sampler."""
 _RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
 
@@ -241,15 +240,21 @@ class CudaProgram(Program):
         """Runs steps of every kind over what is in the pages, which nobody has written yet: kernels are
         compiled before the first request, not by it."""
         most = min(self.shape.tokens, self.shape.table * self.shape.page_size)
-        # Kernels are compiled apart for one row, for few, and for counts that 16 divides or not.
-        for tokens in sorted({1, 3, min(most, 31), most // 16 * 16, most} - {0}):
+        # Kernels are compiled apart for 1 to 4 rows, and for tiles and splits that go by powers of two.
+        counts = {min(3, most), most, *(1 << n for n in range(most.bit_length()))}
+        for tokens in sorted(counts):
             self.spans[0] = (0, tokens, 0, 0, -1)
-            self.rows[0] = tokens - 1
+            self.rows[:tokens] = tokens - 1
+            rows = min(tokens, self.shape.rows)
+            self.run(tokens, 1, rows, -(-tokens // self.shape.page_size), top1=True)
+        self.spans[0] = (0, 1, 0, 0, -1)
+        self.rows[0], self.ids[0] = 0, -1  # the token of the step before
+        for asked in _ASKED:
             self.sample_rows[0] = np.zeros((), SAMPLE_ROW)
-            for name, value in _ANYTHING.items():
+            for name, value in asked.items():
                 self.sample_rows[name][0] = value
-            for top1 in (True, False):
-                self.run(tokens, 1, 1, -(-tokens // self.shape.page_size), top1=top1)
+            self.run(1, 1, 1, 1)
+        self.ids[0] = 0
         self._ran = [_Ran() for _ in self._instructions]
         self._replayed.clear()
 

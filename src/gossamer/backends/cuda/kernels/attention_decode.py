@@ -52,7 +52,7 @@ def _cut(count, start, splits, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     return low, high, tl.maximum((part + KEYS - 1) // KEYS * KEYS, _LEAST)
 
 
-@triton.jit(do_not_specialize=["splits", "few"])
+@triton.jit(do_not_specialize=["table_start", "splits", "few"])
 def _decode(
     out,
     q,

@@ -77,7 +77,7 @@ def deliver(
             tl.store(parts_ptr + place + SPLITS * tl.cast(T, tl.int64) * N, up, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _merge(
     out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, T, N, parts_row, out_row, residual_row,
     ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -121,10 +121,11 @@ def parts_of(out: torch.Tensor, splits: int, gated: bool) -> torch.Tensor | None
 
 
 def splits_for(device: torch.device, programs: int, steps: int) -> int:
-    """Into how many parts the inputs are cut, so that every multiprocessor has work. programs: without any
-    cut; steps: of each one's loop."""
+    """Into how many parts the inputs are cut, so that every multiprocessor has work: a power of two, as
+    kernels are compiled for each number. programs: without any cut; steps: of each one's loop."""
     wanted = _WAVES * _multiprocessors(device) // max(1, programs)
-    return max(1, min(wanted, steps // _LEAST_STEPS, _MOST_SPLITS))
+    most = max(1, min(wanted, steps // _LEAST_STEPS, _MOST_SPLITS))
+    return 1 << most.bit_length() - 1
 
 
 @cache
