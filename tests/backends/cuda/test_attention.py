@@ -186,4 +186,6 @@ def test_more_heads_than_a_tile_are_refused(device: torch.device) -> None:
     step = make_step(device, [(1, 0)])
     with pytest.raises(ConfigError, match="at most 32"):
         check(device, step, "f32", 33, 1, 256)
+    with pytest.raises(ConfigError, match="at most 256"):
+        check(device, step, "f32", 1, 1, 264)
     check(device, step, "f32", 32, 1, 256)

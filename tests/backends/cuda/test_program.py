@@ -227,6 +227,10 @@ def test_what_does_not_fit_or_exist_is_refused() -> None:
         started(graph, config_of(memory_budget=1000))
     with pytest.raises(ConfigError, match="int8 is nearest"):
         started(graph, config_of(kv_dtype="int4"))
+    wide = transformers.LlamaConfig(**{**SIZES, "head_dim": 264})
+    wide.architectures = ["LlamaForCausalLM"]
+    with pytest.raises(ConfigError, match="264 dimensions"):
+        started(build_graph(wide.to_dict(), name="wide"), config_of())
 
 
 def test_tokens_are_copied_between_pages() -> None:

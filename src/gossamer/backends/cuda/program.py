@@ -19,7 +19,8 @@ from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.plan import SAMPLE_ROW, StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.inputs import StepInputs
-from gossamer.backends.cuda.kernels.attention import scratch_bytes
+from gossamer.backends.cuda.kernels.attention import require_heads, scratch_bytes
+from gossamer.backends.cuda.kernels.attention_pages import Heads
 from gossamer.backends.cuda.kernels.embed import name_tokens
 from gossamer.backends.cuda.kernels.kv_copy import Move, copy_tokens
 from gossamer.backends.cuda.kernels.sampling import DeviceSampler
@@ -64,7 +65,7 @@ def plan_memory(
 ) -> MemoryReport:
     """Bytes of device memory that a program of this shape takes, exactly, before any is taken. streams: which
     weights are not kept on the device. Raises ConfigError and NotBuiltError for formats that no kernel
-    reads."""
+    reads and heads that none takes."""
     if shape.kv_dtype not in _KV:
         raise ConfigError(
             f"the cuda backend stores keys and values in {', '.join(_KV)}, not in {shape.kv_dtype}; "
@@ -384,14 +385,25 @@ def _quantized_bytes(graph: Graph, shape: StepShape) -> int:
 
 
 def _scratch(graph: Graph, shape: StepShape) -> int:
-    """Workspace of attention: layers take turns."""
+    """Workspace of attention: layers take turns. Raises as `require_heads`."""
     sizes = [0]
     for node in graph.nodes:
         if node.op == "attention":
-            _, group = graph.group_of(node.attrs["layer"])
+            heads, (_, group) = node.attrs["heads"], graph.group_of(node.attrs["layer"])
+            require_heads(
+                Heads(
+                    heads=heads,
+                    kv_heads=group.kv_heads,
+                    head_dim=group.head_dim,
+                    scale=node.attrs["scale"],
+                    softcap=node.attrs["softcap"],
+                    window=node.attrs["window"],
+                ),
+                _KV[shape.kv_dtype],
+            )
             sizes.append(
                 scratch_bytes(
-                    node.attrs["heads"],
+                    heads,
                     group.head_dim,
                     min(shape.tokens, shape.spans),
                     shape.table * shape.page_size,
