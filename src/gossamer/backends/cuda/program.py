@@ -37,7 +37,7 @@ from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
-__all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
+__all__ = ["CudaProgram", "Flight", "page_bytes", "plan_memory", "require"]
 
 _KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _PLAIN = {"temperature": 1, "top_p": 1, "repetition": 1, "logprobs": -1, "mask_row": -1, "target": -1}
@@ -75,7 +75,7 @@ def plan_memory(
     shared = arena if reuse else plan_values(graph, shape.tokens, shape.rows, reuse=True)
     return MemoryReport(
         weights=_weight_bytes(graph) if streams is None else streams.device_bytes,
-        kv=sum(_kv_bytes(group, shape) for group in graph.kv_groups),
+        kv=shape.pages * sum(page_bytes(graph, shape)),
         kv_tokens=shape.pages * shape.page_size,
         arena=arena.bytes,
         arena_separate=arena.separate,
@@ -357,10 +357,14 @@ def _layer(pools: list[torch.Tensor], place: int) -> KvLayer:
     return KvLayer(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
 
 
-def _kv_bytes(group: KVGroup, shape: StepShape) -> int:
+def page_bytes(graph: Graph, shape: StepShape) -> list[int]:
+    """Of a page of each KV group, in all its layers."""
     kind = _KV[shape.kv_dtype]
-    each = group.head_dim * kind.itemsize + (4 if kind == torch.int8 else 0)
-    return 2 * len(group.layers) * shape.pages * shape.page_size * group.kv_heads * each
+    scale = 4 if kind == torch.int8 else 0
+    return [
+        2 * len(g.layers) * shape.page_size * g.kv_heads * (g.head_dim * kind.itemsize + scale)
+        for g in graph.kv_groups
+    ]
 
 
 def _quantized_width(graph: Graph) -> int:
