@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASAN := .venv-asan
 GPU := .venv-gpu
+GPU_NEEDS := torch triton numpy ml_dtypes tokenizers huggingface_hub jinja2 rich typer psutil pip scikit_build_core nanobind
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*.h)
 
@@ -85,5 +86,7 @@ $(GPU)/.installed: $(NATIVE)
 	test -x $(GPU)/bin/python || $(PYTHON) -m venv --without-pip $(GPU)
 	$(PYTHON) -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\n')" \
 	  > "$$($(GPU)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/image.pth"
+	@$(GPU)/bin/python -c "import importlib.util as u; lacks = [p for p in '$(GPU_NEEDS)'.split() if not u.find_spec(p)]; \
+	  lacks and exit('$(PYTHON) lacks ' + ', '.join(lacks) + '; PYTHON=... names one that has them (CONTRIBUTING.md)')"
 	$(GPU)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	touch $@

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
-from gossamer.backends.cpu.formats import kv_page_bytes
+from gossamer.backends.cpu.formats import FORMATS, kv_page_bytes
 from gossamer.backends.cpu.program import SAMPLE_ROW
 from gossamer.checkpoint.sparsity import with_nonzeros
 from gossamer.checkpoint.weights import DummySource
@@ -129,7 +129,7 @@ def stores() -> list[Store]:
     found = [Store("f32", EngineConfig(model="-"))]
     for half in get_args(HalfType):
         found.append(Store(half, EngineConfig(model="-", mixed_precision=MixedPrecision(dtype=half))))
-    for format in get_args(WeightFormat):
+    for format in filter(FORMATS.__contains__, get_args(WeightFormat)):  # the others are for GPUs
         for group in (*GROUPS[format], None):
             wanted = Quantization(format=format, group=group)
             found.append(Store(str(wanted), EngineConfig(model="-", quantization=wanted)))
@@ -234,7 +234,7 @@ def _attention_benches(cold: int) -> Iterator[_Lazy]:
         **{f"decode/c{c}/s{s}": ((1, c - 1),) * s for c in (1024, 8192) for s in (1, 16)},
         **{f"prefill/c{c}/m{m}": ((m, c - m),) for c, m in ((512, 512), (4096, 512), (4096, 4096))},
     }
-    for dtype in get_args(KVType):
+    for dtype in filter(FORMATS.__contains__, get_args(KVType)):
         for step, spans in steps.items():
             names = [f"attention/{dtype}/{step}", f"kv_write/{dtype}/{step}"]
             tokens = sum(count for count, _ in spans)

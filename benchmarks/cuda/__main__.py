@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = open_gpu(tiny=options.tiny)
         results = Results(options.out or _OUT, device, tiny=options.tiny)
     except GossamerError as error:
-        print(f"nothing was measured: {error}", file=sys.stderr)
+        print(f"nothing was measured: {error}; --tiny --out DIR tests the benchmark itself", file=sys.stderr)
         return 1
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 160)
     for name in rows:

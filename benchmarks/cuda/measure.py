@@ -1,4 +1,4 @@
-"""What every row measures with: times on the device, the device's own limits, and a line of the result."""
+"""What every row measures with: the device and its limits, work that is timed, and a line of the result."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
 
 from gossamer.backends.cuda.device import Device, interpreted, open_device
+from gossamer.backends.cuda.probe import copy_seconds, link_seconds, products, seconds
 from gossamer.errors import ConfigError
 
-__all__ = ["Bench", "Line", "Work", "open_gpu", "seconds"]
+__all__ = ["Bench", "Line", "Work", "open_gpu"]
 
 _COPIED = 1 << 30
 _SIDE = 8192  # of the matrices whose product is the limit of arithmetic
@@ -93,32 +93,28 @@ class Bench:
         return tiny if self.tiny else full
 
     def seconds(self, call: Callable[[], object], repeats: int = 20) -> float:
-        """See `seconds`."""
-        return seconds(call, self.at, 1 if self.tiny else repeats)
+        """Median of a call, by the device's own clock; tiny: of one by the host's."""
+        return _timed(call) if self.tiny else seconds(call, self.at, repeats)
 
     @cached_property
     def bandwidth(self) -> float:
-        """Bytes a second, read and written, of a copy of 1 GiB on the device."""
+        """Bytes a second, read and written, of a copy on the device."""
         size = self.some(_COPIED, 1 << 20)
-        source = torch.zeros(size, dtype=torch.uint8, device=self.at)
-        target = torch.empty_like(source)
-        return 2 * size / self.seconds(lambda: target.copy_(source))
+        return 2 * size / copy_seconds(self.at, size, self.some(20, 1))
 
     @cached_property
     def matmul(self) -> float:
         """Floating-point operations a second of torch's product of two bf16 matrices of random numbers."""
-        n = self.some(_SIDE, 128)
-        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.at) for _ in range(2))
-        out = torch.empty_like(a)
-        return 2.0 * n**3 / self.seconds(lambda: torch.matmul(a, b, out=out))
+        side = self.some(_SIDE, 128)
+        kind, taken = next(products(self.device, side, self.some(20, 1)))
+        assert kind == "bf16"
+        return 2.0 * side**3 / taken
 
     @cached_property
     def link(self) -> float:
-        """Bytes a second of a copy of 1 GiB from pinned host memory to the device."""
+        """Bytes a second of a copy from pinned host memory to the device."""
         size = self.some(_COPIED, 1 << 20)
-        there = torch.empty(size, dtype=torch.uint8, device=self.at)
-        here = torch.zeros(size, dtype=torch.uint8, pin_memory=self.at.type == "cuda")
-        return size / self.seconds(lambda: there.copy_(here, non_blocking=True))
+        return size / link_seconds(self.at, size, self.some(20, 1))[0]
 
 
 def open_gpu(*, tiny: bool) -> Device:
@@ -129,27 +125,7 @@ def open_gpu(*, tiny: bool) -> Device:
     return open_device()
 
 
-def seconds(call: Callable[[], object], at: torch.device, repeats: int) -> float:
-    """Median of `repeats` calls after three that compile and warm: between events on a GPU, by the clock
-    elsewhere."""
-    if at.type != "cuda":
-        return median(_timed(call) for _ in range(repeats))
-    for _ in range(3):
-        call()
-    begins, ends = ([_event() for _ in range(repeats)] for _ in range(2))
-    for begin, end in zip(begins, ends, strict=True):
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize(at)
-    return median(float(b.elapsed_time(e)) for b, e in zip(begins, ends, strict=True)) / 1e3
-
-
 def _timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -36,6 +36,7 @@ __all__ = ["LLM", "engine_config"]
 Prompt = str | Sequence[int]
 _KV_DTYPES = {
     "auto": "bf16", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "float32": "f32", "fp32": "f32",
+    "fp8_e4m3": "fp8",
 }  # fmt: skip
 
 _TEXTS = {"model", "revision", "dtype", "quantization", "kv_cache_dtype", "isa", "swap_directory"}

@@ -80,6 +80,16 @@ def test_damaged_models(
     assert words in cli("generate", model, *SAY).complaint
 
 
+def test_a_format_plan_for_other_backends(cli: Cli, stories: Path) -> None:
+    assert (
+        "the nearest that it has is int8"
+        in cli("graph", stories, "--formats", "--weight-format", "*=fp8").complaint
+    )
+    plan = json.loads(cli("graph", stories, "--formats", "--json", "--backend", "reference", "-q", "fp8").out)
+    rows, columns = plan["matrices"][0]["shape"]
+    assert plan["matrices"][0]["stored"] == "fp8" and plan["matrices"][0]["bytes"] == rows * (columns + 4)
+
+
 @pytest.mark.parametrize("flags", [("--after", "all"), ("--scope", "layers.0"), ("--costs",)])
 def test_formats_are_shown_alone(cli: Cli, stories: Path, flags: tuple[str, ...]) -> None:
     assert f"leave out {flags[0]}" in cli("graph", stories, "--formats", *flags).complaint
@@ -92,7 +102,10 @@ def test_formats_are_shown_alone(cli: Cli, stories: Path, flags: tuple[str, ...]
         (("--quantization", "int4", "--dtype", "bfloat16"), "without --dtype, or without --quantization"),
         (("--dtype", "float12"), "bfloat16"),
         (("--kv-cache-dtype", "int1"), "bf16"),
-        (("--kv-cache-dtype", "fp8"), "int8"),
+        (("--kv-cache-dtype", "fp8"), "that can be: with --kv-cache-dtype int8"),
+        (("--quantization", "fp8"), "that can be: with --quantization int8"),
+        (("--quantization", "fp8-g32"), "fp8 has one scale per channel; leave out its group 32"),
+        (("--weight-format", "*=fp8"), "the nearest that it has is int8"),
         (("--kv-cache-dtype", "fp8_e5m2"), "int8"),
         (("--load-format", "pickle"), "safetensors"),
         (("--backend", "gpu"), "reference"),
@@ -289,7 +302,10 @@ def test_a_gpu_that_is_not_there(cli: Cli, stories: Path, monkeypatch: pytest.Mo
         (("--enable-chunked-prefill",), "always on; --prefill-chunk"),
         (("--trust-remote-code",), "never run"),
         (("--tokenizer=x",), "the model's directory"),
-        (("-ngl", "99"), "one device as a whole"),
+        (("-ngl", "99"), "--offload brings what does not fit on a GPU"),
+        (("--enforce-eager",), "--no-layer-fusion records no CUDA graphs"),
+        (("--cpu-offload-gb", "4"), "--offload auto"),
+        (("--swap-space", "4"), "--swap-bytes"),
         (("--ctx", "4096"), "--max-model-len"),
     ],
 )

@@ -37,6 +37,15 @@ def test_bytes_of_a_device_that_is_not_here(cli: Cli) -> None:
     assert half["weights"] < 0.6 * sizes["weights"] and half["kv"] == sizes["kv"]
     text = cli(*PLAN, *BUDGET).out
     assert "a GPU with 22.35 GiB" in text and "no GPU was measured here" in text
+    assert "nothing is searched for a GPU" in text and "bf16" in text.partition("KV pages")[0]
+
+
+def test_what_lies_in_host_memory_is_named(cli: Cli) -> None:
+    flags = (*PLAN, *BUDGET, "--offload", "8MiB", "--swap-bytes", "8MiB")
+    report = cli(*flags, "--json").json
+    assert report["bytes"]["host"] > 0 and 0 < report["swap_bytes"] <= 8 << 20
+    text = cli(*flags).out
+    assert "other weights, brought anew in every step" in text and "of host memory, for KV pages" in text
 
 
 def test_steps_at_the_limits_that_were_measured(cli: Cli, cache: Path) -> None:
@@ -48,16 +57,29 @@ def test_steps_at_the_limits_that_were_measured(cli: Cli, cache: Path) -> None:
     assert "decode (4 at once, 310 tokens before)" in text and "nothing is searched for a GPU" in text
 
 
+def test_a_step_is_of_what_fits(cli: Cli, cache: Path) -> None:
+    (cache / "gpu-rates.json").write_text(json.dumps({"": asdict(GPU)}))
+    flags = (*PLAN, *BUDGET, "--kv-bytes", "4MiB", "--input-len", 300, "--output-len", 84)
+    report = cli(*flags, "--concurrency", 1000, "--json").json
+    most = report["bytes"]["kv_tokens"] // 384
+    assert 1 < most < 32 and report["running"] == most
+    text = cli(*flags, "--concurrency", 1000).out
+    assert f"{most} of 1,000 run at once: KV pages (--kv-bytes) and --max-num-seqs hold no more" in text
+    assert cli(*flags, "--concurrency", 2, "--json").json["running"] == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ((), "--memory-budget says how much there is to be"),
         ((*BUDGET, "--full", "-O", "latency"), "--objective, --full: nothing is searched for a GPU"),
         (("--memory-budget", "1MiB"), "are there on a GPU with 0.00 GiB"),
+        (("--memory-budget", "1MiB"), "take a smaller model; or let --offload auto stream"),
         ((*BUDGET, "--kv-cache-dtype", "int4"), "nearest"),
+        ((*BUDGET, "-c", 64, "--input-len", 60), "are 188 tokens, and the longest sequence is 64"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(cli: Cli, flags: tuple[str, ...], words: str) -> None:
+def test_what_cannot_be_planned_is_refused(cli: Cli, flags: tuple[str | int, ...], words: str) -> None:
     assert words in cli(*PLAN, *flags).complaint
 
 

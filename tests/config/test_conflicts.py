@@ -93,6 +93,10 @@ def refused(**choices: Any) -> ConflictError:
          "with --backend cpu, or without --no-flash-attention"),
         ({"backend": "reference", "dynamic_shapes": None}, "pads no steps",
          "with --backend cpu, or without --no-dynamic-shapes"),
+        ({"quantization": Quantization(format="fp8")}, "no kernels for weights in fp8",
+         "with --quantization int8"),
+        ({"kv_dtype": "fp8"}, "no kernels for keys and values in fp8",
+         "with --kv-cache-dtype int8"),
         ({"offloading": Offloading()}, "those of the cpu backend lie there already", "with --backend cuda"),
         (
             {"backend": "cuda", "offloading": Offloading(device_bytes=3 << 30), "flash_attention": None},

@@ -7,7 +7,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="the specification is written in torch")
 
 from gossamer.config.quantization import GROUPS  # noqa: E402
-from gossamer.graph.ops.formats import NF4, round_activations, round_weight  # noqa: E402
+from gossamer.graph.ops.formats import (  # noqa: E402
+    NF4,
+    round_activations,
+    round_kv,
+    round_queries,
+    round_weight,
+)
 
 GROUPED = [(format, group) for format in GROUPS for group in GROUPS[format]]
 QLORA = (  # Dettmers et al., 2023, appendix E
@@ -87,3 +93,32 @@ def test_activations_of_every_grouped_format_are_alike(format: str, group: int) 
     seen = round_activations(x, format, group)
     assert torch.equal(seen, round_activations(x, "int8", group))
     assert (seen - x).abs().max() <= x.abs().max() / 254 * 1.01
+
+
+def test_fp8_keeps_four_bits_of_every_number_down_to_the_smallest() -> None:
+    """E4M3: a fraction of 3 bits, and from max / 448 / 64 on steps of max / 448 / 512."""
+    w = normal(40, 300) * torch.logspace(-5, 0, 300)
+    rounded, scale = round_weight(w, "fp8"), w.abs().amax(-1, keepdim=True) / 448
+    assert ((rounded - w).abs() <= torch.maximum(w.abs() / 16, scale / 1024) * 1.0001).all()
+    assert torch.equal(rounded.abs().amax(-1), w.abs().amax(-1).div(448).mul(448))
+    assert torch.equal(round_weight(torch.zeros(2, 5), "fp8"), torch.zeros(2, 5))
+    assert max(len(row.unique()) for row in rounded) < 256
+
+
+def test_activations_beside_fp8() -> None:
+    x = normal(5, 70)
+    x[1] = 0
+    seen = round_activations(x, "fp8")
+    torch.testing.assert_close(seen, round_weight(x, "fp8"), rtol=0.07, atol=0)
+    assert torch.equal(seen, round_kv(x, "fp8")) and not seen[1].any()
+    x[2, 3] = torch.nan
+    assert round_activations(x, "fp8").isnan().all(-1).tolist() == [False, False, True, False, False]
+    assert torch.equal(round_queries(x[:1], "fp8"), x[:1].bfloat16().float())
+
+
+def test_a_scale_per_head_keeps_what_fp8_alone_would_lose() -> None:
+    """Why keys and values have one: small heads fall below E4M3's steps, and large ones leave its range."""
+    for size in (1e-3, 1e3):
+        x = size * normal(64, 128)
+        plain = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        assert (round_kv(x, "fp8") - x).norm() < 0.03 * x.norm() < 0.3 * (plain - x).norm()

@@ -106,7 +106,7 @@ def bench_latency(
         rates.append(limits.measure())
     probe = median_rates(rates)
     stored = matrices(started.graph).values()
-    integer = all(weight.format in get_args(WeightFormat) for weight in stored)
+    integer = all(weight.format in {*get_args(WeightFormat)} - {"fp8"} for weight in stored)
     report = _report(work, runs, costs, probe, caches=cache_bytes(), integer=integer)
     predicted = predicted_latency(
         started, probe, batch=work.batch_size, input_len=work.input_len, output_len=work.output_len

@@ -68,7 +68,7 @@ class EngineFlags:
         help="Longest sequence, prompt and output together.")] = None
     kv_cache_dtype: Annotated[str, flag(
         "--kv-cache-dtype", panel=_MEMORY, metavar="TYPE",
-        help="Keys and values in bfloat16, float16, float32, int8 or int4.")] = "bfloat16"
+        help="Keys and values in bfloat16, float16, float32, int8, int4 or (on GPUs) fp8.")] = "bfloat16"
     kv_bytes: Annotated[str | None, flag(
         "--kv-bytes", panel=_MEMORY, metavar="SIZE", help="Size of the KV pool: 2GiB, 500M.")] = None
     memory_budget: Annotated[str | None, flag(

@@ -16,16 +16,13 @@ __all__ = ["format_rows", "show_formats"]
 
 
 def format_rows(graph: Graph, config: EngineConfig) -> list[dict[str, Any]]:
-    """One row for each matrix: weight, nodes, shape, format, group, bytes in the packed layout, rule."""
-    from gossamer.backends.cpu.packing import layout
+    """One row for each matrix: weight, nodes, shape, format, group, bytes (those of the CPU backend's packed
+    layout where it is to run), rule. Raises ConfigError for a format that it has no kernels for then."""
     from gossamer.passes.weight_formats import plan_formats, with_choices
 
     choices = plan_formats(graph, config)
     stored = with_choices(graph, choices)
-    places, _ = layout(stored)
-    sizes: dict[str, int] = {}
-    for (name, _), (_, place) in places.items():
-        sizes[name] = sizes.get(name, 0) + place.bytes
+    sizes = _packed(stored) if config.backend == "cpu" else _plain(stored)
     return [
         {
             "weight": c.weight,
@@ -39,6 +36,23 @@ def format_rows(graph: Graph, config: EngineConfig) -> list[dict[str, Any]]:
         }
         for c in choices
     ]
+
+
+def _packed(graph: Graph) -> dict[str, int]:
+    from gossamer.backends.cpu.formats import require_kernels
+    from gossamer.backends.cpu.packing import layout
+
+    require_kernels({weight.format for weight in graph.weights.values()}, "f32")
+    sizes: dict[str, int] = {}
+    for (name, _), (_, place) in layout(graph)[0].items():
+        sizes[name] = sizes.get(name, 0) + place.bytes
+    return sizes
+
+
+def _plain(graph: Graph) -> dict[str, int]:
+    from gossamer.graph.ops.base import weight_bytes
+
+    return {name: int(weight_bytes(weight)) for name, weight in graph.weights.items()}
 
 
 def show_formats(graph: Graph, config: EngineConfig, *, json: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 __all__ = ["known_elsewhere"]
 
-_GPU = "a model runs on one device as a whole: --device cuda or --device cpu"
+_GPU = "a model runs on one device, --device cuda or cpu; --offload brings what does not fit on a GPU"
 _LOGGED = "prompts and outputs are never logged; leave it out"
 _PARALLEL = "tensor parallelism is not built yet; --threads uses the cores of this machine"
 _SPECULATIVE = (
@@ -23,10 +23,12 @@ _INSTEAD = {
     "--gpu-memory-utilization": "--memory-budget limits the memory of the device that runs, "
     "--kv-bytes the KV pool",
     "--kv-cache-memory-bytes": "--kv-bytes sets the size of the KV pool",
-    "--swap-space": "--swap-bytes sets the size of the file that KV pages are swapped to",
+    "--swap-space": "--swap-bytes sets the room for KV pages that are swapped: a file; of a GPU, host memory",
+    "--cpu-offload-gb": "--offload auto streams from host memory what does not fit on a GPU; a size there "
+    "is the device memory that weights may take",
     "--block-size": "--page-size sets the tokens of a KV page",
     "--enable-chunked-prefill": "always on; --prefill-chunk sets its size",
-    "--enforce-eager": "steps are not captured as CUDA graphs yet; --backend reference runs eager torch",
+    "--enforce-eager": "--no-layer-fusion records no CUDA graphs; --backend reference runs eager torch",
     "--trust-remote-code": "code from a checkpoint is never run; leave it out",
     "--download-dir": "HF_HOME says where the hub cache is",
     "--tokenizer": "the tokenizer is the one in the model's directory",

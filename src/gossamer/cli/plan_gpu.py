@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gossamer.cli.show import emit_json
+from gossamer.cli.show import emit_json, stored_formats
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 
@@ -46,12 +46,24 @@ def plan_on_gpu(
     plan.require(config.memory_budget)
     here = plan.device.torch.type == "cuda"
     rates = remembered_gpu(plan.device.name if here else None)
-    work = (concurrency or 1, input_len or _INPUT, output_len or _OUTPUT)
+    prompt, output, longest = input_len or _INPUT, output_len or _OUTPUT, plan.kv.max_model_len
+    if prompt + output > longest:
+        if input_len is not None or output_len is not None:
+            raise ConfigError(
+                f"{prompt} tokens of a prompt and {output} of an answer are {prompt + output} tokens, and "
+                f"the longest sequence is {longest}; lower --input-len or --output-len, or raise "
+                "--max-model-len and --kv-bytes"
+            )
+        prompt = max(1, longest * 2 // 3)
+        output = max(1, longest - prompt)
+    asked = concurrency or 1
+    held = plan.memory.kv_tokens // (prompt + output)
+    work = (max(1, min(asked, held, config.max_num_seqs)), prompt, output)
     steps = {} if rates is None else _steps(plan, config, rates, *work)
     if json:
-        _print_json(plan, config, rates, steps)
+        _print_json(plan, config, rates, steps, work[0])
     else:
-        _print(plan, config, rates, steps, *work)
+        _print(plan, config, rates, steps, asked, *work)
 
 
 def _steps(
@@ -72,7 +84,7 @@ def _steps(
 
 
 def _print_json(
-    plan: DevicePlan, config: EngineConfig, rates: GpuRates | None, steps: Mapping[str, GpuStep]
+    plan: DevicePlan, config: EngineConfig, rates: GpuRates | None, steps: Mapping[str, GpuStep], running: int
 ) -> None:
     memory: dict[str, Any] = asdict(plan.memory) | {"total": plan.memory.total}
     emit_json(
@@ -81,7 +93,9 @@ def _print_json(
             "device": plan.device.name,
             "device_bytes": plan.device.memory,
             "bytes": memory,
+            "swap_bytes": plan.swap_bytes,
             "max_model_len": plan.kv.max_model_len,
+            "running": running,
             "rates": None if rates is None else asdict(rates),
             "at_least": {name: asdict(step) for name, step in steps.items()},
         }
@@ -93,6 +107,7 @@ def _print(
     config: EngineConfig,
     rates: GpuRates | None,
     steps: Mapping[str, GpuStep],
+    asked: int,
     running: int,
     prompt: int,
     output: int,
@@ -116,7 +131,7 @@ def _print(
     table.add_column(style="cyan")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    table.add_row("weights", size(memory.weights), "")
+    table.add_row("weights", size(memory.weights), stored_formats(plan.graph))
     table.add_row("KV pages", size(memory.kv), f"{memory.kv_tokens:,} tokens in {config.kv_dtype}")
     table.add_row("context", f"{plan.kv.max_model_len:,}", "tokens, the longest sequence")
     table.add_row("arena", size(memory.arena), f"{size(memory.arena_separate)} without memory reuse")
@@ -126,14 +141,21 @@ def _print(
     table.add_section()
     table.add_row("total", size(memory.total), f"of {size(plan.device.memory)}", style="bold")
     if memory.host:
-        table.add_row("host", size(memory.host), "of weights beside these, brought anew in every step")
+        table.add_row("host memory", size(memory.host), "other weights, brought anew in every step")
+    if plan.swap_bytes:
+        table.add_row("swap", size(plan.swap_bytes), "of host memory, for KV pages that make room")
     console.print(table)
+    if running < asked:
+        console.print(
+            f"{running:,} of {asked:,} run at once: KV pages (--kv-bytes) and --max-num-seqs hold no more",
+            soft_wrap=True,
+        )
+    limits = "" if rates is None else rates.name
     if rates is None:
         console.print(
             "no GPU was measured here: `gossamer probe` on one makes the least times of steps known",
             soft_wrap=True,
         )
-        return
     about = {
         "decode": f"{running} at once, {prompt + output // 2:,} tokens before",
         "prefill": f"{min(prompt, config.max_num_batched_tokens):,} tokens",
@@ -141,8 +163,8 @@ def _print(
     for name, step in steps.items():
         console.print(
             f"{name} ({about[name]}): at least {ms(step.seconds * 1e3)} a step at the limits of "
-            f"{escape(rates.name)}, {size(step.bytes)} and {step.macs / 1e9:,.0f} GMAC; "
-            f"launches one by one {ms(step.launch_seconds * 1e3)}",
+            f"{escape(limits)}, {size(step.bytes)} and {step.macs / 1e9:,.0f} GMAC; "
+            f"launching kernel by kernel takes {ms(step.launch_seconds * 1e3)}",
             soft_wrap=True,
         )
     console.print(

@@ -30,7 +30,7 @@ def probe(
     ] = False,
     json: Annotated[bool, flag("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks, and those of its GPU."""
+    """Measure this machine: DRAM read bandwidth and int8, bf16 and fp32 peaks, and what its GPU reaches."""
     from gossamer.backends.cpu.tuning import tuned_layers
     from gossamer.config import HardwareKernels, ParallelComputing
     from gossamer.errors import ConfigError, GossamerError

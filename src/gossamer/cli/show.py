@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gossamer.graph.ir import Graph, Weight
     from gossamer.runtime.start import Started
 
-__all__ = ["emit_json", "memory_table", "show_start", "stderr"]
+__all__ = ["emit_json", "memory_table", "show_start", "stderr", "stored_formats"]
 
 
 def stderr() -> Console:
@@ -49,14 +49,16 @@ def memory_table(started: Started) -> Table:
     memory, config = started.memory, started.config
     pages = started.executor.limits.pages[0]
     size = started.executor.limits.page_size
-    stored = _stored(started.graph)
+    stored = stored_formats(started.graph)
     reference = config.backend == "reference"
     place, keys = "reference" if reference else started.isa, str(config.kv_dtype)
     if reference:
         stored, keys = (t if t == "f32" else f"f32, holding {t} values" for t in (stored, keys))
-    threads = f"{started.threads} thread{'s' if started.threads != 1 else ''}"
+    threads = f", {started.threads} thread{'s' if started.threads != 1 else ''}"
+    if config.backend == "cuda":  # it takes none
+        threads = ""
     table = Table(
-        title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}, {threads}[/]",
+        title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}{threads}[/]",
         title_justify="left",
         title_style="",
         box=box.SIMPLE_HEAD,
@@ -102,7 +104,7 @@ def memory_table(started: Started) -> Table:
     return table
 
 
-def _stored(graph: Graph) -> str:
+def stored_formats(graph: Graph) -> str:
     """The formats that matrices are stored in, that of most numbers first, with the group that was chosen
     and the rows that it pads."""
     from gossamer.passes.weight_formats import matrices

@@ -28,7 +28,7 @@ from gossamer.errors import ConfigError
 
 BackendName = Literal["cpu", "cuda", "reference"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-KVType = Literal["f32", "f16", "bf16", "int8", "int4"]
+KVType = Literal["f32", "f16", "bf16", "int8", "int4", "fp8"]
 _TECHNIQUES: dict[str, type] = {
     "quantization": Quantization, "mixed_precision": MixedPrecision, "operator_fusion": OperatorFusion,
     "layer_fusion": LayerFusion, "paged_attention": PagedAttention, "prefix_cache": PrefixCache,
@@ -84,7 +84,7 @@ class EngineConfig:
     """Adapts what is on; without it a step holds what the two limits below allow."""
 
     kv_dtype: KVType = "bf16"
-    """What keys and values are stored in; int8 and int4 with one scale per token and head. The reference
+    """What keys and values are stored in; int8, int4 and fp8 with one scale per token and head. The reference
     backend holds the same values in f32."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together; None: the model's own, cut to what memory holds."""
@@ -112,9 +112,9 @@ class EngineConfig:
             ("load format", self.load_format, get_args(LoadFormat)),
             ("KV dtype", self.kv_dtype, get_args(KVType)),
         ):
-            if name == "KV dtype" and value.startswith("fp8"):
+            if name == "KV dtype" and value.startswith("fp8_"):
                 raise ConfigError(
-                    f"KV dtype {value!r} does not exist here; int8 is as small, and nearest to it"
+                    f"KV dtype {value!r} does not exist here; fp8 (E4M3, on GPUs) and int8 are nearest to it"
                 )
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is unknown; choose {', '.join(allowed)}")

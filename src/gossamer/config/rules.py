@@ -12,6 +12,7 @@ from gossamer.config.dynamic_shapes import DynamicShapes
 from gossamer.config.flash_attention import FlashAttention
 from gossamer.config.memory_reuse import MemoryReuse
 from gossamer.config.paged_attention import PagedAttention
+from gossamer.config.quantization import Quantization
 from gossamer.config.speculative_decoding import SpeculativeDecoding
 from gossamer.config.static_batching import StaticBatching
 
@@ -282,6 +283,26 @@ RULES: tuple[Rule, ...] = (
             f"{c.parallel_computing.threads} threads are asked for, and the cuda backend computes on a GPU"
         ),
         repairs=lambda c: (_CPU, ("parallel_computing", replace(c.parallel_computing, threads=None))),
+    ),
+    Rule(
+        name="fp8 weights are for GPUs",
+        kind="needs",
+        techniques=("quantization",),
+        says="fp8 is multiplied by GPUs; on the CPU int8 is nearest to it",
+        holds=lambda c: c.backend != "cpu" or c.quantization is None or c.quantization.format != "fp8",
+        reason=lambda c: "the CPU backend has no kernels for weights in fp8 (GPUs have: --device cuda)",
+        repairs=lambda c: (("quantization", Quantization(format="int8")),),
+    ),
+    Rule(
+        name="fp8 keys and values are for GPUs",
+        kind="needs",
+        techniques=("quantization",),
+        says="keys and values in fp8 are read by GPUs; on the CPU int8 is nearest to it",
+        holds=lambda c: c.backend != "cpu" or c.kv_dtype != "fp8",
+        reason=lambda c: (
+            "the CPU backend has no kernels for keys and values in fp8 (GPUs have: --device cuda)"
+        ),
+        repairs=lambda c: (("kv_dtype", "int8"),),
     ),
     Rule(
         name="weights are offloaded from a GPU",

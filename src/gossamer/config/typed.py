@@ -34,6 +34,7 @@ _SPELLED = {
     "mixed_precision": "--dtype",
     "speculative_decoding": "--speculative-config",
     "offloading": "--offload",
+    "kv_dtype": "--kv-cache-dtype",
 }
 
 

@@ -57,8 +57,9 @@ class Value:
 class Weight:
     """A constant of the graph: logical shape, storage format and where it comes from.
 
-    format: "f32", "f16", "bf16", "int8", "int4", "uint4", "nf4" - how a backend stores it (passes rewrite
-    this; families always say "f32"); group: inputs along the last axis that share a scale (0: whole rows).
+    format: "f32", "f16", "bf16", "int8", "int4", "uint4", "nf4", "fp8" - how a backend stores it (passes
+    rewrite this; families always say "f32"); group: inputs along the last axis that share a scale (0: whole
+    rows).
     graph/ops/formats.py says which groups a format has, and what its numbers are.
     activation_scale: of int8 without groups, the scale of all int8 activations it multiplies; 0: one for each
     token.

@@ -12,7 +12,7 @@ __all__ = ["PASS", "auto_group", "quantization"]
 
 
 def auto_group(graph: Graph, format: str) -> int:
-    """The group that a format takes where all matrices are stored in it; 0 for int8."""
+    """The group that a format takes where all matrices are stored in it; 0 for int8 and fp8."""
     return largest_group(format, (weight.shape[-1] for weight in matrices(graph).values()))
 
 

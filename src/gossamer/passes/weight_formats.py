@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from gossamer.config import EngineConfig, MixedPrecision, Quantization
-from gossamer.config.quantization import GROUPS
+from gossamer.config.quantization import GROUPS, PER_ROW
 from gossamer.config.weight_formats import StoredAs, parse_stored
 from gossamer.errors import ConfigError
 from gossamer.graph.ir import Graph, Node, Weight
@@ -52,8 +52,8 @@ def matrices(graph: Graph) -> dict[str, Weight]:
 
 def largest_group(format: str, inputs: Iterable[int]) -> int:
     """The format's largest group (nf4: up to 64) that divides every matrix's input size, or the smallest if
-    none does (the last group of a row is then padded with zeros); 0 for int8, which has one scale per row."""
-    if format == "int8":
+    none does (the last group of a row is then padded with zeros); 0 for int8 and fp8: one scale per row."""
+    if format in PER_ROW:
         return 0
     sizes = list(inputs)
     groups = [g for g in GROUPS[format] if g <= _LARGEST.get(format, g)]

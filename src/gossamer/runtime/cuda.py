@@ -10,7 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape
-from gossamer.backends.cuda.device import Device
+from gossamer.backends.cuda.device import Device, require_chip
 from gossamer.backends.cuda.program import CudaProgram, page_bytes, plan_memory, require
 from gossamer.backends.cuda.streaming import StreamPlan, place_weights
 from gossamer.backends.cuda.swap import HostSwap
@@ -55,8 +55,10 @@ def plan_cuda(
     graph: Graph, config: EngineConfig, kv: KVPlan, device: Device, draft: Graph | None = None
 ) -> DevicePlan:
     """The byte plan, of graphs after their passes. kv: planned within the device's memory. Neither weights
-    nor a GPU are needed. Raises ConfigError and NotBuiltError for formats without kernels, ConfigError where
-    the host has no room for what is to stay there."""
+    nor a GPU are needed. Raises ConfigError and NotBuiltError for formats that kernels or the chip lack,
+    ConfigError where the host has no room for what is to stay there."""
+    stored = {w.format for each in (graph, draft) if each is not None for w in each.weights.values()}
+    require_chip(stored, config.kv_dtype, device)
     reuse = config.memory_reuse is not None
     shape = step_shape(graph, config, kv)
     memory, own = plan_memory(graph, shape, reuse=reuse), None

@@ -15,7 +15,8 @@ CARD = Card(
     here="Attention over pages in tiles with an online softmax: scores exist for one tile, never for a "
     "whole context. Prefill and decode, fixed splits of 512 keys merged in order (so that bits follow "
     "neither batch nor threads), grouped queries, causal masks and token trees, sliding windows, "
-    "soft-caps; keys and values in fp32, fp16, bf16, int8 and int4.",
+    "soft-caps; keys and values in fp32, fp16, bf16, int8 and int4. On a GPU Triton kernels for prefill and "
+    "for decode, the latter's splits chosen by the step, keys and values in all of these but int4.",
     tools=("vLLM", "TGI", "transformers (partly)"),
     applicability="Transformers",
     trade_off="a kernel of its own for every kind of attention",
@@ -28,10 +29,13 @@ CARD = Card(
         "src/gossamer/config/flash_attention.py", "csrc/generic/attention.h",
         "csrc/generic/attention_tile.h", "csrc/generic/attention_kinds.h", "csrc/generic/softmax.h",
         "csrc/generic/gemm.h", "csrc/generic/dots.h",
+        "src/gossamer/backends/cuda/kernels/attention.py",
+        "src/gossamer/backends/cuda/kernels/attention_prefill.py",
+        "src/gossamer/backends/cuda/kernels/attention_decode.py",
     ),
     tests=(
         "tests/numerics/test_attention.py", "tests/numerics/test_attention_materialised.py",
-        "tests/exactness/test_bits.py",
+        "tests/exactness/test_bits.py", "tests/backends/cuda/test_attention.py",
     ),
     papers=(
         "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness (2022), arXiv "
@@ -41,5 +45,5 @@ CARD = Card(
         "Online normalizer calculation for softmax (2018), arXiv 1805.02867",
         "Self-attention Does Not Need O(n^2) Memory (2021), arXiv 2112.05682",
     ),
-    missing="GPU kernels",
+    missing="figures on a GPU",
 )  # fmt: skip

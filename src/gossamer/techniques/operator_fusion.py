@@ -16,7 +16,7 @@ CARD = Card(
     here="Declarative rules, pattern to replacement, each with a switch of its own (--no-fusion-rule): "
     "QKV merge, gate and up merge, activation epilogue (SiLU * up), residual epilogue, norm with residual, "
     "norm with quantization. Merged matrices are not repacked: one instruction reads several. A fused op "
-    "does the arithmetic of those it replaces in their order, so no bit changes.",
+    "does the arithmetic of those it replaces in their order, so on the CPU no bit changes.",
     tools=("TensorRT", "ONNX Runtime", "vLLM (partly)"),
     applicability="general",
     trade_off="the framework must support it",

@@ -17,7 +17,8 @@ CARD = Card(
     "while its prompt is computed. Outputs of one request (n > 1) and prompts that begin alike share full "
     "pages by count, and of a page that they share in part each has a copy; the prefix cache keeps pages "
     "of ended requests and finds them by a keyed digest. Pages of sequences that make room are computed "
-    "again or swapped to a file (--swap-bytes); pages that slide out of an attention window go back.",
+    "again or swapped (--swap-bytes): to a file, or from a GPU to host memory. Pages that slide out of "
+    "an attention window go back.",
     tools=("vLLM", "TGI (partly)"),
     applicability="LLM generation",
     trade_off="attention reads through a table, and the last page of a sequence is part empty",
@@ -29,7 +30,8 @@ CARD = Card(
     code=(
         "src/gossamer/config/paged_attention.py", "src/gossamer/config/prefix_cache.py",
         "src/gossamer/engine/pages.py", "src/gossamer/engine/state.py",
-        "src/gossamer/engine/prefix_cache.py", "src/gossamer/runtime/swap.py", "csrc/kv_layout.cpp",
+        "src/gossamer/engine/prefix_cache.py", "src/gossamer/runtime/swap.py",
+        "src/gossamer/backends/cuda/swap.py", "csrc/kv_layout.cpp",
         "csrc/generic/kv.h", "csrc/generic/attention_keys.h",
     ),
     tests=(
@@ -42,5 +44,5 @@ CARD = Card(
         "SGLang: Efficient Execution of Structured Language Model Programs (RadixAttention, 2023), arXiv "
         "2312.07104",
     ),
-    missing="beam search; host memory as the slower tier, which is for GPUs",
+    missing="beam search",
 )  # fmt: skip

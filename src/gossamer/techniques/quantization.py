@@ -15,7 +15,8 @@ CARD = Card(
     here="Weights in int8 (a scale per output channel, or per group of 16 or 32 inputs), int4 and uint4 "
     "(symmetric and asymmetric, groups of 32, 64 or 128) and NF4 (through a codebook of 16 int8 levels), "
     "each matrix its own if so asked; activations int8 with a scale per token, or static scales from "
-    "calibration (SmoothQuant); keys and values in int8 or int4 (--kv-cache-dtype). Made at load by "
+    "calibration (SmoothQuant); keys and values in int8 or int4 (--kv-cache-dtype). On GPUs that have it, "
+    "weights, activations beside them, keys and values in fp8 (E4M3). Made at load by "
     "round-to-nearest, or ahead of serving by GPTQ, AWQ, SmoothQuant, mixed bits under a byte budget from "
     "measured sensitivities, and KV calibration. Reads compressed-tensors, GPTQ, AWQ, bitsandbytes (NF4, "
     "int8) and GGUF, their integers served as they are; writes compressed-tensors, GPTQ and GGUF. bf16 and "
@@ -43,11 +44,12 @@ CARD = Card(
         "src/gossamer/graph/ops/formats.py", "src/gossamer/compress/quantize",
         "src/gossamer/checkpoint/packed.py", "src/gossamer/checkpoint/codes.py", "csrc/pack.cpp",
         "csrc/isa/linear_avx512.h", "csrc/isa/linear_avx2.h", "csrc/generic/linear.h",
+        "src/gossamer/backends/cuda/kernels/linear_fp8.py",
     ),
     tests=(
         "tests/numerics/test_formats.py", "tests/graph/test_formats.py",
         "tests/passes/test_weight_formats.py", "tests/compress/quantize", "tests/checkpoint",
-        "tests/quality",
+        "tests/quality", "tests/backends/cuda",
     ),
     papers=(
         "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (2022), arXiv "
@@ -59,5 +61,5 @@ CARD = Card(
         "QLoRA: Efficient Finetuning of Quantized LLMs (2023), arXiv 2305.14314 (NF4)",
         "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (2022), arXiv 2208.07339",
     ),
-    missing="fp8 weights and fp8 keys and values, which are for GPUs; export to ONNX and TensorRT",
+    missing="fp8 checkpoints as they are; export to ONNX and TensorRT",
 )  # fmt: skip

@@ -14,8 +14,9 @@ CARD = Card(
     speed_promise="1.5-2x",
     here="Guesses from the text itself (ngram, prompt lookup), a draft model of the same tokenizer, or a "
     "trained head (EAGLE style), as chains or trees, verified in one step. Acceptance is exact: noise is "
-    "shared and a draft is right where it named the very token, so the output is plain decoding's to the "
-    "last bit. The length of drafts adapts on line, and a method that loses is switched off.",
+    "shared and a draft is right where it named the very token, so on the CPU the output is plain "
+    "decoding's to the last bit. The length of drafts adapts on line, and a method that loses is "
+    "switched off.",
     tools=("vLLM", "TGI (experimental)"),
     applicability="generation",
     trade_off="it pays where a step waits for memory and guesses come true, as on text that quotes; on "

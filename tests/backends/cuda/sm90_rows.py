@@ -24,6 +24,7 @@ def main() -> None:
             norm.quantize_rows(integers, scales, x)
             norm.quantize_rows(integers, scales, x, 0.1)
             norm.rms_norm_quantize(integers, scales, x, w, 1e-5)
+            norm.quantize_rows(integers.view(torch.float8_e4m3fn), scales, x)
         for act in ("silu", "gelu", "gelu_tanh", "relu"):
             elementwise.act_mul(y, x, z, act)
             elementwise.activation(y, x, act)
@@ -35,6 +36,7 @@ def main() -> None:
         embed.name_tokens(ids, ids)
         embed.take_columns(y, x, torch.empty(100, dtype=torch.int32))
         embed.embed_packed(y, ids, integers, scales, format="int8")
+        embed.embed_packed(y, ids, integers.view(torch.float8_e4m3fn), scales, format="fp8")
         pairs, zeros = torch.empty(8, 50, dtype=torch.uint8), torch.empty(8, 4, dtype=torch.uint8)
         for format in ("int4", "uint4", "nf4"):
             groups = torch.empty(8, 4, dtype=torch.float16)

@@ -13,7 +13,12 @@ from gossamer.graph.ops.formats import round_kv
 
 __all__ = ["FORMATS", "Step", "fill", "make_layer", "make_step", "stored"]
 
-FORMATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+FORMATS = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
+MOST = {"int8": 127, "fp8": 448}
+"""The greatest code of formats with scales."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,10 @@ def make_step(
 def make_layer(
     device: torch.device, step: Step, kv_heads: int, head_dim: int, format: str, page_size: int = 16
 ) -> KvLayer:
-    """Pages full of what must never be read: NaN, or of int8 NaN scales."""
+    """Pages full of what must never be read: NaN, or NaN scales where there are any."""
     shape = (step.pages, page_size, kv_heads, head_dim)
-    if format == "int8":
-        pages = [torch.full(shape, 99, dtype=torch.int8, device=device) for _ in range(2)]
+    if format in MOST:
+        pages = [torch.full(shape, 96, dtype=FORMATS[format], device=device) for _ in range(2)]
         scales = [torch.full(shape[:3], torch.nan, device=device) for _ in range(2)]
         return KvLayer(keys=pages[0], values=pages[1], key_scales=scales[0], value_scales=scales[1])
     pages = [torch.full(shape, torch.nan, dtype=FORMATS[format], device=device) for _ in range(2)]
@@ -108,6 +113,8 @@ def fill(layer: KvLayer, step: Step, span: int, k: torch.Tensor, v: torch.Tensor
         if scales is None:
             pages[at] = x.to(pages.dtype)
             continue
-        scale = x.abs().amax(-1) / 127
+        format = "int8" if pages.dtype == torch.int8 else "fp8"
+        scale = x.abs().amax(-1) / MOST[format]
         scales[at] = scale
-        pages[at] = (round_kv(x, "int8") / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8)
+        codes = round_kv(x, format) / scale.clamp(min=1e-30)[..., None]
+        pages[at] = (codes.round() if format == "int8" else codes).to(pages.dtype)

@@ -10,11 +10,11 @@ from gossamer.backends.cuda.kernels.attention_decode import choose_splits, few_r
 from gossamer.errors import ConfigError
 from gossamer.graph.ops import get_op
 from gossamer.graph.ops.attention import KVState
-from tests.backends.cuda.steps import FORMATS, Step, fill, make_layer, make_step, stored
+from tests.backends.cuda.steps import FORMATS, MOST, Step, fill, make_layer, make_step, stored
 
 # Of weights and queries in the pages' type; the interpreter cuts to bfloat16 where hardware rounds.
-TOLERANCES = {"f32": 3e-6, "f16": 2e-3, "bf16": 1.2e-2, "int8": 1.2e-2}
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+TOLERANCES = {"f32": 3e-6, "f16": 2e-3, "bf16": 1.2e-2, "int8": 1.2e-2, "fp8": 1.2e-2}
+DTYPES = {name: torch.bfloat16 if name in MOST else dtype for name, dtype in FORMATS.items()}
 TREE = (-1, 0, 0, 1, 2, 2, -1, 6)
 
 
@@ -88,7 +88,7 @@ def test_heads_and_spans(
     check(device, make_step(device, spans, groups=2), format, heads, kv_heads, head_dim, groups=2)
 
 
-@pytest.mark.parametrize("format", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("window", [None, 1, 20, 300])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("spans", [((1, 300), (3, 255), (2, 600)), ((40, 280), (1, 330))])
@@ -103,7 +103,7 @@ def test_windows_and_caps(
     check(device, step, format, 2, 1, 16, window=window, softcap=softcap, page_size=48)
 
 
-@pytest.mark.parametrize("format", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("window", [None, 3, 40])
 @pytest.mark.parametrize(("count", "other"), [(8, 1), (8, 30)])
 def test_trees(device: torch.device, format: str, window: int | None, count: int, other: int) -> None:

@@ -9,12 +9,12 @@ from gossamer.backends.cuda.kernels.kv_write import kv_write, qkv_write, rope
 from gossamer.graph.ops import get_op
 from gossamer.graph.ops.attention import KVState
 from gossamer.graph.ops.formats import round_kv
-from tests.backends.cuda.steps import FORMATS, make_layer, make_step, stored
+from tests.backends.cuda.steps import FORMATS, MOST, make_layer, make_step, stored
 
 SPANS = ((1, 40), (9, 0), (3, 15), (1, 0))
 # The interpreter cuts to bfloat16 where hardware rounds: a unit in the last place.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-STEPS = {"f32": 0.0, "f16": 1e-3, "bf16": 8e-3, "int8": 0.0}
+STEPS = {"f32": 0.0, "f16": 1e-3, "bf16": 8e-3, "int8": 0.0, "fp8": 0.0}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,10 +72,12 @@ def test_qkv_write(
         rows = slice(span.row, span.row + span.count)
         got = [x[span.start :] for x in stored(layer, step, i, 1)]
         for x, want in zip(got, (k, v), strict=True):
-            # Of int8 the one integer that a rounding error in float32 may move.
-            unit = float(want[rows].abs().max()) / 127 if format == "int8" else 2e-6
+            # Of int8 and fp8 the one code that a rounding error in float32 may move.
+            unit = (
+                float(want[rows].abs().max()) / {"int8": 127, "fp8": 14}[format] if format in MOST else 2e-6
+            )
             torch.testing.assert_close(x, round_kv(want[rows], format), rtol=STEPS[format], atol=1.01 * unit)
-            if format == "int8":
+            if format in MOST:
                 off = (x - round_kv(want[rows], format)).abs() > 1e-5
                 assert off.float().mean() < 0.02
 

@@ -23,7 +23,7 @@ from gossamer.graph.ops.formats import round_activations, round_weight
 from tests.numerics.harness import Arrays, OpGraph
 
 GROUPED = [("int8", 16), ("int8", 32), ("int4", 32), ("int4", 64), ("uint4", 32), ("nf4", 64)]
-PLAIN = [("f32", 0), ("f16", 0), ("bf16", 0), ("int8", 0)]
+PLAIN = [("f32", 0), ("f16", 0), ("bf16", 0), ("int8", 0), ("fp8", 0)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -83,7 +83,7 @@ def test_words_without_a_rest(format: str, group: int, device: torch.device) -> 
     close(out[:, some], x.double() @ values[some].T)
 
 
-@pytest.mark.parametrize(("format", "group"), [("f16", 0), ("int8", 0), *GROUPED])
+@pytest.mark.parametrize(("format", "group"), [("f16", 0), ("int8", 0), ("fp8", 0), *GROUPED])
 def test_tiles_of_many_rows(format: str, group: int, device: torch.device) -> None:
     """Blocks of 128 rows, of 4 bits with the inputs in planes; an odd number of inputs."""
     n, k, t = 70, 2 * max(group, 32) + 9, 130
@@ -96,9 +96,9 @@ def test_tiles_of_many_rows(format: str, group: int, device: torch.device) -> No
 
 @pytest.mark.parametrize("act", [*ACTIVATIONS, None])
 @pytest.mark.parametrize(
-    ("format", "group"), [("bf16", 0), ("f32", 0), ("int8", 0), ("int4", 32), ("nf4", 32)]
+    ("format", "group"), [("bf16", 0), ("f32", 0), ("int8", 0), ("fp8", 0), ("int4", 32), ("nf4", 32)]
 )
-@pytest.mark.parametrize("t", [2, 6])
+@pytest.mark.parametrize("t", [1, 2, 6])
 def test_epilogues(format: str, group: int, t: int, act: str | None, device: torch.device) -> None:
     """Biases, activations, gates and a residual that is the output."""
     n, k = 21, 64
@@ -121,7 +121,7 @@ def test_epilogues(format: str, group: int, t: int, act: str | None, device: tor
     assert (wide[:, :4] == 7).all() and (wide[:, n + 4 :] == 7).all()
 
 
-@pytest.mark.parametrize(("format", "group"), [("f16", 0), ("int8", 0), ("uint4", 32)])
+@pytest.mark.parametrize(("format", "group"), [("f16", 0), ("int8", 0), ("fp8", 0), ("uint4", 32)])
 @pytest.mark.parametrize("t", [1, 7])
 def test_outputs_side_by_side(format: str, group: int, t: int, device: torch.device) -> None:
     """Several weights of one input: those that lie side by side in one launch, or each for itself."""
@@ -150,6 +150,7 @@ def test_outputs_side_by_side(format: str, group: int, t: int, device: torch.dev
     [
         (gemv_words, "int4", 32, 3), (gemv_words, "uint4", 32, 1),
         (gemv_grouped, "nf4", 32, 2), (gemv_rows, "bf16", 0, 2),
+        (gemv_rows, "fp8", 0, 1),
         (gemm, "int8", 0, 17), (gemm, "nf4", 32, 5),
     ],
 )  # fmt: skip

@@ -95,6 +95,19 @@ def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype, device: torch.
     close(out, reference("rms_norm", [residual], [w]))
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantize_rows_to_fp8(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Small numbers, too, of which E4M3 holds fewer bits."""
+    from gossamer.backends.cuda.kernels.norm import quantize_rows
+
+    x = rows(shape, dtype, device) * torch.logspace(-4, 2, shape[1], device=device).to(dtype)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(shape[0], device=device)
+    quantize_rows(out, scales, x)
+    assert torch.equal(out.float() * scales[:, None], round_activations(x, "fp8").float())
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.021])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)

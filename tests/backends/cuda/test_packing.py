@@ -23,7 +23,7 @@ GROUPED = [
     ("int8", 16), ("int8", 32), ("int4", 32), ("int4", 128), ("uint4", 32), ("uint4", 64), ("nf4", 64),
     ("nf4", 32),
 ]  # fmt: skip
-FORMATS = [("f32", 0), ("f16", 0), ("bf16", 0), ("int8", 0), *GROUPED]
+FORMATS = [("f32", 0), ("f16", 0), ("bf16", 0), ("int8", 0), ("fp8", 0), *GROUPED]
 KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "usual": lambda w: w,
     "zero": np.zeros_like,
@@ -161,7 +161,7 @@ def test_integers_of_a_checkpoint_are_laid_out_as_they_are(
     assert torch.equal(floats(packed), torch.from_numpy(codes.floats()))
 
 
-@pytest.mark.parametrize(("format", "group"), [("bf16", 0), ("int8", 0), ("uint4", 32)])
+@pytest.mark.parametrize(("format", "group"), [("bf16", 0), ("int8", 0), ("fp8", 0), ("uint4", 32)])
 def test_what_is_read_side_by_side_lies_so(format: str, group: int, device: torch.device) -> None:
     g = OpGraph()
     x = g.input("x", random(3, 40))

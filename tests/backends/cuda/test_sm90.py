@@ -31,7 +31,7 @@ LINEAR = {
     [
         (("rows",), {"_scan_kernel", "_draw_kernel", "_quantize_kernel", "_rms_norm_kernel"}),
         (("attention", "bf16"), {"_decode", "_prefill", "_copy"}),
-        pytest.param(("attention", "f32", "f16", "bf16", "int8"), {"_decode"}, marks=SLOW),
+        pytest.param(("attention", "f32", "f16", "bf16", "int8", "fp8"), {"_decode"}, marks=SLOW),
         pytest.param(("linear",), LINEAR, marks=SLOW),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",

@@ -56,6 +56,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "f32": {"kv_dtype": "f32"},
     "bf16": {"mixed_precision": MixedPrecision()},
     "int8": {"quantization": Quantization(format="int8"), "kv_dtype": "int8"},
+    "fp8": {"quantization": Quantization(format="fp8"), "kv_dtype": "fp8"},
     "int4": {"quantization": Quantization(format="int4", group=32)},
     "uint4": {"quantization": Quantization(format="uint4", group=32)},
     "nf4": {"quantization": Quantization(format="nf4", group=32)},
@@ -108,13 +109,19 @@ def logits(program: CudaProgram, *, decode: bool = False) -> list[npt.NDArray[np
 @pytest.mark.parametrize(
     ("family", "format"),
     [
-        ("llama", "f32"),
-        ("llama", "int8"),
-        ("llama", "int4"),
         ("llama", "nf4"),
         ("qwen3", "bf16"),
         ("gpt2", "int8"),
-        ("qwen3-moe", "uint4"),
+        *(
+            pytest.param(family, format, marks=pytest.mark.slow)
+            for family, format in (
+                ("llama", "f32"),
+                ("llama", "int8"),
+                ("llama", "fp8"),
+                ("llama", "int4"),
+                ("qwen3-moe", "uint4"),
+            )
+        ),
     ],
 )
 def test_logits_are_those_of_resident_weights(family: str, format: str) -> None:

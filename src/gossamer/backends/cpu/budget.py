@@ -42,25 +42,18 @@ def too_large(
     listed = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     room = budget - (need - parts["weights"] - parts["kv"])
     room -= shape.padding * kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
-    smaller = "take a smaller model" + ("" if where else " (offloading is for weights of a GPU)")
     return MemoryBudgetError(
         f"{_mib(need)} are needed ({listed}) and {_mib(budget)} are there{where}; "
         + ("" if flash else _SCORES)
-        + _what_fits(graph, shape, budget, room, parts["weights"], weight_bytes, smaller)
+        + _what_fits(graph, shape, budget, room, parts["weights"], weight_bytes)
     )
 
 
 def _what_fits(
-    graph: Graph,
-    shape: StepShape,
-    budget: int,
-    room: int,
-    weights: int,
-    weight_bytes: _Sizes,
-    smaller: str,
+    graph: Graph, shape: StepShape, budget: int, room: int, weights: int, weight_bytes: _Sizes
 ) -> str:
     """What to ask for instead, never more than was asked for. room: bytes of the budget that are there for
-    weights and KV together; smaller: what to do where no weights fit."""
+    weights and KV together."""
     page = kv_page_bytes(graph, shape.page_size, shape.kv_dtype)
 
     def kv(left: int) -> tuple[str, str]:
@@ -89,7 +82,7 @@ def _what_fits(
         f"nothing fits: {_mib(least + page + rest)} are the least (weights {stored} {_mib(least)}, one KV "
         f"page {_mib(page)}, {_mib(rest)} beside), {_mib(least + page - room)} more than there are; "
     ) + (
-        smaller
+        "take a smaller model"
         if room < least
         else "lower --max-num-seqs and --max-num-batched-tokens or take a smaller model"
     )

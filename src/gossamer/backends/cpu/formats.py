@@ -18,8 +18,10 @@ KV_FORMATS = ("f32", "f16", "bf16", "int8", "int4")
 
 
 def group_page_bytes(group: KVGroup, page_size: int, kv_dtype: str) -> int:
-    """Bytes of one page of `page_size` tokens in one layer of a KV group, scales and padding included."""
-    return int(_native.kv_page_bytes(FORMATS[kv_dtype], group.kv_heads, group.head_dim, page_size))
+    """Bytes of one page of `page_size` tokens in one layer of a KV group, scales and padding included. fp8,
+    which GPUs alone have, takes those of int8."""
+    kind = FORMATS["int8" if kv_dtype == "fp8" else kv_dtype]
+    return int(_native.kv_page_bytes(kind, group.kv_heads, group.head_dim, page_size))
 
 
 def kv_page_bytes(graph: Graph, page_size: int, kv_dtype: str) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from gossamer.errors import ConfigError, DependencyError
 
-__all__ = ["Device", "device_to_plan", "interpreted", "open_device"]
+__all__ = ["Device", "device_to_plan", "interpreted", "open_device", "require_chip"]
 
 _LEAST = (8, 0)  # bf16 and asynchronous copies: Ampere
+_FP8 = (8, 9)  # the first chips that multiply and convert E4M3: Ada
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +89,19 @@ def device_to_plan(memory_budget: int | None) -> Device:
         )
     name = f"a GPU with {memory_budget / (1 << 30):.2f} GiB"
     return Device(torch=torch.device("meta"), name=name, capability=(9, 0), memory=memory_budget)
+
+
+def require_chip(weights: Collection[str], kv_dtype: str, device: Device) -> None:
+    """Raises ConfigError for a format of weights, or of keys and values, that the chip has nothing for, with
+    the nearest that it has. The interpreter has all."""
+    if device.capability == (0, 0) or device.capability >= _FP8:
+        return
+    for what, asked, flag in (
+        ("weights", "fp8" in weights, "--quantization"),
+        ("keys and values", kv_dtype == "fp8", "--kv-cache-dtype"),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{what} in fp8 need compute capability {_FP8[0]}.{_FP8[1]} at least, and {device.name} has "
+                f"{device.capability[0]}.{device.capability[1]}; the nearest it has is int8 ({flag} int8)"
+            )

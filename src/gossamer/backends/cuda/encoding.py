@@ -1,11 +1,11 @@
-"""Floats into the integers of a weight format, on the device that will multiply them."""
+"""Floats into the codes of a weight format, on the device that will multiply them."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
 
-from gossamer.graph.ops.formats import NF4
+from gossamer.graph.ops.formats import E4M3_MOST, NF4
 
 __all__ = ["encode", "pairs"]
 
@@ -15,14 +15,18 @@ _EVEN, _LEVELS = 127.0, 15.0
 def encode(
     w: torch.Tensor, format: str, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rows w [n, k] float32 as codes, scales and zero points of "int8", "int4", "uint4" or "nf4".
+    """Rows w [n, k] float32 as codes, scales and zero points of "int8", "int4", "uint4", "nf4" or "fp8".
 
-    codes [n, K] int8 (k padded to whole groups) as in `gossamer.checkpoint.codes.Codes`; scales [n] float32
-    without groups, [n, K / group] float16 with them; zeros [n, K / group] uint8 of uint4, else None. Their
-    values are those of `gossamer.graph.ops.formats.round_weight`, bit for bit.
+    codes [n, K] int8 (k padded to whole groups) as in `gossamer.checkpoint.codes.Codes`, float8_e4m3fn of
+    fp8; scales [n] float32 without groups, [n, K / group] float16 with them; zeros [n, K / group] uint8 of
+    uint4, else None. Their values are those of `gossamer.graph.ops.formats.round_weight`, bit for bit.
     """
     # CUDA multiplies by the reciprocal of a divisor that is a number; of one that is a tensor it does not.
     even, levels = (torch.tensor(value, device=w.device) for value in (_EVEN, _LEVELS))
+    if format == "fp8":
+        scale = w.abs().amax(-1, keepdim=True) / torch.tensor(E4M3_MOST, device=w.device)
+        codes = _quotients(w, scale).clamp(-E4M3_MOST, E4M3_MOST)
+        return codes.to(torch.float8_e4m3fn), scale.squeeze(-1), None
     if not group:
         scale = w.abs().amax(-1, keepdim=True) / even
         return _integers(w, scale).clamp(-127, 127).to(torch.int8), scale.squeeze(-1), None

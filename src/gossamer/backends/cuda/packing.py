@@ -32,6 +32,7 @@ __all__ = [
 Progress = Callable[[int, int], None]
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # with a scale a row
 _LEAST_GROUP = {"int8": 16, "int4": 32, "uint4": 32, "nf4": 32}  # tensor cores take 16 inputs at least
 _MOST_GROUP = 256
 _CHUNK = 64 << 20  # bytes of float32 rows encoded at a time
@@ -42,9 +43,9 @@ class PackedWeight:
     """A weight as kernels read it; format, group, shape and activation_scale as of `Weight`. shape is [N, K],
     [experts, N, K] or, of vectors, [N]; the tensors are contiguous and begin with the same extents up to N.
 
-    data: floats in their type, vectors in float32, [.., K]. int8 without groups: int8 [.., K]. With groups K
-    is padded to whole ones: int8 [.., K], or uint8 [.., K / 2], where byte i holds column 2i in its low half
-    and 2i + 1 in its high half (int4: plus 8).
+    data: floats in their type, vectors in float32, [.., K]. int8 without groups and fp8: int8 or
+    float8_e4m3fn [.., K]. With groups K is padded to whole ones: int8 [.., K], or uint8 [.., K / 2], where
+    byte i holds column 2i in its low half and 2i + 1 in its high half (int4: plus 8).
     scales: float32 [..], one a row, or float16 [.., groups]. zeros: uint8 [.., groups] of uint4.
     levels: float32 [16] of nf4, one table for all weights of a model.
     """
@@ -99,20 +100,20 @@ def require_format(weight: Weight) -> None:
             f"{weight.name} is stored as {weight.stored}, and the cuda backend has no kernels for weights "
             "without their zeros; with --no-sparse-weights they are stored and multiplied"
         )
-    if weight.format not in (*_FLOATS, *_LEAST_GROUP):
+    if weight.format not in (has := dict.fromkeys((*_FLOATS, *_ROWS, *_LEAST_GROUP))):
         raise ConfigError(
             f"{weight.name}: the cuda backend has no kernels for weights in {weight.format}; it has them for "
-            f"{', '.join((*_FLOATS, *_LEAST_GROUP))}"
+            f"{', '.join(has)}"
         )
     group = weight.group
-    if group == 0 and weight.format in (*_FLOATS, "int8"):
+    if group == 0 and weight.format in (*_FLOATS, *_ROWS):
         return
     least = _LEAST_GROUP.get(weight.format)
     if least is None or not (least <= group <= _MOST_GROUP and group & (group - 1) == 0):
-        has = f"powers of two from {least} to {_MOST_GROUP}" if least else "none"
+        groups = f"powers of two from {least} to {_MOST_GROUP}" if least else "none"
         raise ConfigError(
             f"{weight.name}: the cuda backend has no kernels for {weight.stored}; its groups of "
-            f"{weight.format} are {has}"
+            f"{weight.format} are {groups}"
         )
 
 
@@ -223,7 +224,7 @@ def _tensors(weight: Weight) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         dtype = _FLOATS[weight.format] if rows else torch.float32
         return {"data": ((*rows, k), dtype)}
     if not weight.group:
-        return {"data": ((*rows, k), torch.int8), "scales": (tuple(rows), torch.float32)}
+        return {"data": ((*rows, k), _ROWS[weight.format]), "scales": (tuple(rows), torch.float32)}
     groups = -(-k // weight.group)
     padded = groups * weight.group
     per_group: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"scales": ((*rows, groups), torch.float16)}
@@ -295,7 +296,7 @@ def _put(rows: PackedWeight, codes: torch.Tensor, scales: torch.Tensor, zeros: t
     assert rows.scales is not None
     if rows.group:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % rows.group))
-    rows.data.copy_(codes if rows.format == "int8" else pairs(codes, rows.format))
+    rows.data.copy_(codes if rows.format in _ROWS else pairs(codes, rows.format))
     rows.scales.copy_(scales)
     if zeros is not None:
         assert rows.zeros is not None

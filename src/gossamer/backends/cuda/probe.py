@@ -13,7 +13,7 @@ import torch
 from gossamer.backends.cuda.device import Device, open_device
 from gossamer.backends.cuda.rates import GpuRates
 
-__all__ = ["gpu_here", "probe_gpu"]
+__all__ = ["copy_seconds", "gpu_here", "link_seconds", "probe_gpu", "products", "seconds"]
 
 _SIDE = 8192  # of square matrices: large enough for every chip's peak
 _COPIED, _LINKED = 1 << 30, 1 << 28  # bytes; beyond all caches
@@ -37,11 +37,9 @@ def probe_gpu(
     the device, and to it and back; all take at most half of the device's free memory."""
     at = device.torch
     copied = min(copied, device.memory // 4)
-    copy = _copy_seconds(at, copied, rounds)
-    down, up = _link_seconds(at, linked, rounds)
-    tflops = {
-        kind: round(2 * side**3 / seconds / 1e12, 3) for kind, seconds in _products(device, side, rounds)
-    }
+    copy = copy_seconds(at, copied, rounds)
+    down, up = link_seconds(at, linked, rounds)
+    tflops = {kind: round(2 * side**3 / took / 1e12, 3) for kind, took in products(device, side, rounds)}
     total, multiprocessors = device.memory, 1
     if at.type == "cuda":
         chip = torch.cuda.get_device_properties(at)
@@ -60,32 +58,33 @@ def probe_gpu(
     )
 
 
-def _copy_seconds(at: torch.device, size: int, rounds: int) -> float:
+def copy_seconds(at: torch.device, size: int, rounds: int) -> float:
+    """Of a copy of `size` bytes within the device, which reads and writes them."""
     source, target = (torch.full((size,), n, dtype=torch.uint8, device=at) for n in (1, 2))
-    return _seconds(lambda: target.copy_(source), at, rounds)
+    return seconds(lambda: target.copy_(source), at, rounds)
 
 
-def _link_seconds(at: torch.device, size: int, rounds: int) -> tuple[float, float]:
+def link_seconds(at: torch.device, size: int, rounds: int) -> tuple[float, float]:
     """To the device, and back."""
     host = torch.ones(size, dtype=torch.uint8, pin_memory=at.type == "cuda")
     there = torch.empty(size, dtype=torch.uint8, device=at)
-    down = _seconds(lambda: there.copy_(host, non_blocking=True), at, rounds)
-    return down, _seconds(lambda: host.copy_(there, non_blocking=True), at, rounds)
+    down = seconds(lambda: there.copy_(host, non_blocking=True), at, rounds)
+    return down, seconds(lambda: host.copy_(there, non_blocking=True), at, rounds)
 
 
-def _products(device: Device, side: int, rounds: int) -> Iterator[tuple[str, float]]:
+def products(device: Device, side: int, rounds: int) -> Iterator[tuple[str, float]]:
     """(type, seconds) of [side, side] x [side, side]. Of random numbers: a chip multiplies zeros faster, for
     it draws less power. The right one lies by columns, as weights do."""
     at = device.torch
     a, b = (torch.randn(side, side, device=at) for _ in range(2))
     for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
         x, w = a.to(dtype), b.to(dtype).T
-        yield kind, _seconds(lambda x=x, w=w: torch.mm(x, w), at, rounds)  # type: ignore[misc]
+        yield kind, seconds(lambda x=x, w=w: torch.mm(x, w), at, rounds)  # type: ignore[misc]
     for kind, precision in (("tf32", "tf32"), ("f32", "ieee")):
         with _float32_products(precision):
-            yield kind, _seconds(lambda: torch.mm(a, b.T), at, rounds)
+            yield kind, seconds(lambda: torch.mm(a, b.T), at, rounds)
     integers = [(16 * x).clamp(-127, 127).to(torch.int8) for x in (a, b)]
-    yield "int8", _seconds(lambda: torch._int_mm(integers[0], integers[1].T), at, rounds)
+    yield "int8", seconds(lambda: torch._int_mm(integers[0], integers[1].T), at, rounds)
     if device.capability >= _FP8:
         floats, one = [x.to(torch.float8_e4m3fn) for x in (a, b)], torch.ones((), device=at)
 
@@ -93,7 +92,7 @@ def _products(device: Device, side: int, rounds: int) -> Iterator[tuple[str, flo
             x, w = floats
             return torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
-        yield "fp8", _seconds(product, at, rounds)
+        yield "fp8", seconds(product, at, rounds)
 
 
 @contextmanager
@@ -107,7 +106,7 @@ def _float32_products(precision: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _seconds(work: Callable[[], object], at: torch.device, rounds: int) -> float:
+def seconds(work: Callable[[], object], at: torch.device, rounds: int) -> float:
     """Median over rounds, after three that nobody counts; by the device's own clock where it has one."""
     for _ in range(3):
         work()

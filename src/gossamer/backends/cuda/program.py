@@ -39,7 +39,11 @@ from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
 __all__ = ["CudaProgram", "Flight", "page_bytes", "plan_memory", "require"]
 
-_KV = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_KV = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
+_SCALED_KV = ("int8", "fp8")
 _PLAIN = {"temperature": 1, "top_p": 1, "repetition": 1, "logprobs": -1, "mask_row": -1, "target": -1}
 _ASKED = (
     _PLAIN,
@@ -101,7 +105,9 @@ def require(memory: MemoryReport, graph: Graph, shape: StepShape, device: Device
         error = too_large(
             there, graph, shape, parts | beside, flash=True, weight_bytes=_weight_bytes, where=where
         )
-        raise MemoryBudgetError(f"{error}; --offload auto streams from host memory what does not fit")
+        raise MemoryBudgetError(
+            f"{error}; or let --offload auto stream from host memory the weights that do not fit"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,11 +348,11 @@ def _weight_bytes(graph: Graph) -> int:
 
 def _allocate_kv(group: KVGroup, shape: StepShape, at: torch.device) -> list[torch.Tensor]:
     """Keys and values of a group's layers, [layers, pages, page_size, kv_heads, head_dim] each, and behind
-    them the scales of int8."""
+    them the scales of int8 and fp8."""
     kind = _KV[shape.kv_dtype]
     size = (len(group.layers), shape.pages, shape.page_size, group.kv_heads, group.head_dim)
     pools = [torch.zeros(size, dtype=kind, device=at) for _ in range(2)]
-    if kind == torch.int8:
+    if shape.kv_dtype in _SCALED_KV:
         pools += [torch.zeros(size[:4], device=at) for _ in range(2)]
     return pools
 
@@ -360,7 +366,7 @@ def _layer(pools: list[torch.Tensor], place: int) -> KvLayer:
 def page_bytes(graph: Graph, shape: StepShape) -> list[int]:
     """Of a page of each KV group, in all its layers."""
     kind = _KV[shape.kv_dtype]
-    scale = 4 if kind == torch.int8 else 0
+    scale = 4 if shape.kv_dtype in _SCALED_KV else 0
     return [
         2 * len(g.layers) * shape.page_size * g.kv_heads * (g.head_dim * kind.itemsize + scale)
         for g in graph.kv_groups

@@ -33,10 +33,10 @@ class Recorder:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Runs the calls once, which compiles their kernels, and gives what repeats them on the same memory;
-        in the interpreter that is they themselves."""
-        run()
+        in the interpreter that is they themselves, and nothing is run."""
         if self._pool is None:
             return run
+        run()
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -12,7 +12,8 @@ __all__ = ["Batch", "KvLayer"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayer:
     """Keys and values of one layer, [pages, page_size, kv_heads, head_dim] each, of float32, float16,
-    bfloat16 or int8; of int8 with a float32 scale per token and head, [pages, page_size, kv_heads]."""
+    bfloat16, int8 or fp8 (float8_e4m3fn); of these two with a float32 scale per token and head, [pages,
+    page_size, kv_heads]."""
 
     keys: torch.Tensor
     values: torch.Tensor

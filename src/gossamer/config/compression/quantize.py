@@ -141,12 +141,12 @@ class KVCalibration:
 
 
 def check_written(what: str, format: str) -> None:
-    """Raises ConfigError for a format that cannot be written: a float, an unknown one, or nf4."""
+    """Raises ConfigError for a format that cannot be written: a float, an unknown one, nf4 or fp8."""
     if not isinstance(format, str):
         raise ConfigError(f'{what} is {format!r}; a format in quotes is right, such as "int8"')
     parsed = parse_stored(format)
-    if not isinstance(parsed, Quantization) or parsed.format == "nf4":
+    if not isinstance(parsed, Quantization) or parsed.format in ("nf4", "fp8"):
         raise ConfigError(
-            f"{what} is {format!r}; choose int8, int4 or uint4 (and -g with a group); nf4 is made at load: "
-            "--quantization nf4"
+            f"{what} is {format!r}; choose int8, int4 or uint4 (and -g with a group); nf4 and fp8 are made "
+            "at load: --quantization nf4"
         )

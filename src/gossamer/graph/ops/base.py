@@ -80,15 +80,17 @@ def get_op(name: str) -> Op:
         raise GraphError(f"op {name!r} is not in the table: {', '.join(sorted(OPS))}") from None
 
 
-_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "uint4": 4.0, "nf4": 4.0}
+_BITS = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "fp8": 8.0, "int4": 4.0, "uint4": 4.0, "nf4": 4.0
+}  # fmt: skip
 
 
 def weight_bytes(weight: Weight) -> float:
     """Bytes of a weight in its storage format, scales included (fp16 per group, and for uint4 a byte for the
-    zero point; int8 without groups: fp32 per row). A last group that the columns do not fill is padded. Of a
-    sparse one: its non-zeros, and a bit for every number."""
+    zero point; int8 without groups, and fp8: fp32 per row). A last group that the columns do not fill is
+    padded. Of a sparse one: its non-zeros, and a bit for every number."""
     *rows, columns = weight.shape
-    scales = 4.0 if weight.format == "int8" else 0.0
+    scales = 4.0 if weight.format in ("int8", "fp8") else 0.0
     if weight.group:
         groups = -(-columns // weight.group)
         columns = groups * weight.group

@@ -24,7 +24,7 @@ __all__ = ["LINEAR_OPS", "PREPARED_FORMATS", "matrix_weights"]
 
 LINEAR_OPS = frozenset({"linear", "merged_linear", "gated_linear", "linear_act", "linear_add"})
 """Ops that multiply their first input with stored matrices, and may read it prepared."""
-PREPARED_FORMATS = frozenset({"bf16", "int8", "int4", "uint4", "nf4"})
+PREPARED_FORMATS = frozenset({"bf16", "int8", "int4", "uint4", "nf4", "fp8"})
 """Weight formats whose kernels read activations in another form than float32."""
 
 

@@ -40,8 +40,9 @@ def attention(
     """The op attention (graph/ops/attention.py) over the layer's pages, which hold the step's keys already.
 
     q, out: [T, heads * head_dim] of float32, float16 or bfloat16, columns side by side; head_dim a multiple
-    of 8 up to 256. Products are of the pages' type (bfloat16 for int8), sums float32. scratch: float32, of
-    scratch_bytes(...); taken from torch where there is none. Spans lie in the order of their rows.
+    of 8 up to 256. Products are of the pages' type (bfloat16 for int8 and fp8), sums float32. scratch:
+    float32, of scratch_bytes(...); taken from torch where there is none. Spans lie in the order of their
+    rows.
 
     Raises as `require_heads`.
     """

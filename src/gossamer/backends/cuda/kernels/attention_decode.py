@@ -82,7 +82,7 @@ def _decode(
     TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    INT8: tl.constexpr,
+    SCALED: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -143,13 +143,13 @@ def _decode(
         acc, most, total = attend(
             acc, most, total, queries, low, plain, token, position, steps, start, parents, positions, keys,
             values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
-            scale_slot_stride, scale, softcap, False, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH,
+            scale_slot_stride, scale, softcap, False, TREE, WINDOW, CAPPED, SCALED, HEAD_DIM, PAGE, WIDTH,
             KEYS, OPERAND, HELD, STAGES,
         )  # fmt: skip
     acc, most, total = attend(
         acc, most, total, queries, plain, high, token, position, steps, start, parents, positions, keys,
         values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
-        scale_slot_stride, scale, softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS,
+        scale_slot_stride, scale, softcap, True, TREE, WINDOW, CAPPED, SCALED, HEAD_DIM, PAGE, WIDTH, KEYS,
         OPERAND, HELD, STAGES,
     )  # fmt: skip
     # A row of a draft may see nothing of a part that begins behind it.
@@ -250,7 +250,7 @@ def decode_attention(
         TREE=batch.tree,
         WINDOW=window,
         CAPPED=heads.softcap is not None,
-        INT8=layer.keys.dtype == torch.int8,
+        SCALED=layer.key_scales is not None,
         HEADS=heads.heads,
         GROUP=heads.group,
         HEAD_DIM=heads.head_dim,

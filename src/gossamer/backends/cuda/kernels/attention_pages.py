@@ -2,8 +2,8 @@
 which the kernels of prefill and decode share.
 
 Rows of a tile are (token, query head) pairs of one kv head, so that grouped queries read a page once. Scores
-stay in float32 and are powers of two: scale * log2(e) is one factor. int8 is exact in bfloat16, so its scales
-wait until after the products: a key's for the score, a value's for the weight.
+stay in float32 and are powers of two: scale * log2(e) is one factor. int8 and fp8 are exact in bfloat16, so
+their scales wait until after the products: a key's for the score, a value's for the weight.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Heads:
 
 
 def dot_types(pages: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
-    """In which type numbers are multiplied: that of the pages, bfloat16 for int8. The second is what holds
-    them: the interpreter cannot multiply bfloat16, so float32 there."""
+    """In which type numbers are multiplied: that of the pages, bfloat16 for int8 and fp8. The second is what
+    holds them: the interpreter cannot multiply bfloat16, so float32 there."""
     operand = {torch.float32: tl.float32, torch.float16: tl.float16}.get(pages, tl.bfloat16)
     return operand, tl.float32 if interpreted() and operand is tl.bfloat16 else operand
 
@@ -147,7 +147,7 @@ def attend(
     TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    INT8: tl.constexpr,
+    SCALED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -183,7 +183,7 @@ def attend(
             v = tl.load(values + where)
 
         scores = tl.dot(q, tl.trans(k.to(HELD)), input_precision="tf32x3")
-        if INT8:
+        if SCALED:
             at = page * scale_page_stride + (slot % PAGE) * scale_slot_stride
             if MASKED:
                 k_scale = tl.load(key_scales + at, mask=slot < high, other=0.0)
@@ -208,7 +208,7 @@ def attend(
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(most - base)
         total = total * fade + tl.sum(weights, 1)
-        if INT8:
+        if SCALED:
             weights *= v_scale[None, :]
         acc = tl.dot(weights.to(OPERAND).to(HELD), v.to(HELD), acc * fade[:, None], input_precision="tf32x3")
         most = highest

@@ -42,7 +42,7 @@ def _prefill(
     TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    INT8: tl.constexpr,
+    SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
@@ -115,13 +115,13 @@ def _prefill(
         acc, most, total = attend(
             acc, most, total, queries, low, plain, token, position, steps, start, parents, positions, keys,
             values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
-            scale_slot_stride, scale, softcap, False, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH,
+            scale_slot_stride, scale, softcap, False, TREE, WINDOW, CAPPED, SCALED, HEAD_DIM, PAGE, WIDTH,
             KEYS, OPERAND, HELD, STAGES,
         )  # fmt: skip
     acc, most, total = attend(
         acc, most, total, queries, plain, high, token, position, steps, start, parents, positions, keys,
         values, key_scales, value_scales, table, page_stride, slot_stride, scale_page_stride,
-        scale_slot_stride, scale, softcap, True, TREE, WINDOW, CAPPED, INT8, HEAD_DIM, PAGE, WIDTH, KEYS,
+        scale_slot_stride, scale, softcap, True, TREE, WINDOW, CAPPED, SCALED, HEAD_DIM, PAGE, WIDTH, KEYS,
         OPERAND, HELD, STAGES,
     )  # fmt: skip
     result = acc / tl.where(live, total, 1.0)[:, None]
@@ -154,7 +154,7 @@ def prefill_attention(
         TREE=batch.tree,
         WINDOW=heads.window or 0,
         CAPPED=heads.softcap is not None,
-        INT8=layer.keys.dtype == torch.int8,
+        SCALED=layer.key_scales is not None,
         GROUP=heads.group,
         HEAD_DIM=heads.head_dim,
         PAGE=layer.keys.shape[1],

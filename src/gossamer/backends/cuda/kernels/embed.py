@@ -1,8 +1,8 @@
 """Rows and columns by index: embed of float and of packed tables, take_rows, take_columns.
 
 Packed tables are row-major: int8 [V, K], or two 4-bit codes a byte [V, K / 2], the even column's in the low
-nibble. What codes mean is graph/ops/formats.py's: integers times a scale, float32 per row [V] or fp16 per
-group [V, K / group], and for nf4 levels of NF4.
+nibble. What codes mean is graph/ops/formats.py's: integers (E4M3 of fp8) times a scale, float32 per row [V]
+or fp16 per group [V, K / group], and for nf4 levels of NF4.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def dequantize_rows(
     """Float32 values of a packed table at `row` and columns `at` of which `there` exist. groups: scales of a
     row, one for each `group` columns, or 0 where a row has one; zeros are read for uint4 alone, levels for
     nf4."""
-    if FORMAT == "int8":
-        integers = tl.load(codes + row * codes_stride + at, mask=there, other=0).to(tl.float32)
+    if FORMAT == "int8" or FORMAT == "fp8":
+        integers = tl.load(codes + row * codes_stride + at, mask=there, other=0.0).to(tl.float32)
     else:
         pairs = tl.load(codes + row * codes_stride + at // 2, mask=there, other=0).to(tl.int32)
         nibbles = (pairs >> (at % 2 * 4)) & 15
@@ -111,8 +111,9 @@ def embed_packed(
 ) -> None:
     """scale times rows of a packed table. out: [T, K] of float32, float16 or bfloat16; ids: [T], integers.
 
-    format: int8 (codes int8 [V, K]), int4 (codes - 8), uint4 (codes - zeros, uint8 [V, groups]) or nf4
-    (uint8 [V, K / 2], rounded up). scales: float32 [V] where group is 0 (int8 alone), else fp16 [V, groups].
+    format: int8 (codes int8 [V, K]), fp8 (float8_e4m3fn [V, K]), int4 (codes - 8), uint4 (codes -
+    zeros, uint8 [V, groups]) or nf4 (uint8 [V, K / 2], rounded up). scales: float32 [V] where group is 0
+    (int8 and fp8), else fp16 [V, groups].
     """
     _embed_packed_kernel[_grid(out)](
         out, ids, codes, scales, zeros, _levels(codes.device) if format == "nf4" else None,

@@ -3,7 +3,7 @@
 A head of a token is a row of head_dim numbers: two halves that rotary turns against each other and, where it
 turns only a part, a rest. A program takes some heads of one token, so that its angles are computed once.
 Sources: graph/ops/{fused,rope,norm}.py, which the arithmetic follows in float32, and graph/ops/formats.py
-for int8.
+for int8 and fp8.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer.backends.cuda.kernels.e4m3 import round_to_e4m3
 from gossamer.backends.cuda.step import Batch, KvLayer
+from gossamer.graph.ops.formats import E4M3_MOST
 
 __all__ = ["kv_write", "qkv_write", "rope"]
 
@@ -21,9 +23,14 @@ _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fracti
 
 
 @triton.jit
-def _round(x):
-    """Whole numbers, half to even, of |x| below 2^22."""
-    return (x + _TO_INTEGER) - _TO_INTEGER
+def _round(x, MOST: tl.constexpr):
+    """Codes of |x| up to MOST, half to even: whole numbers of int8, else those of E4M3."""
+    if MOST == 127.0:
+        codes = (x + _TO_INTEGER) - _TO_INTEGER
+    else:
+        # A product with a rounded inverse may be a bit above.
+        codes = round_to_e4m3(tl.minimum(tl.maximum(x, -MOST), MOST))
+    return codes
 
 
 @triton.jit
@@ -67,7 +74,7 @@ def _heads(
     PAGE: tl.constexpr,
     NORMED: tl.constexpr,
     ROTARY: tl.constexpr,
-    INT8: tl.constexpr,
+    MOST: tl.constexpr,  # the greatest code of pages with scales, 0 of others
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
@@ -130,15 +137,15 @@ def _heads(
         kv_head = tl.where(is_value, head - QUERIES - KEYS, head - QUERIES)
         kept = tl.where(tl.load(span + 1) > 0, QUERIES, QUERIES + KEYS + VALUES)  # none of what fills a step
         cached = live & (head >= kept)
-        if INT8:
+        if MOST > 0:
             largest = tl.maximum(_largest(a), _largest(b))
             if REST > 0:
                 largest = tl.maximum(largest, _largest(c))
-            most = tl.full([HEADS_BLOCK], 127.0, tl.float32)
+            most = tl.full([HEADS_BLOCK], MOST, tl.float32)
             inverse = tl.where(largest > 0, tl.div_rn(most, tl.where(largest > 0, largest, 1.0)), 0.0)
-            a, b = _round(a * inverse[:, None]), _round(b * inverse[:, None])
+            a, b = _round(a * inverse[:, None], MOST), _round(b * inverse[:, None], MOST)
             if REST > 0:
-                c = _round(c * inverse[:, None])
+                c = _round(c * inverse[:, None], MOST)
             at = page * scale_page_stride + (slot % PAGE) * scale_slot_stride + kv_head
             scale = tl.where(is_value, value_scales + at, key_scales + at)
             tl.store(scale, tl.div_rn(largest, most), mask=cached)
@@ -172,8 +179,8 @@ def qkv_write(
     and turned, into out_q [T, heads * head_dim]; keys and values into the tokens' slots of the layer's pages.
 
     inv_freq [rotary / 2] and magnitude: with rotary; q_norm, k_norm [head_dim] and eps: with norms. All is
-    float32 inside, rounded once: to out_q's dtype and the pages' (int8: formats.round_kv). qkv and out_q are
-    float32, float16 or bfloat16, with columns side by side.
+    float32 inside, rounded once: to out_q's dtype and the pages' (int8 and fp8: formats.round_kv). qkv and
+    out_q are float32, float16 or bfloat16, with columns side by side.
     """
     _launch(
         qkv, qkv[:, (heads + kv_heads) * head_dim :], out_q, layer, batch, group, (heads, kv_heads), head_dim,
@@ -270,7 +277,7 @@ def _launch(
         PAGE=keys.shape[1] if layer is not None else 1,
         NORMED=eps is not None,
         ROTARY=inv_freq is not None,
-        INT8=keys.dtype == torch.int8,
+        MOST={torch.int8: 127.0, torch.float8_e4m3fn: E4M3_MOST}.get(keys.dtype, 0.0) if kv_heads else 0.0,
         HEADS_BLOCK=heads_block,
         HALF_BLOCK=half_block,
         REST_BLOCK=triton.next_power_of_2(max(rest, 1)),

@@ -8,6 +8,7 @@ import torch
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue
 from gossamer.backends.cuda.kernels.linear_float import linear_float
+from gossamer.backends.cuda.kernels.linear_fp8 import linear_fp8
 from gossamer.backends.cuda.kernels.linear_grouped import linear_grouped
 from gossamer.backends.cuda.kernels.linear_int8 import linear_int8
 from gossamer.backends.cuda.packing import PackedWeight, side_by_side
@@ -64,6 +65,8 @@ def _one(
 ) -> str:
     if x_scales is not None:
         return linear_int8(out, x, x_scales, weight, up, epilogue)
+    if weight.format == "fp8":
+        return linear_fp8(out, x, weight, up, epilogue)
     if weight.group:
         return linear_grouped(out, x, weight, up, epilogue)
     return linear_float(out, x, weight, up, epilogue)

@@ -1,5 +1,5 @@
-"""Linear layers over weights that hold each number by itself, or int8 with a scale a row: cuBLAS for many
-rows, a Triton kernel for few."""
+"""Linear layers over weights that hold each number by itself, or int8 and fp8 with a scale a row: cuBLAS for
+many rows, a Triton kernel for few."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, deliver, merge, parts_of, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
-from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES
+from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES, gemv_columns
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = ["gemv_rows", "linear_float", "matmul"]
@@ -26,14 +26,26 @@ def _float_rows(
     order = tl.arange(0, PADDED)
     far = columns.to(tl.int64)
     acc = tl.zeros((PADDED, BLOCK_N), tl.float32)
-    for step in range(first, last):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        there = columns_in[:, None] & (k < K)[None, :]
-        w = tl.load(w_ptr + (far * w_row)[:, None] + k[None, :], there, 0).to(tl.float32)
-        for row in tl.static_range(ROWS):
-            x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
-            acc += tl.where(order[:, None] == row, tl.sum(w * x[None, :], 1)[None, :], 0.0)
-    if FORMAT == "int8":
+    if ROWS == 1:
+        # Every thread reads the inputs that its weights meet, and adds up by itself: no barrier in the loop.
+        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        same = tl.zeros((BLOCK_N, 1), tl.int32)
+        for step in tl.range(first, last, loop_unroll_factor=2):
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            there = columns_in[:, None] & (k < K)[None, :]
+            w = tl.load(w_ptr + (far * w_row)[:, None] + k[None, :], there, 0.0).to(tl.float32)
+            x = tl.load(x_ptr + same + k[None, :], there, 0.0).to(tl.float32)
+            sums += w * x
+        acc += tl.sum(sums, 1)[None, :]
+    else:
+        for step in range(first, last):
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            there = columns_in[:, None] & (k < K)[None, :]
+            w = tl.load(w_ptr + (far * w_row)[:, None] + k[None, :], there, 0.0).to(tl.float32)
+            for row in tl.static_range(ROWS):
+                x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
+                acc += tl.where(order[:, None] == row, tl.sum(w * x[None, :], 1)[None, :], 0.0)
+    if FORMAT == "int8" or FORMAT == "fp8":
         acc *= tl.load(s_ptr + far, columns_in, 0.0)[None, :]
     return acc
 
@@ -82,7 +94,7 @@ def gemv_rows(
     k = weight.shape[1]
     block_k = min(ROW_BYTES // weight.data.itemsize, triton.next_power_of_2(k))
     steps = triton.cdiv(k, block_k)
-    block_n = 4 if columns < 4096 else 8
+    block_n = gemv_columns(columns)
     programs = triton.cdiv(columns, block_n)
     if splits is None:
         splits = splits_for(x.device, programs, steps)

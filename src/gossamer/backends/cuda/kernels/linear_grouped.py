@@ -9,7 +9,7 @@ import triton.language as tl
 from gossamer.backends.cuda.kernels.epilogue import Epilogue, deliver, merge, parts_of, splits_for
 from gossamer.backends.cuda.kernels.gemm import gemm
 from gossamer.backends.cuda.kernels.gemv_words import gemv_words
-from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES
+from gossamer.backends.cuda.kernels.tiles import GEMV_ROWS, ROW_BYTES, gemv_columns
 from gossamer.backends.cuda.packing import PackedWeight
 
 __all__ = ["gemv_grouped", "linear_grouped"]
@@ -97,7 +97,7 @@ def gemv_grouped(
     bytes_each = weight.group // (2 if weight.data.dtype == torch.uint8 else 1)
     at_once = min(max(1, ROW_BYTES // bytes_each), triton.next_power_of_2(groups))
     steps = triton.cdiv(groups, at_once)
-    block_n = 4 if columns < 4096 else 8
+    block_n = gemv_columns(columns)
     programs = triton.cdiv(columns, block_n)
     if splits is None:
         splits = splits_for(x.device, programs, steps)

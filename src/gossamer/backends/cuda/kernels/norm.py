@@ -1,5 +1,5 @@
 """rms_norm (Zhang & Sennrich 2019), layer_norm (Ba et al. 2016), what adds to them in the same pass over
-memory, and int8 activations with a scale per token (graph/ops/formats.py: round_activations).
+memory, and int8 or fp8 activations with a scale per token (graph/ops/formats.py: round_activations).
 
 Inputs are float32, float16 or bfloat16 [T, width]; rows may lie apart, columns lie side by side. Statistics
 are float32. Outputs are rounded to their own dtype.
@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from gossamer.backends.cuda.kernels.e4m3 import round_to_e4m3
+from gossamer.graph.ops.formats import E4M3_MOST
 
 __all__ = [
     "add_rms_norm",
@@ -100,8 +103,9 @@ def _add_rms_norm_kernel(
 @triton.jit(do_not_specialize=["runs"])
 def _quantize_kernel(
     out, scales, x, weight, runs, size, eps, scale, out_stride, x_stride,
-    NORM: tl.constexpr, GIVEN: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, GIVEN: tl.constexpr, MOST: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """MOST: the greatest code, 127 of int8 or 448 of fp8."""
     row, column, at, there = _runs(runs, 1, size, RUNS, BLOCK)
     values = tl.load(x + row * x_stride + column, mask=there, other=0.0)
     if NORM:
@@ -117,11 +121,12 @@ def _quantize_kernel(
         quotients = tl.div_rn(values, tl.broadcast_to(given, values.shape))
         own = given
     else:
-        inverse = tl.div_rn(tl.zeros_like(most) + 127.0, most)
-        own = tl.where(inverse < float("inf"), tl.div_rn(most, tl.zeros_like(most) + 127.0), 0.0)
+        inverse = tl.div_rn(tl.zeros_like(most) + MOST, most)
+        own = tl.where(inverse < float("inf"), tl.div_rn(most, tl.zeros_like(most) + MOST), 0.0)
         quotients = values * tl.where(inverse < float("inf"), inverse, 0.0)
-    quotients = tl.where(finite, tl.minimum(tl.maximum(quotients, -127.0), 127.0), 0.0)
-    tl.store(out + row * out_stride + column, round_to_int(quotients).to(tl.int8), mask=there)
+    quotients = tl.where(finite, tl.minimum(tl.maximum(quotients, -MOST), MOST), 0.0)
+    codes = round_to_int(quotients) if MOST == 127.0 else round_to_e4m3(quotients)
+    tl.store(out + row * out_stride + column, codes.to(out.dtype.element_ty), mask=there)
     own = tl.where(finite, own, float("nan"))
     tl.store(scales + row, own, mask=row < runs)
 
@@ -200,8 +205,8 @@ def rms_norm_quantize(
 
 
 def quantize_rows(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, scale: float = 0.0) -> None:
-    """Symmetric int8 per token: out int8 [T, K], scales float32 [T], x [T, K] is out * scales up to rounding,
-    half to even.
+    """Symmetric int8 or fp8 per token: out int8 or float8_e4m3fn [T, K], scales float32 [T], x [T, K] is out
+    * scales up to rounding, half to even.
 
     scale: above 0 it is that of every token, and integers are clamped. A row with a NaN or infinity gets
     zeros and a scale of NaN; one of zeros, or of numbers too small to divide by, zeros and 0.
@@ -221,5 +226,6 @@ def _quantize(
     grid, tiles = _cut(rows, size)
     _quantize_kernel[grid](
         out, scales, x, weight, rows, size, eps, scale, out.stride(0), x.stride(0),
-        NORM=weight is not None, GIVEN=scale > 0.0, **tiles, **_NO_FUSION,
+        NORM=weight is not None, GIVEN=scale > 0.0, MOST=127.0 if out.dtype == torch.int8 else E4M3_MOST,
+        **tiles, **_NO_FUSION,
     )  # fmt: skip

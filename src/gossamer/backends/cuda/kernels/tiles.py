@@ -1,6 +1,6 @@
 """Tiles of products with stored matrices: the inner loops that linear layers and experts share.
 
-What a tensor core multiplies are the integers of a format, which bf16 and f16 hold exactly; scales multiply
+What a tensor core multiplies are the codes of a format, which bf16 and f16 hold exactly; scales multiply
 the float32 sums of each group. So a weight counts for precisely what its format says, and only the order of
 additions is the device's.
 """
@@ -14,7 +14,10 @@ import triton.language as tl
 from gossamer.backends.cuda.device import interpreted
 from gossamer.backends.cuda.packing import PackedWeight
 
-__all__ = ["BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "levels_of", "planes", "steps_of", "tile"]
+__all__ = [
+    "BLOCK_K", "GEMV_ROWS", "ROW_BYTES", "dot_type", "gemv_columns", "levels_of", "planes", "steps_of",
+    "tile",
+]  # fmt: skip
 
 BLOCK_K = 64
 GEMV_ROWS = 4
@@ -88,9 +91,9 @@ def _row_tile(
     for step in range(first, last):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptrs[:, None] + k[None, :], x_there[:, None] & (k < K)[None, :], 0.0)
-        w = tl.load(w_ptrs[:, None] + k[None, :], w_there[:, None] & (k < K)[None, :], 0)
+        w = tl.load(w_ptrs[:, None] + k[None, :], w_there[:, None] & (k < K)[None, :], 0.0)
         acc = tl.dot(x.to(DOT), tl.trans(w.to(DOT)), acc, input_precision=PRECISION)
-    if FORMAT == "int8":
+    if FORMAT == "int8" or FORMAT == "fp8":
         acc *= tl.load(s_ptrs, w_there, 0.0)[None, :]
     return acc
 
@@ -107,7 +110,7 @@ def tile(
     far = columns.to(tl.int64)
     if GROUP == 0:
         s_ptrs = far
-        if FORMAT == "int8":
+        if FORMAT == "int8" or FORMAT == "fp8":
             s_ptrs = s_ptr + far
         acc = _row_tile(
             x_ptrs, x_there, w_ptr + far * w_row, s_ptrs, w_there, K, first, last,
@@ -122,6 +125,11 @@ def tile(
             K, x_plane, first, last, FORMAT, GROUP, PLANAR, DOT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     return acc
+
+
+def gemv_columns(columns: int) -> int:
+    """Outputs of each program of a GEMV."""
+    return 4 if columns < 4096 else 8
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:
