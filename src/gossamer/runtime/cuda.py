@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from gossamer.backends.base import MemoryReport, ReceiptLine
 from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cuda.device import Device, require_chip
-from gossamer.backends.cuda.program import CudaProgram, plan_memory, require
+from gossamer.backends.cuda.program import CudaProgram, page_bytes, plan_memory, require
 from gossamer.backends.cuda.streaming import StreamPlan, place_weights
-from gossamer.backends.cuda.swap import HostSwap, page_bytes
+from gossamer.backends.cuda.swap import HostSwap
 from gossamer.checkpoint.weights import WeightSource
 from gossamer.config import EngineConfig
-from gossamer.errors import ConfigError, MemoryBudgetError
+from gossamer.errors import ConfigError, DependencyError, MemoryBudgetError
 from gossamer.graph.ir import Graph
 from gossamer.memory import available_memory
 from gossamer.runtime.draft import draft_pages
@@ -111,8 +112,8 @@ def start_cuda(
     """The programs and their executor. graph: after its passes; draft: another, after its own, and its
     weights. kv: planned within the device's memory.
 
-    Raises MemoryBudgetError, and ConfigError for a slower tier that the host has no room for, before any
-    memory is taken.
+    Raises MemoryBudgetError, and ConfigError for a slower tier that the host has no room for or that holds
+    not one page, before any memory is taken; DependencyError where kernels cannot be compiled.
     """
 
     def make(
@@ -131,6 +132,7 @@ def start_cuda(
 
     plan = plan_cuda(graph, config, kv, device, None if draft is None else draft[0])
     plan.require(config.memory_budget)
+    slots = None if plan.swap_bytes is None else slots_of(plan.swap_bytes, page_bytes(graph, plan.shape))
     try:
         guesser = None if draft is None or plan.draft is None else make(*draft, plan.draft)
         program = make(graph, source, kv, plan.streams)
@@ -144,9 +146,19 @@ def start_cuda(
             f"planned, and still: {error}. Another process may have taken memory meanwhile; --memory-budget "
             "plans for less"
         ) from None
-    swap = None
-    if plan.swap_bytes is not None:
-        swap = HostSwap(slots_of(plan.swap_bytes, page_bytes(program.kv)), program.kv)
+    except OutOfResources as error:
+        raise ConfigError(
+            f"the kernels want more of {error.name} than {device.name} has ({error.required}, and "
+            f"{error.limit} there); --kv-cache-dtype int8 and weights of fewer bits take less, --device cpu "
+            "runs here"
+        ) from None
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        raise DependencyError(
+            "Triton needs a C compiler to launch its kernels, and finds none; install gcc, or name one by CC"
+        ) from None
+    swap = None if slots is None else HostSwap(slots, program.kv)
     return OnDevice(
         program=program,
         draft=guesser,

@@ -33,6 +33,7 @@ def main() -> None:
         elementwise.softcap(y, x, 30.0)
         ids = torch.empty(8, dtype=torch.int32)
         embed.embed(y, ids, x, 2.0)
+        embed.name_tokens(ids, ids)
         embed.take_columns(y, x, torch.empty(100, dtype=torch.int32))
         embed.embed_packed(y, ids, integers, scales, format="int8")
         embed.embed_packed(y, ids, integers.view(torch.float8_e4m3fn), scales, format="fp8")

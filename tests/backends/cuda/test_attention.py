@@ -145,14 +145,15 @@ def test_pages_below_the_window_are_not_read(device: torch.device) -> None:
         ((2, 1400), (1, 3)),  # of the short one's parts all but the first are empty
         ((4, 510), (1, 600)),  # the last part begins behind the first rows of the draft
         ((1, 4600),),  # more parts than are merged at once
+        ((16, 500), (1, 600), (1, 700)),  # all have room for as many rows as the first has
     ],
 )
 def test_splits_are_merged_in_scratch_of_the_planned_size(
     device: torch.device, spans: tuple[tuple[int, int], ...]
 ) -> None:
     step = make_step(device, spans)
-    rows = len(spans) * step.batch.most_rows
-    scratch = torch.full((scratch_bytes(2, 16, rows, step.batch.most_slots) // 4,), torch.nan, device=device)
+    size = scratch_bytes(2, 16, len(spans), step.batch.most_slots) // 4
+    scratch = torch.full((size,), torch.nan, device=device)
     check(device, step, "f32", 2, 1, 16, scratch=scratch)
     assert not scratch.isnan().all()
 
@@ -165,7 +166,7 @@ def test_splits(spans: int, rows: int, slots: int) -> None:
     assert splits >= 1
     if splits > 1:
         assert (splits - 1) * 256 < slots
-        assert spans * rows * splits * 32 * 129 * 4 <= scratch_bytes(32, 128, spans * rows, slots)
+        assert spans * rows * splits * 32 * 129 * 4 <= scratch_bytes(32, 128, spans, slots)
 
 
 def test_one_sequence_keeps_all_multiprocessors_busy() -> None:
@@ -185,4 +186,6 @@ def test_more_heads_than_a_tile_are_refused(device: torch.device) -> None:
     step = make_step(device, [(1, 0)])
     with pytest.raises(ConfigError, match="at most 32"):
         check(device, step, "f32", 33, 1, 256)
+    with pytest.raises(ConfigError, match="at most 256"):
+        check(device, step, "f32", 1, 1, 264)
     check(device, step, "f32", 32, 1, 256)

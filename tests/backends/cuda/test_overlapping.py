@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.errors import OutOfResources
 
 from gossamer.backends.cuda.device import open_device
 from gossamer.backends.cuda.kernels.embed import name_tokens
@@ -21,7 +22,7 @@ from gossamer.checkpoint.weights import DummySource
 from gossamer.config import PagedAttention, Quantization
 from gossamer.engine.request import SamplingParams
 from gossamer.engine.step import KVOp, LastSampled, Sampling, Span, StepPlan
-from gossamer.errors import ConfigError, NotBuiltError
+from gossamer.errors import ConfigError, DependencyError, MemoryBudgetError, NotBuiltError
 from gossamer.graph.ir import Graph
 from gossamer.runtime.cuda import OnDevice, start_cuda
 from gossamer.runtime.overlapping import OverlappingExecutor
@@ -153,6 +154,31 @@ def test_pages_come_back_from_host_memory(options: dict[str, Any]) -> None:
 def test_a_tier_larger_than_the_host_is_refused() -> None:
     with pytest.raises(ConfigError, match="MiB of host memory"):
         made(paged_attention=PagedAttention(swap_bytes=1 << 50))
+
+
+def test_a_tier_of_no_page_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.runtime.cuda.CudaProgram", None)
+    with pytest.raises(ConfigError, match="holds not one KV page"):
+        made(paged_attention=PagedAttention(swap_bytes=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OutOfResources(200, 100, "shared memory"), ConfigError, "more of shared memory than"),
+        (RuntimeError("Failed to find C compiler."), DependencyError, "install gcc"),
+        (torch.OutOfMemoryError("no"), MemoryBudgetError, "--memory-budget plans for less"),
+    ],
+)
+def test_what_a_gpu_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], words: str
+) -> None:
+    def fail(*args: Any, **options: Any) -> CudaProgram:
+        raise error
+
+    monkeypatch.setattr("gossamer.runtime.cuda.CudaProgram", fail)
+    with pytest.raises(kind, match=words):
+        made()
 
 
 def test_warming_up_is_seen_nowhere() -> None:

@@ -13,9 +13,11 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gossamer.backends.cpu.plan import StepShape
 from gossamer.backends.cuda.device import interpreted, open_device
 from gossamer.backends.cuda.kernels import linear_float, linear_grouped
-from gossamer.backends.cuda.program import CudaProgram, plan_memory
+from gossamer.backends.cuda.kernels.attention_decode import choose_splits, few_rows
+from gossamer.backends.cuda.program import CudaProgram, _scratch, plan_memory
 from gossamer.backends.cuda.temporary import _CUBLAS, temporary_bytes
 from gossamer.backends.reference import ReferenceModel
 from gossamer.checkpoint.weights import DummySource
@@ -284,12 +286,29 @@ def test_what_kernels_take_while_they_run_is_within_the_plan(family: str, format
         assert planned < 5 * largest
 
 
+def test_a_prompt_beside_decodes_finds_scratch_for_all() -> None:
+    """Every span has room for the prompt's rows, which are most of the step's."""
+    graph = graph_of("llama")
+    after, _ = passed(graph, config_of())
+    shape = StepShape(
+        tokens=64, rows=64, spans=64, page_size=16, pages=64, padding=0, table=256, kv_dtype="bf16"
+    )
+    few, spans, slots = few_rows(16, 2, 128), 49, shape.table * shape.page_size
+    splits = choose_splits(spans, 2, few, slots, 132)
+    assert splits > 1
+    assert _scratch(after, shape) >= spans * few * splits * 4 * (16 + 1) * 4
+
+
 def test_what_does_not_fit_or_exist_is_refused() -> None:
     graph = graph_of("llama")
     with pytest.raises(MemoryBudgetError, match=r"are there on .*nothing fits"):
         started(graph, config_of(memory_budget=1000))
     with pytest.raises(ConfigError, match="int8 is nearest"):
         started(graph, config_of(kv_dtype="int4"))
+    wide = transformers.LlamaConfig(**{**SIZES, "head_dim": 264})
+    wide.architectures = ["LlamaForCausalLM"]
+    with pytest.raises(ConfigError, match="264 dimensions"):
+        started(build_graph(wide.to_dict(), name="wide"), config_of())
 
 
 def test_tokens_are_copied_between_pages() -> None:

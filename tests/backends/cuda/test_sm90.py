@@ -37,12 +37,22 @@ LINEAR = {
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
 def test_kernels_compile_and_fit(tmp_path: Path, what: tuple[str, ...], kernels: set[str]) -> None:
+    found = compiled(tmp_path, *what)
+    assert kernels <= {kernel for kernel, _ in found}
+    assert all(int(shared) <= SHARED for _, shared in found), found
+
+
+def test_counts_of_a_step_make_no_variants(tmp_path: Path) -> None:
+    """Or each first step of its kind would wait for the compiler."""
+    names = [name for name, _ in compiled(tmp_path, "counts")]
+    assert sorted(names) == ["_decode", "_gemm", "_prefill", "_rms_norm_kernel"]
+
+
+def compiled(tmp_path: Path, name: str, *options: str) -> list[list[str]]:
+    """Name and shared memory of the kernels that a module of tests compiles."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT)))}
-    name, *options = what
     command = [sys.executable, "-m", f"tests.backends.cuda.sm90_{name}", *options]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [line.split() for line in done.stdout.splitlines()]
-    assert kernels <= {kernel for kernel, _ in found}
-    assert all(int(shared) <= SHARED for _, shared in found), found
+    return [line.split() for line in done.stdout.splitlines()]

@@ -19,7 +19,8 @@ from gossamer.backends.cpu.budget import too_large
 from gossamer.backends.cpu.plan import SAMPLE_ROW, StepShape, step_arrays
 from gossamer.backends.cuda.device import Device
 from gossamer.backends.cuda.inputs import StepInputs
-from gossamer.backends.cuda.kernels.attention import scratch_bytes
+from gossamer.backends.cuda.kernels.attention import require_heads, scratch_bytes
+from gossamer.backends.cuda.kernels.attention_pages import Heads
 from gossamer.backends.cuda.kernels.embed import name_tokens
 from gossamer.backends.cuda.kernels.kv_copy import Move, copy_tokens
 from gossamer.backends.cuda.kernels.sampling import DeviceSampler
@@ -36,23 +37,22 @@ from gossamer.errors import ConfigError, MemoryBudgetError
 from gossamer.graph.ir import Graph, KVGroup
 from gossamer.graph.ops.fused import LINEAR_OPS, matrix_weights
 
-__all__ = ["CudaProgram", "Flight", "plan_memory", "require"]
+__all__ = ["CudaProgram", "Flight", "page_bytes", "plan_memory", "require"]
 
 _KV = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 _SCALED_KV = ("int8", "fp8")
-_ANYTHING = {
-    "temperature": 1,
-    "top_k": 2,
-    "top_p": 0.9,
-    "repetition": 1.1,
-    "logprobs": 1,
-    "mask_row": -1,
-    "target": -1,
-}
-"""A row that takes every path of the sampler."""
+_PLAIN = {"temperature": 1, "top_p": 1, "repetition": 1, "logprobs": -1, "mask_row": -1, "target": -1}
+_ASKED = (
+    _PLAIN,
+    _PLAIN | {"top_p": 0.9},
+    _PLAIN | {"repetition": 1.1},
+    _PLAIN | {"logprobs": 1},
+    _PLAIN | {"repetition": 1.1, "logprobs": 1},
+)
+"""Rows that between them take every path of the sampler."""
 _RESULTS = ("token", "bad", "logprob", "top_ids", "top_logprobs")
 
 
@@ -69,7 +69,7 @@ def plan_memory(
 ) -> MemoryReport:
     """Bytes of device memory that a program of this shape takes, exactly, before any is taken. streams: which
     weights are not kept on the device. Raises ConfigError and NotBuiltError for formats that no kernel
-    reads."""
+    reads and heads that none takes."""
     if shape.kv_dtype not in _KV:
         raise ConfigError(
             f"the cuda backend stores keys and values in {', '.join(_KV)}, not in {shape.kv_dtype}; "
@@ -79,7 +79,7 @@ def plan_memory(
     shared = arena if reuse else plan_values(graph, shape.tokens, shape.rows, reuse=True)
     return MemoryReport(
         weights=_weight_bytes(graph) if streams is None else streams.device_bytes,
-        kv=sum(_kv_bytes(group, shape) for group in graph.kv_groups),
+        kv=shape.pages * sum(page_bytes(graph, shape)),
         kv_tokens=shape.pages * shape.page_size,
         arena=arena.bytes,
         arena_separate=arena.separate,
@@ -247,15 +247,21 @@ class CudaProgram(Program):
         """Runs steps of every kind over what is in the pages, which nobody has written yet: kernels are
         compiled before the first request, not by it."""
         most = min(self.shape.tokens, self.shape.table * self.shape.page_size)
-        # Kernels are compiled apart for one row, for few, and for counts that 16 divides or not.
-        for tokens in sorted({1, 3, min(most, 31), most // 16 * 16, most} - {0}):
+        # Kernels are compiled apart for 1 to 4 rows, and for tiles and splits that go by powers of two.
+        counts = {min(3, most), most, *(1 << n for n in range(most.bit_length()))}
+        for tokens in sorted(counts):
             self.spans[0] = (0, tokens, 0, 0, -1)
-            self.rows[0] = tokens - 1
+            self.rows[:tokens] = tokens - 1
+            rows = min(tokens, self.shape.rows)
+            self.run(tokens, 1, rows, -(-tokens // self.shape.page_size), top1=True)
+        self.spans[0] = (0, 1, 0, 0, -1)
+        self.rows[0], self.ids[0] = 0, -1  # the token of the step before
+        for asked in _ASKED:
             self.sample_rows[0] = np.zeros((), SAMPLE_ROW)
-            for name, value in _ANYTHING.items():
+            for name, value in asked.items():
                 self.sample_rows[name][0] = value
-            for top1 in (True, False):
-                self.run(tokens, 1, 1, -(-tokens // self.shape.page_size), top1=top1)
+            self.run(1, 1, 1, 1)
+        self.ids[0] = 0
         self._ran = [_Ran() for _ in self._instructions]
         self._replayed.clear()
 
@@ -357,10 +363,14 @@ def _layer(pools: list[torch.Tensor], place: int) -> KvLayer:
     return KvLayer(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
 
 
-def _kv_bytes(group: KVGroup, shape: StepShape) -> int:
+def page_bytes(graph: Graph, shape: StepShape) -> list[int]:
+    """Of a page of each KV group, in all its layers."""
     kind = _KV[shape.kv_dtype]
-    each = group.head_dim * kind.itemsize + (4 if shape.kv_dtype in _SCALED_KV else 0)
-    return 2 * len(group.layers) * shape.pages * shape.page_size * group.kv_heads * each
+    scale = 4 if shape.kv_dtype in _SCALED_KV else 0
+    return [
+        2 * len(g.layers) * shape.page_size * g.kv_heads * (g.head_dim * kind.itemsize + scale)
+        for g in graph.kv_groups
+    ]
 
 
 def _quantized_width(graph: Graph) -> int:
@@ -385,14 +395,28 @@ def _quantized_bytes(graph: Graph, shape: StepShape) -> int:
 
 
 def _scratch(graph: Graph, shape: StepShape) -> int:
-    """Workspace of attention: layers take turns."""
+    """Workspace of attention: layers take turns. Raises as `require_heads`."""
     sizes = [0]
     for node in graph.nodes:
         if node.op == "attention":
-            _, group = graph.group_of(node.attrs["layer"])
+            heads, (_, group) = node.attrs["heads"], graph.group_of(node.attrs["layer"])
+            require_heads(
+                Heads(
+                    heads=heads,
+                    kv_heads=group.kv_heads,
+                    head_dim=group.head_dim,
+                    scale=node.attrs["scale"],
+                    softcap=node.attrs["softcap"],
+                    window=node.attrs["window"],
+                ),
+                _KV[shape.kv_dtype],
+            )
             sizes.append(
                 scratch_bytes(
-                    node.attrs["heads"], group.head_dim, shape.tokens, shape.table * shape.page_size
+                    heads,
+                    group.head_dim,
+                    min(shape.tokens, shape.spans),
+                    shape.table * shape.page_size,
                 )
             )
     return max(sizes)

@@ -14,8 +14,6 @@ therefore stand as late in the model as an even spread allows.
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ import torch
 from gossamer.backends.base import MemoryReport
 from gossamer.backends.cuda.lower import Instruction, Step
 from gossamer.backends.cuda.packing import Memory, packed_bytes, run_tensors, runs
+from gossamer.backends.cuda.transfer import host_memory
 from gossamer.config import Offloading
 from gossamer.errors import MemoryBudgetError
 from gossamer.graph.ir import Graph
@@ -249,7 +248,7 @@ class WeightStream(Memory):
         self._buffers = [
             torch.empty(plan.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(plan.buffers)
         ]
-        whole = _host_memory(plan.host_bytes, device, self)
+        whole = host_memory(plan.host_bytes, device, self, "weights", "more device memory (--offload)")
         self._host: list[torch.Tensor] = [*whole.split_with_sizes([b.bytes for b in plan.blocks])]
         self._block_of = {name: index for index, block in enumerate(plan.blocks) for name in block.names}
         if copies is None:
@@ -309,31 +308,3 @@ class WeightStream(Memory):
             return "wait_for_weights"
 
         return Instruction(f"{self.plan.blocks[index].scope}.weights", "wait_for_weights", (), False, call)
-
-
-def _host_memory(size: int, device: torch.device, owner: object) -> torch.Tensor:
-    """uint8 [size] that copies of the device read directly, until the owner is gone. Pages are pinned as they
-    are: torch's own pinned memory comes in powers of two."""
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    if device.type == "cuda":
-        try:
-            torch.cuda.check_error(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
-        except RuntimeError as error:
-            raise MemoryBudgetError(
-                f"{_mib(size)} of host memory cannot be pinned for weights: {error}; more device memory "
-                "(--memory-budget, --offload) takes less of it"
-            ) from None
-        weakref.finalize(owner, _unpin, memory).atexit = False
-    return memory
-
-
-def _unpin(memory: torch.Tensor) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.check_error(_runtime().cudaHostUnregister(memory.data_ptr()))
-
-
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

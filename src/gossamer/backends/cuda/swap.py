@@ -8,12 +8,7 @@ import torch
 
 from gossamer.backends.cuda.kernels.kv_copy import HostPages
 
-__all__ = ["HostSwap", "page_bytes"]
-
-
-def page_bytes(pools: Sequence[Sequence[torch.Tensor]]) -> list[int]:
-    """Of a page of each KV group. pools: of every group, [layers, pages, page_size, ...] each."""
-    return [sum(pool.nbytes // pool.shape[1] for pool in group) for group in pools]
+__all__ = ["HostSwap"]
 
 
 class HostSwap:

@@ -17,15 +17,17 @@ _SPLIT_SUMS = 16 << 20
 than twice the multiprocessors (`splits_for`), of at most 128 x 128 numbers on at most 512 of them."""
 _ROUTE = 64  # bytes for every expert that a token goes to, sorted (`sort_by_expert`)
 _CUBLAS = 36 << 20
-"""What torch gives cuBLAS to work with on a Hopper chip, the most of any: 32 MiB, and 4 that it may round."""
+"""What torch gives cuBLAS to work with on a Hopper chip, the most of any: 32 MiB, and 4 that it may round.
+Each stream has its own, and steps are recorded on another than they run on."""
 
 
 def temporary_bytes(graph: Graph, shape: StepShape, *, recorded: int) -> int:
     """Bytes for the node that takes most, in steps of the shape and, apart from those, in recorded ones of at
     most `recorded` sequences."""
-    return _CUBLAS + sum(
-        max((_of_node(graph, node, tokens, rows) for node in graph.nodes), default=0)
+    return sum(
+        _CUBLAS + max((_of_node(graph, node, tokens, rows) for node in graph.nodes), default=0)
         for tokens, rows in ((shape.tokens, shape.rows), (recorded, recorded))
+        if tokens
     )
 
 

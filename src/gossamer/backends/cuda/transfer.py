@@ -5,7 +5,9 @@ Where the interpreter stands in for a GPU, both ends are host memory and everyth
 
 from __future__ import annotations
 
+import mmap
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +15,44 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Arrival", "Moment", "host_buffer", "to_device"]
+from gossamer.errors import MemoryBudgetError
+
+__all__ = ["Arrival", "Moment", "host_buffer", "host_memory", "to_device"]
 
 
 def host_buffer(words: int, device: torch.device) -> torch.Tensor:
     """int32 [words] that the device reads without a detour. It can be dropped at once: torch keeps it until
     the copies out of it are done."""
     return torch.empty(words, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def host_memory(size: int, device: torch.device, owner: object, what: str, instead: str) -> torch.Tensor:
+    """uint8 [size] that copies of the device read and write directly, until the owner is gone. Pages are
+    pinned as they are: torch's own pinned memory comes in powers of two. Raises MemoryBudgetError where they
+    cannot be; what: they are for, instead: what takes less of them."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if device.type == "cuda":
+        try:
+            torch.cuda.check_error(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
+        except RuntimeError as error:
+            raise MemoryBudgetError(
+                f"{size / (1 << 20):.1f} MiB of host memory cannot be pinned for {what}: {error}; {instead} "
+                "takes less of it"
+            ) from None
+        weakref.finalize(owner, _unpin, memory).atexit = False
+    return memory
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.check_error(_runtime().cudaHostUnregister(memory.data_ptr()))
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

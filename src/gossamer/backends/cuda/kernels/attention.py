@@ -17,7 +17,9 @@ from gossamer.backends.cuda.kernels.attention_prefill import prefill_attention
 from gossamer.backends.cuda.step import Batch, KvLayer
 from gossamer.errors import ConfigError
 
-__all__ = ["attention", "scratch_bytes"]
+__all__ = ["attention", "require_heads", "scratch_bytes"]
+
+_WIDEST = 256  # dimensions of a head: shared memory holds tiles of no more
 
 
 def attention(
@@ -42,17 +44,13 @@ def attention(
     float32, of scratch_bytes(...); taken from torch where there is none. Spans lie in the order of their
     rows.
 
-    Raises ConfigError where more query heads share a kv head than a tile has rows (128, 64 or 32).
+    Raises as `require_heads`.
     """
     if not q.shape[0]:
         return
     of = Heads(heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, softcap=softcap, window=window)
+    require_heads(of, layer.keys.dtype)
     tile, _ = of.blocks(layer.keys.dtype)
-    if of.group > tile:
-        raise ConfigError(
-            f"{of.group} query heads share a kv head of {head_dim}, and over pages of {layer.keys.dtype} the "
-            f"cuda backend takes at most {tile}; store keys and values in 16 or 8 bits, or take --device cpu"
-        )
     few, spans = few_rows(batch.most_rows, of.group, tile), batch.spans.shape[0]
     even = spans * batch.most_rows == q.shape[0]  # all spans have as many rows: none of them few
     if few < batch.most_rows:
@@ -64,6 +62,22 @@ def attention(
     if splits > 1 and scratch is None:
         scratch = torch.empty(spans * few * splits * heads * (head_dim + 1), device=q.device)
     decode_attention(out, q, layer, batch, group, of, few, splits, out if scratch is None else scratch)
+
+
+def require_heads(heads: Heads, pages: torch.dtype) -> None:
+    """Raises ConfigError where more query heads share a kv head than a tile has rows (128, 64 or 32), and for
+    heads of more than 256."""
+    if heads.head_dim > _WIDEST:
+        raise ConfigError(
+            f"the model's heads have {heads.head_dim} dimensions, and the cuda backend's attention takes at "
+            f"most {_WIDEST}; --device cpu runs it"
+        )
+    tile, _ = heads.blocks(pages)
+    if heads.group > tile:
+        raise ConfigError(
+            f"{heads.group} query heads share a kv head of {heads.head_dim}, and over pages of {pages} the "
+            f"cuda backend takes at most {tile}; store keys and values in 16 or 8 bits, or take --device cpu"
+        )
 
 
 @cache

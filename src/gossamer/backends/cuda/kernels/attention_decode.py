@@ -36,10 +36,10 @@ def choose_splits(spans: int, kv_heads: int, rows: int, slots: int, multiprocess
     return max(1, min(wanted, triton.cdiv(slots, _LEAST.value), _LINES // (spans * rows)))
 
 
-def scratch_bytes(heads: int, head_dim: int, rows: int, slots: int) -> int:
-    """Bytes of scratch memory for steps of at most `rows` rows in spans that decode, over at most `slots`
-    slots of a sequence."""
-    lines = min(_LINES, rows * triton.cdiv(slots, _LEAST.value))
+def scratch_bytes(heads: int, head_dim: int, spans: int, slots: int) -> int:
+    """Bytes of scratch memory for steps of at most `spans` spans, over at most `slots` slots of a sequence.
+    Every span has room for as many rows as any of those that decode, whatever it has itself."""
+    lines = min(_LINES, spans * MOST_ROWS * triton.cdiv(slots, _LEAST.value))
     return lines * heads * (head_dim + 1) * 4
 
 
@@ -52,7 +52,7 @@ def _cut(count, start, splits, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     return low, high, tl.maximum((part + KEYS - 1) // KEYS * KEYS, _LEAST)
 
 
-@triton.jit(do_not_specialize=["splits", "few"])
+@triton.jit(do_not_specialize=["table_start", "splits", "few"])
 def _decode(
     out,
     q,

@@ -15,7 +15,7 @@ __all__ = ["prefill_attention"]
 _SPANS = 64  # that are searched at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_start", "span_count", "few"])
 def _prefill(
     out,
     q,

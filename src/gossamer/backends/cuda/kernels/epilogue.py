@@ -77,14 +77,14 @@ def deliver(
             tl.store(parts_ptr + place + SPLITS * tl.cast(T, tl.int64) * N, up, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _merge(
     out_ptr, parts_ptr, bias_ptr, up_bias_ptr, residual_ptr, T, N, parts_row, out_row, residual_row,
     ACT: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # the first axis alone goes beyond 65535
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_in, columns_in = rows < T, columns < N
     there = rows_in[:, None] & columns_in[None, :]
     plane = tl.cast(parts_row, tl.int64) * T
@@ -106,7 +106,7 @@ def merge(out: torch.Tensor, parts: torch.Tensor, epilogue: Epilogue) -> None:
     any float type."""
     gated, splits, rows, columns = parts.shape
     block_m, block_n = (1, 1024) if rows < 4 else (4, 256)
-    _merge[triton.cdiv(columns, block_n), triton.cdiv(rows, block_m)](
+    _merge[triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)](
         out, parts, epilogue.bias, epilogue.up_bias, epilogue.residual, rows, columns, parts.stride(2),
         out.stride(0), epilogue.residual_row,
         ACT=epilogue.act, GATED=gated == 2, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=block_n,
@@ -121,10 +121,11 @@ def parts_of(out: torch.Tensor, splits: int, gated: bool) -> torch.Tensor | None
 
 
 def splits_for(device: torch.device, programs: int, steps: int) -> int:
-    """Into how many parts the inputs are cut, so that every multiprocessor has work. programs: without any
-    cut; steps: of each one's loop."""
+    """Into how many parts the inputs are cut, so that every multiprocessor has work: a power of two, as
+    kernels are compiled for each number. programs: without any cut; steps: of each one's loop."""
     wanted = _WAVES * _multiprocessors(device) // max(1, programs)
-    return max(1, min(wanted, steps // _LEAST_STEPS, _MOST_SPLITS))
+    most = max(1, min(wanted, steps // _LEAST_STEPS, _MOST_SPLITS))
+    return 1 << most.bit_length() - 1
 
 
 @cache

@@ -91,8 +91,8 @@ def _sum_slots(
     out_ptr, slots_ptr, gains_ptr, residual_ptr, N, out_row, residual_row, SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0).to(tl.int64)  # the first axis alone goes beyond 65535
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = columns < N
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for slot in tl.static_range(SLOTS):
@@ -132,7 +132,7 @@ def experts(
     slots = torch.empty((rows * chosen, out.shape[1]), dtype=torch.float32, device=x.device)
     _launch(slots, hidden, down, None, routes, chosen, None, block)
     block_n = min(1024, triton.next_power_of_2(out.shape[1]))
-    _sum_slots[triton.cdiv(out.shape[1], block_n), rows](
+    _sum_slots[rows, triton.cdiv(out.shape[1], block_n)](
         out, slots, gains.contiguous(), residual, out.shape[1], out.stride(0),
         0 if residual is None else residual.stride(0), SLOTS=chosen, BLOCK_N=block_n,
     )  # fmt: skip

@@ -15,7 +15,7 @@ __all__ = ["block_rows", "gemm", "laid_out"]
 _PLANES_FROM = 64  # rows from which bringing the inputs into planes costs less than each tile's doing so
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "split_steps"])
 def _gemm(
     out_ptr, parts_ptr, x_ptr, w_ptr, s_ptr, z_ptr, up_ptr, up_s_ptr, up_z_ptr, levels_ptr, bias_ptr,
     up_bias_ptr, residual_ptr, T, N, K, x_row, x_plane, w_row, s_row, out_row, residual_row,

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from gossamer.backends.cuda.transfer import host_memory
 
 __all__ = ["HostPages", "Move", "copy_tokens"]
 
@@ -86,14 +89,18 @@ class HostPages:
     """
 
     def __init__(self, pools: Sequence[torch.Tensor], slots: int) -> None:
-        """pools: [layers, pages, page_size, ...] each; a slot holds a page of all of them."""
+        """pools: [layers, pages, page_size, ...] each; a slot holds a page of all of them. Raises
+        MemoryBudgetError where the host's memory cannot be pinned."""
         cuda = pools[0].is_cuda
         self._pools = tuple(pools)
-        self._slots = tuple(
-            torch.empty((slots, pool.shape[0], *pool.shape[2:]), dtype=pool.dtype, pin_memory=cuda)
-            for pool in pools
-        )
+        self._slots = tuple(self._take(pool, slots) for pool in pools)
         self._stream = torch.cuda.Stream(pools[0].device) if cuda else None
+
+    def _take(self, pool: torch.Tensor, slots: int) -> torch.Tensor:
+        shape = (slots, pool.shape[0], *pool.shape[2:])
+        size = prod(shape) * pool.itemsize
+        memory = host_memory(size, pool.device, self, "pages of keys and values", "less --swap-bytes")
+        return memory.view(pool.dtype).view(shape)
 
     @property
     def bytes(self) -> int:

@@ -38,7 +38,7 @@ def _largest(x):
     return tl.max(tl.abs(x), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_start"])
 def _heads(
     x,
     v,

@@ -29,7 +29,7 @@ def _int8_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "split_steps"])
 def _linear_int8(
     out_ptr, parts_ptr, x_ptr, x_s_ptr, w_ptr, s_ptr, up_ptr, up_s_ptr, bias_ptr, up_bias_ptr, residual_ptr,
     T, N, K, x_row, w_row, out_row, residual_row, steps, split_steps,

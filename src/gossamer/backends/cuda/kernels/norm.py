@@ -47,7 +47,7 @@ def _rms(x, weight, size, eps):
     return x * tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / size + eps) * weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _rms_norm_kernel(
     out, x, weight, runs, heads, size, eps, out_stride, x_stride, RUNS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -57,7 +57,7 @@ def _rms_norm_kernel(
     tl.store(out + row * out_stride + column, _rms(values, w, size, eps), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _layer_norm_kernel(
     out, x, weight, bias, runs, size, eps, out_stride, x_stride, RUNS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -71,7 +71,7 @@ def _layer_norm_kernel(
     tl.store(out + row * out_stride + column, normed * w + b, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _rms_norm_add_kernel(
     out, x, residual, weight, runs, size, eps, out_stride, x_stride, residual_stride,
     RUNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def _rms_norm_add_kernel(
     tl.store(out + row * out_stride + column, before + normed, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _add_rms_norm_kernel(
     residual_out, out, x, residual, weight, runs, size, eps,
     residual_out_stride, out_stride, x_stride, residual_stride,
@@ -100,7 +100,7 @@ def _add_rms_norm_kernel(
     tl.store(out + row * out_stride + column, _rms(after.to(tl.float32), w, size, eps), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _quantize_kernel(
     out, scales, x, weight, runs, size, eps, scale, out_stride, x_stride,
     NORM: tl.constexpr, GIVEN: tl.constexpr, MOST: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,

@@ -11,7 +11,7 @@ __all__ = ["top_k_experts"]
 _TILE = 512  # logits that one program takes at least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _top_k_experts_kernel(
     ids_out, weights_out, logits, rows, experts, stride,
     K: tl.constexpr, RENORMALISE: tl.constexpr,
