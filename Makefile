@@ -13,9 +13,14 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/generic/*.h csrc/isa/*.cpp csrc/isa/*
 demo: $(VENV)/.installed  ## install, then show the main job on the embedded model
 	$(BIN)/gossamer demo
 
-test: $(VENV)/.dev  ## install with the development extras, then lint and run the fast tests
+test: $(VENV)/.dev  ## install with the development extras, then lint and run the fast tests; a GPU's kernels beside
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest
+	@mkdir -p build; \
+	$(BIN)/pytest -p no:cacheprovider tests/backends/cuda > build/test-cuda.txt 2>&1 & cuda=$$!; \
+	trap "kill $$cuda 2>/dev/null" INT TERM; \
+	$(BIN)/pytest --ignore=tests/backends/cuda; failed=$$?; \
+	wait $$cuda || { failed=1; cat build/test-cuda.txt; }; \
+	tail -n 1 build/test-cuda.txt; exit $$failed
 
 test-asan: $(ASAN)/.installed  ## the kernels under the address and undefined-behaviour sanitizers, in a build of their own
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
