@@ -291,8 +291,9 @@ def test_a_gpu_that_is_not_there(cli: Cli, stories: Path, monkeypatch: pytest.Mo
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    complaint = cli("generate", stories, *SAY, "--device", "cuda").complaint
-    assert "needs an NVIDIA GPU" in complaint and "--device cpu runs here" in complaint
+    for line in (("generate", stories, *SAY), ("serve", stories, "--port", "0")):
+        complaint = cli(*line, "--device", "cuda").complaint
+        assert "needs an NVIDIA GPU" in complaint and "--device cpu runs here" in complaint
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def test_seventy_billion_weights_do_not_fit_24_gb(tmp_path: Path) -> None:
     one = dummy(model, max_model_len=2048, max_num_seqs=1, kv_bytes=None)
     int4 = planned(replace(one, quantization=Quantization(format="int4")))
     assert 35.5e9 < int4.engine.weights < 38e9
-    with pytest.raises(MemoryBudgetError, match=r"9\.\d\d GiB more than there are; take a smaller") as refusal:
+    with pytest.raises(
+        MemoryBudgetError, match=r"9\.\d\d GiB more than there are; take a smaller"
+    ) as refusal:
         planned(replace(one, quantization=Quantization(format="int4")), 24 * GIB)
     assert "nothing fits: 33.9" in str(refusal.value)
     assert planned(replace(one, mixed_precision=MixedPrecision(dtype="bf16"))).engine.weights > 140e9

@@ -57,6 +57,7 @@ def serve(
     """
     from gossamer.bench.memory import memory_figures
     from gossamer.cli.easy import easy_plan
+    from gossamer.runtime.start import device_of
     from gossamer.server.run import serve as run
     from gossamer.server.settings import ServerSettings
 
@@ -71,6 +72,7 @@ def serve(
         metrics_prefix=metrics_prefix,
     )
     config, said = (engine.config(), "") if no_plan else easy_plan(ctx, engine)
+    device_of(config)  # a server that comes up and then finds no GPU is of no use
     if said:
         stderr().print(said, style="dim", markup=False, soft_wrap=True)
 

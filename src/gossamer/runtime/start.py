@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from gossamer.runtime.cuda import DevicePlan
 
 __all__ = [
-    "StartPlan", "Started", "cache_directory", "load_graph", "load_planned_graph", "packed_directory",
-    "plan_device", "plan_start", "start", "tuning_directory",
+    "StartPlan", "Started", "cache_directory", "device_of", "load_graph", "load_planned_graph",
+    "packed_directory", "plan_device", "plan_start", "start", "tuning_directory",
 ]  # fmt: skip
 
 _DRAFTS = 8  # graphs of drafts that plans remember
@@ -220,8 +220,11 @@ def _speaks(directory: Path, config: EngineConfig) -> bool:
     return coming or has_tokenizer(directory)
 
 
-def _open_cuda() -> Device:
-    """The GPU, before anything is read. Raises DependencyError, ConfigError."""
+def device_of(config: EngineConfig) -> Device | None:
+    """The GPU that a configuration asks for, before anything is read; None for a processor. Raises
+    DependencyError, and ConfigError where there is none that will do."""
+    if config.backend != "cuda":
+        return None
     with _needs_torch():
         from gossamer.backends.cuda.device import open_device  # alone: kernels are imported where one is
     return open_device()
@@ -257,7 +260,7 @@ def start(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     Raises GossamerError for anything a user can mend; memory is checked before any of it is taken.
     """
     held = anonymous_bytes()
-    device = _open_cuda() if config.backend == "cuda" else None
+    device = device_of(config)
     plain, directory, source = load_graph(config)
     graph, passes = passed(plain, config)
     budget = _budget(config, None if device is None else device.memory)
