@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gossamer.cli.show import emit_json, stored_formats
+from gossamer.cli.show import emit_json, facts_table, stored_formats
 from gossamer.config import EngineConfig
 from gossamer.errors import ConfigError
 
@@ -112,23 +112,13 @@ def _print(
     prompt: int,
     output: int,
 ) -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from gossamer.planner.units import ms, size
 
     memory, console = plan.memory, Console(highlight=False)
-    table = Table(
-        title=f"[bold]{escape(config.model)}[/] on {escape(plan.device.name)}",
-        title_justify="left",
-        title_style="",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-        pad_edge=False,
-    )
-    table.add_column(style="cyan")
+    table = facts_table(f"[bold]{escape(config.model)}[/] on {escape(plan.device.name)}")
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("weights", size(memory.weights), stored_formats(plan.graph))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 from gossamer.cli.options import flag
-from gossamer.cli.show import emit_json, stderr
+from gossamer.cli.show import emit_json, facts_table, stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,20 +79,11 @@ def _calibrate(isa: str | None) -> None:
 def _print(
     machine: Hardware, rates: Rates, tuned: dict[str, dict[int, Choice]], gpu: GpuRates | None
 ) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from gossamer.cli.sizes import format_size
 
-    table = Table(
-        title=f"[bold]{machine.cpu}[/]",
-        title_justify="left",
-        title_style="",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-    )
-    table.add_column(style="cyan")
+    table = facts_table(f"[bold]{machine.cpu}[/]")
     table.add_column()
     table.add_row("processors", f"{machine.cores} usable, {rates.threads} threads measured")
     table.add_row("instructions", f"{', '.join(machine.isas)}; best {machine.best_isa}, measured {rates.isa}")
@@ -121,19 +112,10 @@ def _print(
 
 
 def _gpu(gpu: GpuRates) -> Table:
-    from rich import box
-    from rich.table import Table
 
     from gossamer.cli.sizes import format_size
 
-    table = Table(
-        title=f"[bold]{gpu.name}[/]",
-        title_justify="left",
-        title_style="",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-    )
-    table.add_column(style="cyan")
+    table = facts_table(f"[bold]{gpu.name}[/]")
     table.add_column()
     table.add_row("chip", f"{gpu.isa}, {gpu.multiprocessors} multiprocessors")
     table.add_row("memory", f"{format_size(gpu.memory_total)}, {format_size(gpu.memory_free)} free")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gossamer.graph.ir import Graph, Weight
     from gossamer.runtime.start import Started
 
-__all__ = ["emit_json", "memory_table", "show_start", "stderr", "stored_formats"]
+__all__ = ["emit_json", "facts_table", "memory_table", "show_start", "stderr", "stored_formats"]
 
 
 def stderr() -> Console:
@@ -37,11 +37,26 @@ def show_start(started: Started) -> None:
     stderr().print(memory_table(started))
 
 
+def facts_table(title: str) -> Table:
+    """A table without a header whose first column names things; more columns are the caller's."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+        pad_edge=False,
+    )
+    table.add_column(style="cyan")
+    return table
+
+
 def memory_table(started: Started) -> Table:
     """What a started model takes, by purpose."""
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     from gossamer.bench.memory import resident_bytes
     from gossamer.memory import anonymous_bytes
@@ -57,15 +72,8 @@ def memory_table(started: Started) -> Table:
     threads = f", {started.threads} thread{'s' if started.threads != 1 else ''}"
     if config.backend == "cuda":  # it takes none
         threads = ""
-    table = Table(
-        title=f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}{threads}[/]",
-        title_justify="left",
-        title_style="",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-        pad_edge=False,
-    )
-    table.add_column(style="cyan")
+    title = f"[bold]{escape(config.model)}[/]  [dim]{started.graph.family}, {place}{threads}[/]"
+    table = facts_table(title)
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("weights", format_size(memory.weights), stored)
